@@ -1,0 +1,650 @@
+"""ifam.py: the two-stage model, from pixels to logits, and the losses that shape its parts.
+
+Stage 1, the selector, sees the whole image and gives each patch to one of K parts or to the background.
+Stage 2, the predictor, classifies from the patches that stage 1 kept, and from nothing else: dropped patches
+are masked out of every attention layer, so no pixel of theirs can reach a logit.
+
+Letters: B images, N = h*w patches, R registers, T = 1+R+N tokens (class token, registers, patches), D width,
+H heads, K parts (index K is the background), C classes. keep (B, N): 1 = stage 2 may see this patch.
+
+    model = IFAM(classes=2, k=8, arch="b", size=518)
+    out = model.eval()(images)                    # images (B, 3, 518, 518), normalised
+    out.logits, out.maps, out.keep                # (B, C), (B, K+1, h, w), (B, N)
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+ARCHS = {  # the DINOv2 sizes, and a small one for the miniatures
+    "mini": dict(patch=8, width=128, depth=4, heads=4, layer_scale=1.0),
+    "s": dict(width=384, depth=12, heads=6),
+    "b": dict(width=768, depth=12, heads=12),
+    "l": dict(width=1024, depth=24, heads=16),
+    "g": dict(width=1536, depth=40, heads=24, ffn="swiglu"),
+}
+
+
+# ---------------------------------------------------------------- attention under a mask
+def attend_all(q, k, v):
+    """Plain attention. q, k, v (B, T, H, D/H) -> (B, T, H, D/H)."""
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def attend_masked(q, k, v, mask, hard=True):
+    """Attention in which key j weighs m_j: A_ij = m_j exp(s_ij) / sum_k m_k exp(s_ik).
+
+    q, k, v (B, T, H, D/H); mask (B, T), 1 = may be read, 0 = nobody reads it (its own row stays finite), with some
+    readable key in every row; in between only if hard is False. The gradient for the mask is exact (KeepGradient).
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                             # (B, H, T, D/H)
+    weight = mask.detach()[:, None, None]                                        # (B, 1, 1, T): broadcast, never T x T
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=weight.bool() if hard else weight.log().to(q.dtype))
+    if mask.requires_grad:
+        # differs from the published code, which casts the mask to bool here and so cuts the gradient to stage 1
+        out = KeepGradient.apply(out, q.detach(), k.detach(), v.detach(), mask)
+    return out.transpose(1, 2)
+
+
+def attend_packed(q, k, v, lengths):
+    """Attention within each image of a packed batch. q, k, v (sum of lengths, H, D/H); lengths: tokens per image."""
+    rows = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)))    # per image (H, t, D/H)
+    return torch.cat([F.scaled_dot_product_attention(*(x[None] for x in row))[0] for row in rows], dim=1).transpose(0, 1)
+
+
+class KeepGradient(torch.autograd.Function):
+    """Returns the attention output O unchanged; its backward adds the derivative of masked attention in the mask.
+
+        dL/dm_j = sum over heads and queries i of exp(s_ij - lse_i) <dL/dO_i, v_j - O_i>,   lse_i = log sum_k m_k exp(s_ik)
+
+    which holds at m_j = 0 too: there it says what letting token j in would do (DESIGN section 6; the paper's
+    straight-through gradient). Scores are recomputed for a few queries at a time: memory O(T), not O(T*T).
+    """
+    CHUNK = 1 << 22    # scores held at once, whatever B, H and T are
+
+    @staticmethod
+    def forward(ctx, out, q, k, v, mask):
+        ctx.save_for_backward(out, q, k, v, mask)
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        out, q, k, v, mask = ctx.saved_tensors                                   # (B, H, T, D/H) x 4, (B, T)
+        wide = torch.promote_types(q.dtype, torch.float32)                       # exp() of bf16 scores would be noise
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, v, out, wide_grad = (x.to(wide) for x in (q, k, v, out, grad))
+            q = q * q.shape[-1] ** -0.5
+            log_mask = mask.to(wide).log()[:, None, None]
+            along_out = (wide_grad * out).sum(-1, keepdim=True)                  # <dL/dO_i, O_i>, (B, H, T, 1)
+            total = torch.zeros_like(mask, dtype=wide)
+            rows = max(1, KeepGradient.CHUNK // (mask.numel() * q.shape[1]))
+            for i in range(0, q.shape[2], rows):
+                part = slice(i, i + rows)
+                scores = q[:, :, part] @ k.mT                                    # (B, H, rows, T)
+                lse = (scores + log_mask).logsumexp(-1, keepdim=True)
+                gain = wide_grad[:, :, part] @ v.mT - along_out[:, :, part]      # <dL/dO_i, v_j - O_i>
+                total += ((scores - lse).exp_() * gain).sum((1, 2))
+        return grad, None, None, None, total.to(mask.dtype)
+
+
+# ---------------------------------------------------------------- the vision transformer, names as in the DINOv2 files
+class PatchEmbed(nn.Module):
+    def __init__(self, patch, width):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, patch)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).mT                                   # (B, N, D), row by row
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, attend):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)      # each (..., H, D/H)
+        return self.proj(attend(q, k, v).flatten(-2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width, value):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), value))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads, hidden, ffn, layer_scale):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.ls1 = LayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = {"mlp": Mlp, "swiglu": SwiGLU}[ffn](width, hidden)
+        self.ls2 = LayerScale(width, layer_scale)
+
+    def forward(self, x, attend):
+        x = x + self.ls1(self.attn(self.norm1(x), attend))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """Vision transformer with registers (DINOv2; Darcet et al., ICLR 2024).
+
+    size: image side, or (height, width), in pixels; a multiple of patch. grid: the (h, w) of the position embedding.
+    hidden: width of the feed-forward layer, by default that of DINOv2 for the kind of ffn ("mlp" or "swiglu").
+    """
+
+    def __init__(self, size=518, patch=14, width=768, depth=12, heads=12, registers=4, ffn="mlp", hidden=None,
+                 layer_scale=1e-5):
+        super().__init__()
+        height, across = (size, size) if isinstance(size, int) else size
+        if height % patch or across % patch or min(height, across) < patch:
+            raise ValueError(f"image size {height}x{across} is not a multiple of the patch size {patch}")
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of the number of heads {heads}")
+        self.patch, self.width, self.grid = patch, width, (height // patch, across // patch)
+        self.grid_is_known = True                        # False: the number of positions is, their shape is not yet
+        hidden = hidden or {"mlp": 4 * width, "swiglu": (int(4 * width * 2 / 3) + 7) // 8 * 8}[ffn]
+        self.patch_embed = PatchEmbed(patch, width)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.register_tokens = nn.Parameter(torch.randn(1, registers, width) * 0.02) if registers else None
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + self.grid[0] * self.grid[1], width) * 0.02)
+        self.blocks = nn.ModuleList(Block(width, heads, hidden, ffn, layer_scale) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.prefix = 1 + registers                                              # tokens before the patches
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def tokens(self):
+        """The parameters that stay trainable when the blocks are frozen (paper, appendix A.1)."""
+        return [t for t in (self.cls_token, self.register_tokens, self.pos_embed) if t is not None]
+
+    def embed(self, images):
+        """images (B, 3, h*patch, w*patch) -> tokens (B, T, D) before the first block."""
+        B, _, height, across = images.shape
+        size = (self.grid[0] * self.patch, self.grid[1] * self.patch)
+        if (height, across) != size:
+            if self.grid_is_known or height % self.patch or across % self.patch or height * across != size[0] * size[1]:
+                raise ValueError(f"images are {height}x{across} pixels, the model was built for {size[0]}x{size[1]}")
+            self.grid = (height // self.patch, across // self.patch)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), self.patch_embed(images)], dim=1) + self.pos_embed
+        if self.register_tokens is not None:                                     # registers have no position
+            x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], dim=1)
+        return x
+
+    def forward(self, images, keep=None, hard=True):
+        """images (B, 3, S, S), keep (B, N) or None for all -> tokens (B, T, D) after the final norm.
+
+        A hard mask that needs no gradient takes the packed path: only kept tokens are computed, and the rows of
+        dropped patches are returned as zeros. Kept rows equal those of the dense path to rounding.
+        """
+        x = self.embed(images)
+        if keep is None:
+            return self._run(x, attend_all)
+        mask = F.pad(keep.to(torch.promote_types(keep.dtype, torch.float16)), (self.prefix, 0), value=1.0)
+        if not hard or mask.requires_grad:
+            return self._run(x, lambda q, k, v: attend_masked(q, k, v, mask, hard))
+        readable = mask.bool()                                                   # (B, T)
+        lengths = readable.sum(1).tolist()
+        packed = self._run(x[readable], lambda q, k, v: attend_packed(q, k, v, lengths))
+        return packed.new_zeros(x.shape).masked_scatter(readable[..., None], packed)
+
+    def _run(self, x, attend):
+        for block in self.blocks:
+            x = block(x, attend)
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------- stage 1: the selector
+class Noise(NamedTuple):
+    """The randomness of one training step, drawn outside so that a step is a function of its inputs.
+
+    Gumbel samples are -log(e), e ~ Exponential(1); part masks are 1 = this part survives its dropout.
+    """
+    maps: torch.Tensor | None = None      # (B, K+1, N) Gumbel sample of the part maps
+    keep: torch.Tensor | None = None      # (B, K+1, N) another one, of the discretizer
+    parts1: torch.Tensor | None = None    # (B, K) parts that survive before the stage-1 classifier
+    parts2: torch.Tensor | None = None    # (B, K) parts that survive in the discretizer
+
+    @staticmethod
+    def draw(k, patches, dropout1=0.3, dropout2=0.3, generators=(None,)):
+        """One sample per generator (None: torch's global one): results do not depend on how a batch is split."""
+        def sample(g):
+            gumbel = -torch.empty(2, k + 1, patches).exponential_(generator=g).log()
+            parts = torch.rand(2, k, generator=g) >= torch.tensor([[dropout1], [dropout2]])
+            return gumbel[0], gumbel[1], parts[0].float(), parts[1].float()
+        return Noise(*map(torch.stack, zip(*map(sample, generators))))
+
+    def to(self, device):
+        return Noise(*(x if x is None else x.to(device) for x in self))
+
+
+class Selection(NamedTuple):
+    part_logits: torch.Tensor    # (B, K+1, N)      minus the squared distance to each prototype, background last
+    maps: torch.Tensor           # (B, K+1, h, w)   their softmax over parts, with Gumbel noise in training
+    part_features: torch.Tensor  # (B, K+1, D)      modulated mean feature of each part
+    logits: torch.Tensor         # (B, C)           average over foreground parts
+
+
+class Selector(nn.Module):
+    """Stage 1 (paper section 3.2): part discovery from class labels alone, as in PDiscoFormer (Aniraj et al., 2024).
+
+    On its own this is the late, soft mask of the comparison: its features have seen the whole image.
+    """
+
+    def __init__(self, backbone, classes, k, tau=1.0, dropout=0.3):
+        super().__init__()
+        if k < 1:
+            raise ValueError(f"the number of parts must be at least 1, not {k}")
+        self.backbone, self.k, self.tau, self.dropout = backbone, k, tau, dropout
+        self.prototypes = nn.Parameter(torch.randn(k + 1, backbone.width) * 0.02)
+        self.modulation = nn.LayerNorm((k + 1, backbone.width), eps=1e-5)
+        self.classifier = nn.Linear(backbone.width, classes, bias=False)
+
+    def forward(self, images, noise=Noise(), maps=None):
+        """images (B, 3, S, S) -> Selection. maps (B, K+1, h, w), if given, replace the discovered ones."""
+        features = self.backbone(images)[:, self.backbone.prefix:]               # (B, N, D)
+        with torch.autocast(features.device.type, enabled=False):                # distances cancel: not in bf16
+            features = features.to(self.prototypes.dtype)
+            part_logits = 2 * self.prototypes @ features.mT - features.square().sum(-1)[:, None] \
+                - self.prototypes.square().sum(-1)[:, None]
+            if maps is None:
+                maps = assign(part_logits, noise.maps, self.tau).unflatten(2, self.backbone.grid)
+            # as published: the mean runs over all N positions, it is not divided by the area of the map
+            part_features = self.modulation(maps.flatten(2) @ features / features.shape[1])
+            foreground = part_features[:, :-1]
+            if noise.parts1 is not None:
+                foreground = foreground * noise.parts1[..., None] / (1 - self.dropout)
+            logits = self.classifier(foreground).mean(1)
+        return Selection(part_logits, maps, part_features, logits)
+
+
+def assign(part_logits, gumbel=None, tau=1.0):
+    """Soft assignment of patches to parts: softmax over parts of (logits + Gumbel noise) / tau. (B, K+1, N) -> same."""
+    return ((part_logits if gumbel is None else part_logits + gumbel) / tau).softmax(1)
+
+
+def discretize(part_logits, gumbel=None, parts=None, tau=1.0, hard=True):
+    """Part logits (B, K+1, N) -> keep (B, N): which patches stage 2 may see (paper section 3.3).
+
+    A patch is kept when its best surviving foreground part beats the background. parts (B, K): 1 = survives the
+    part dropout (None: all do); survivors are not rescaled, so that dropout hides parts and moves no boundary.
+    Forward: that 0/1 mask. Backward: the gradient of the sum of surviving foreground probabilities.
+    hard=False: the best surviving foreground probability itself, which is the published soft mask.
+    differs from published: noise-free in evaluation (theirs draws a Gumbel sample, so masks change from run to run).
+    """
+    probabilities = assign(part_logits, gumbel, tau)
+    foreground, background = probabilities[:, :-1], probabilities[:, -1]
+    if parts is not None:
+        foreground = foreground * parts[..., None]
+    best = foreground.amax(1)
+    if not hard:
+        return best
+    slope = foreground.sum(1)
+    return (best > background).to(best.dtype) + (slope - slope.detach())                 # + 0: exact
+
+
+# ---------------------------------------------------------------- stage 2: the predictor
+class Predictor(nn.Module):
+    """Stage 2: a ViT classifier under a mask. Each choice below varies alone; the defaults are the paper's.
+
+    masking   "early": dropped patches are never attended to. "late": they are, and only the pooling skips them.
+    hardness  "hard": the mask is 0 or 1. "soft": any weight in [0, 1].
+    pooling   "cls": the class token. "mean": mean of the patches weighted by the mask; zero where nothing is kept.
+    """
+
+    def __init__(self, backbone, classes, masking="early", hardness="hard", pooling="cls"):
+        super().__init__()
+        for value, known in ((masking, ("early", "late")), (hardness, ("hard", "soft")), (pooling, ("cls", "mean"))):
+            if value not in known:
+                raise ValueError(f"{value!r} is not one of {known}")
+        if masking == "late" and pooling == "cls":
+            raise ValueError('a late mask acts on the pooling of patches: masking="late" needs pooling="mean"')
+        self.backbone, self.masking, self.hardness, self.pooling = backbone, masking, hardness, pooling
+        self.fc_norm = nn.LayerNorm(backbone.width, eps=1e-5)
+        self.head = nn.Linear(backbone.width, classes, bias=False)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+
+    def features(self, images, keep=None):
+        """What the head reads: images (B, 3, S, S), keep (B, N) or None for everything -> (B, D)."""
+        tokens = self.backbone(images, keep if self.masking == "early" else None, self.hardness == "hard")
+        if self.pooling == "cls":
+            return self.fc_norm(tokens[:, 0])
+        patches = tokens[:, self.backbone.prefix:]
+        weight = torch.ones_like(patches[..., 0]) if keep is None else keep.to(patches.dtype)
+        pooled = (weight[:, None] @ patches)[:, 0] / weight.sum(1, keepdim=True).clamp_min(1e-6)
+        return self.fc_norm(pooled)
+
+    def forward(self, images, keep=None):
+        """-> logits (B, C)."""
+        return self.head(self.features(images, keep))
+
+
+# ---------------------------------------------------------------- both
+class Output(NamedTuple):
+    """What every model of the project returns; a model without parts or a mask leaves those fields None."""
+    logits: torch.Tensor                         # (B, C)          the prediction: stage 2
+    logits_stage1: torch.Tensor | None = None    # (B, C)          stage 1, a late-masked classifier
+    maps: torch.Tensor | None = None             # (B, K+1, h, w)  part maps, background last
+    keep: torch.Tensor | None = None             # (B, N)          1 = stage 2 saw this patch
+    part_logits: torch.Tensor | None = None      # (B, K+1, N)     minus squared distance to each prototype
+    part_features: torch.Tensor | None = None    # (B, K+1, D)     modulated part features
+
+
+class IFAM(nn.Module):
+    """Inherently faithful attention maps: selector, discretizer, masked predictor (paper section 3).
+
+    classes C, k parts, arch a name in ARCHS or a dict of ViT's arguments, size in pixels. joint=False cuts the gradient
+    of the stage-2 loss at the mask, which is what the published code does. Raises ValueError for settings that do not fit.
+    """
+
+    def __init__(self, classes, k=8, arch="b", size=518, registers=4, masking="early", hardness="hard", pooling="cls",
+                 joint=True, tau=1.0, dropout1=0.3, dropout2=0.3):
+        super().__init__()
+        self.selector = Selector(build_vit(arch, size, registers), classes, k, tau, dropout1)
+        self.predictor = Predictor(build_vit(arch, size, registers), classes, masking, hardness, pooling)
+        self.joint, self.dropout2 = joint, dropout2
+
+    def forward(self, images, keep=None, noise=None):
+        """images (B, 3, S, S), normalised -> Output.
+
+        keep (B, N): use this mask instead of the discovered one; 0/1 unless hardness is "soft".
+        noise: the randomness of this call; None draws it in training and means no randomness in evaluation.
+        """
+        noise = noise or self.draw_noise(len(images))
+        return self.second_stage(images, self.selector(images, noise), noise, keep)
+
+    def forward_pair(self, images, warped, noise):
+        """Training: (Output of images, part maps of the warped images), stage 1 on both in one doubled batch.
+
+        noise.maps and noise.parts1 hold 2B samples. Stage 2 never runs on warped images (the published code runs it
+        there and throws the result away).
+        """
+        both = self.selector(torch.cat([images, warped]), noise)
+        first = Selection(*(x[:len(images)] for x in both))
+        return self.second_stage(images, first, noise), both.maps[len(images):]
+
+    def second_stage(self, images, first, noise=Noise(), keep=None):
+        """Mask (discovered from the stage-1 Selection, or given) and prediction -> Output."""
+        hard = self.predictor.hardness == "hard"
+        if keep is None:
+            keep = discretize(first.part_logits, noise.keep, noise.parts2, self.selector.tau, hard)
+        elif keep.shape != (len(images), first.part_logits.shape[2]):
+            raise ValueError(f"keep is {tuple(keep.shape)}, not {(len(images), first.part_logits.shape[2])}")
+        elif hard and not ((keep == 0) | (keep == 1)).all():
+            raise ValueError('keep has values other than 0 and 1; a soft mask needs hardness="soft"')
+        logits = self.predictor(images, keep if self.joint else keep.detach())
+        return Output(logits, first.logits, first.maps, keep, first.part_logits, first.part_features)
+
+    def draw_noise(self, count):
+        """Noise of `count` images in training (from torch's global generator), none in evaluation."""
+        if not self.training:
+            return Noise()
+        patches = math.prod(self.selector.backbone.grid)
+        noise = Noise.draw(self.selector.k, patches, self.selector.dropout, self.dropout2, [None] * count)
+        return noise.to(self.selector.prototypes.device)
+
+
+def build_vit(arch, size, registers=4):
+    """A ViT of a named or given architecture: arch in ARCHS, or a dict of ViT's arguments."""
+    return ViT(size=size, **{"registers": registers, **(ARCHS[arch] if isinstance(arch, str) else arch)})
+
+
+# ---------------------------------------------------------------- part losses (weights: DESIGN section 4)
+def presence(maps):
+    """Every foreground part appears somewhere in the batch: 1 - mean_k part_peaks(maps)_k. maps (B, K+1, h, w) -> scalar."""
+    return 1 - part_peaks(maps).mean()
+
+
+def part_peaks(maps):
+    """Largest 3x3 average of each foreground part, over batch and positions. maps (B, K+1, h, w) -> (K,)."""
+    return F.avg_pool2d(maps[:, :-1], 3, stride=1).amax((0, 2, 3))
+
+
+def background_presence(maps):
+    """Every image has background, rather at its border: mean_b -log max of (3x3 average * border weight).
+
+    The weight grows with the squared distance from the centre and is 1 in the corners. maps (B, K+1, h, w) -> scalar.
+    Published as enforced_presence.
+    """
+    pooled = F.avg_pool2d(maps[:, -1:], 3, stride=1)[:, 0]                       # (B, h-2, w-2)
+    rows, columns = (torch.linspace(-1, 1, n, device=maps.device, dtype=maps.dtype) for n in pooled.shape[1:])
+    weight = (rows[:, None].square() + columns.square()) / 2
+    return -(pooled * weight).amax((1, 2)).clamp_min(1e-10).log().mean()
+
+
+def orthogonality(part_features):
+    """The K+1 parts of an image differ: mean squared deviation of their cosines from the identity.
+
+    part_features (B, K+1, D) -> scalar. differs from published: their trainer transposes the features by mistake and
+    decorrelates channels instead of parts.
+    """
+    unit = F.normalize(part_features, dim=2)
+    return (unit @ unit.mT - torch.eye(unit.shape[1], device=unit.device, dtype=unit.dtype)).square().mean()
+
+
+def total_variation(maps):
+    """Neighbouring patches agree: absolute differences, summed over parts, per position. maps (B, K+1, h, w) -> scalar."""
+    changes = maps.diff(dim=-1).abs().sum() + maps.diff(dim=-2).abs().sum()
+    return changes * maps.shape[1] / maps.numel()
+
+
+def entropy(maps):
+    """Every patch is sure of its part: mean over positions of the entropy over parts. maps (B, K+1, h, w) -> scalar."""
+    p = maps / maps.sum(1, keepdim=True)                 # renormalised as published: it matters for the gradient
+    return -(p * p.clamp_min(torch.finfo(p.dtype).eps).log()).sum(1).mean()
+
+
+def concentration(maps):
+    """A foreground part is compact: squared distance to its centroid, weighted by the map. maps (B, K+1, h, w) -> scalar.
+
+    From PDiscoNet (van der Klis et al., 2023); weight 0 here. As published, rows are divided by w and columns by h.
+    """
+    maps = maps[:, :-1]
+    h, w = maps.shape[2:]
+    rows = torch.arange(h, device=maps.device, dtype=maps.dtype)[:, None]
+    columns = torch.arange(w, device=maps.device, dtype=maps.dtype)
+    centre = lambda index: (maps * index).sum((2, 3), keepdim=True) / maps.sum((2, 3), keepdim=True)
+    spread = ((rows - centre(rows)) / w).square() + ((columns - centre(columns)) / h).square()
+    return (spread * maps).mean()
+
+
+def equivariance(maps, warped_maps, affine):
+    """Parts move with the image: 1 - mean cosine of each part's map with the un-warped map of the warped image.
+
+    maps, warped_maps (B, K+1, h, w); affine: the Affine that warped the images. As published, cells that the warp
+    brought in from outside count as zeros, so a perfect model does not reach 0.
+    """
+    back = unwarp(warped_maps[:, :-1], affine)
+    return 1 - F.cosine_similarity(maps[:, :-1].flatten(2), back.flatten(2), dim=2).mean()
+
+
+class Affine(NamedTuple):
+    """Rotation and scaling about the image centre, then translation. Positive angles turn clockwise on screen.
+
+    Shifts are fractions of the width and height, so that one Affine serves images and the smaller maps.
+    """
+    angle: float = 0.0      # degrees
+    right: float = 0.0
+    down: float = 0.0
+    scale: float = 1.0
+
+    @staticmethod
+    def draw(size, generator=None, degrees=90.0, shift=0.11, scale=(0.8, 1.4)):
+        """The paper's warp of training images of `size` (height, width): uniform draws, shifts of whole pixels."""
+        a, x, y, s = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        pixels = lambda u, side: round((2 * u - 1) * shift * side) / side
+        return Affine((2 * a - 1) * degrees, pixels(x, size[1]), pixels(y, size[0]), scale[0] + s * (scale[1] - scale[0]))
+
+
+def warp(images, affine, mode="bilinear"):
+    """Apply an Affine to images (B, c, height, width); zeros come in from outside."""
+    height, width = images.shape[2:]
+    angle = math.radians(affine.angle)
+    cos, sin = math.cos(angle) / affine.scale, math.sin(angle) / affine.scale
+    x, y = 2 * affine.right, 2 * affine.down             # grid_sample counts from -1 to 1
+    # it asks where each output pixel comes from, which is the inverse map: p -> R(-angle) (p - t) / scale
+    inverse = [[cos, sin * height / width, -cos * x - sin * y * height / width],
+               [-sin * width / height, cos, sin * x * width / height - cos * y]]
+    theta = torch.tensor(inverse, dtype=images.dtype, device=images.device).expand(len(images), 2, 3)
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, mode=mode, padding_mode="zeros", align_corners=False)
+
+
+def unwarp(maps, affine):
+    """Undo `warp` on maps (B, K, h, w): shift back, then turn and scale back, both nearest, as published."""
+    maps = warp(maps, Affine(right=-affine.right, down=-affine.down), "nearest")
+    return warp(maps, Affine(angle=-affine.angle, scale=1 / affine.scale), "nearest")
+
+
+# ---------------------------------------------------------------- weights
+DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{name}/{name}{registers}_pretrain.pth"
+
+
+def dinov2_url(arch, registers=4):
+    """Where the official weights of a named size are: dinov2_url("b") -> ".../dinov2_vitb14_reg4_pretrain.pth"."""
+    return DINOV2_URL.format(name=f"dinov2_vit{arch}14", registers="_reg4" if registers else "")
+
+
+def resample_positions(pos_embed, grid, antialias, offset=0.0):
+    """Position embedding (1, 1+N, D) of a square grid -> the same for another grid (h, w), bicubic.
+
+    As DINOv2 does it: antialias=True, offset=0 for the models with registers; antialias=False, offset=0.1 without
+    (the offset was a workaround for rounding, and moves every sample a little). Equal grids: unchanged.
+    """
+    side = math.isqrt(pos_embed.shape[1] - 1)
+    if side * side != pos_embed.shape[1] - 1:
+        raise ValueError(f"position embedding of {pos_embed.shape[1] - 1} patches is not a square grid")
+    if (side, side) == tuple(grid):
+        return pos_embed
+    patches = pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    how = dict(scale_factor=tuple((n + offset) / side for n in grid)) if offset else dict(size=tuple(grid))
+    patches = F.interpolate(patches, mode="bicubic", antialias=antialias, **how)
+    return torch.cat([pos_embed[:, :1].float(), patches.flatten(2).mT], dim=1).to(pos_embed.dtype)
+
+
+def load_backbone(vit, state_dict):
+    """Copy official DINOv2 weights (or another ViT of ours) into vit; position embeddings are resampled to its grid.
+
+    Raises ValueError that names the first keys or shapes that do not fit. The mask token of pretraining is dropped.
+    """
+    state = {name: tensor for name, tensor in state_dict.items() if name != "mask_token"}
+    if "pos_embed" in state:
+        registers = "register_tokens" in state
+        state["pos_embed"] = resample_positions(state["pos_embed"], vit.grid, registers, 0.0 if registers else 0.1)
+    load_strictly(vit, state)
+
+
+def load_strictly(module, state_dict):
+    """load_state_dict, but what does not fit is a ValueError of one line that names it."""
+    own = module.state_dict()
+    odd = [f"missing {name}" for name in own if name not in state_dict]
+    odd += [f"unexpected {name}" for name in state_dict if name not in own]
+    odd += [f"{name} is {tuple(state_dict[name].shape)}, the model has {tuple(own[name].shape)}"
+            for name in own if name in state_dict and state_dict[name].shape != own[name].shape]
+    if odd:
+        raise ValueError(f"weights do not fit the model: {'; '.join(odd[:3])}" + (f" (and {len(odd) - 3} more)" if odd[3:] else ""))
+    module.load_state_dict(state_dict)
+
+
+def load_published(state_dict, heads=None, **settings):
+    """An IFAM from a state dict written by the published two-stage code (timm naming, stage_1.* and stage_2.*).
+
+    Every size is read from the tensors except two that they do not tell: heads (default: 64 channels each, as in all
+    DINOv2 sizes) and the shape of the patch grid (square, or else that of the first images). settings: further
+    arguments of IFAM, such as hardness. Raises ValueError for anything missing, unexpected, or of another shape.
+    """
+    try:
+        stages = [_vit_from_timm(state_dict, stage) for stage in ("stage_1.", "stage_2.")]
+        parts, classes = len(state_dict["stage_1.fc_landmarks.weight"]), len(state_dict["stage_2.head.weight"])
+        rest = {"selector.prototypes": state_dict["stage_1.fc_landmarks.weight"].flatten(1),
+                "selector.modulation.weight": state_dict["stage_1.modulation.weight"].mT,
+                "selector.modulation.bias": state_dict["stage_1.modulation.bias"].mT}
+    except KeyError as error:
+        raise ValueError(f"not a snapshot of the published two-stage code: no {error.args[0]}") from None
+    renamed = {"stage_1.fc_class_landmarks.": "selector.classifier.", "stage_2.fc_norm.": "predictor.fc_norm.",
+               "stage_2.head.": "predictor.head."}
+    used = {"stage_1.fc_landmarks.weight", "stage_1.modulation.weight", "stage_1.modulation.bias",
+            "stage_2.prefix_attn_mask"}                                          # the last is a buffer of ones
+    for name, tensor in state_dict.items():
+        old = next((prefix for prefix in renamed if name.startswith(prefix)), None)
+        if old:
+            rest[renamed[old] + name[len(old):]] = tensor
+        elif name not in used and not name.startswith(("stage_1.", "stage_2.")):
+            rest[name] = tensor                                                  # reported as unexpected below
+    arch, size, square = _describe(stages[0], heads)
+    model = IFAM(classes, parts - 1, arch, size, **settings)
+    model.selector.backbone.grid_is_known = model.predictor.backbone.grid_is_known = square
+    for module, weights in (("selector", stages[0]), ("predictor", stages[1])):
+        rest.update({f"{module}.backbone.{name}": tensor for name, tensor in weights.items()})
+    load_strictly(model, rest)
+    return model
+
+
+HEADS_OF_STAGES = ("fc_landmarks.", "modulation.", "fc_class_landmarks.", "fc_norm.", "head.", "prefix_attn_mask")
+
+
+def _vit_from_timm(state_dict, stage):
+    """The backbone of one stage under its official DINOv2 names."""
+    vit = {name[len(stage):]: tensor for name, tensor in state_dict.items()
+           if name.startswith(stage) and not name[len(stage):].startswith(HEADS_OF_STAGES)}
+    if "reg_token" in vit:
+        # timm's register models keep no position for the class token: it is already added to the token
+        vit["register_tokens"] = vit.pop("reg_token")
+        vit["pos_embed"] = F.pad(vit["pos_embed"], (0, 0, 1, 0))
+    swiglu = "blocks.0.mlp.fc1.weight" in vit and len(vit["blocks.0.mlp.fc1.weight"]) != vit["blocks.0.mlp.fc2.weight"].shape[1]
+    renamed = {".mlp.fc1.": ".mlp.w12.", ".mlp.fc2.": ".mlp.w3."} if swiglu else {}
+    for old, new in renamed.items():
+        vit = {name.replace(old, new): tensor for name, tensor in vit.items()}
+    return vit
+
+
+def _describe(vit, heads):
+    """Official names and tensors of a ViT -> (arguments of ViT, image size (height, width), is the grid square?)."""
+    width, _, patch, _ = vit["patch_embed.proj.weight"].shape
+    if heads is None:
+        if width % 64:
+            raise ValueError(f"the number of heads cannot be read from the tensors at width {width}: pass heads=")
+        heads = width // 64
+    patches = vit["pos_embed"].shape[1] - 1
+    rows = next(n for n in range(math.isqrt(patches), 0, -1) if patches % n == 0)
+    grid = (rows, patches // rows)
+    ffn = "swiglu" if "blocks.0.mlp.w12.weight" in vit else "mlp"
+    hidden = vit["blocks.0.mlp.w3.weight" if ffn == "swiglu" else "blocks.0.mlp.fc1.weight"].shape
+    arch = dict(patch=patch, width=width, depth=1 + max(int(n.split(".")[1]) for n in vit if n.startswith("blocks.")),
+                heads=heads, registers=vit["register_tokens"].shape[1] if "register_tokens" in vit else 0,
+                ffn=ffn, hidden=hidden[1] if ffn == "swiglu" else hidden[0])
+    return arch, (grid[0] * patch, grid[1] * patch), grid[0] == grid[1]
