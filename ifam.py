@@ -390,12 +390,13 @@ class IFAM(nn.Module):
     def forward_pair(self, images, warped, noise):
         """Training: (Output of images, part maps of the warped images), stage 1 on both in one doubled batch.
 
-        noise.maps and noise.parts1 hold 2B samples. Stage 2 never runs on warped images (the published code runs it
-        there and throws the result away).
+        noise holds 2B samples. Stage 2 never runs on warped images (the published code runs it there and throws the
+        result away).
         """
+        B = len(images)
         both = self.selector(torch.cat([images, warped]), noise)
-        first = Selection(*(x[:len(images)] for x in both))
-        return self.second_stage(images, first, noise), both.maps[len(images):]
+        first, noise = Selection(*(x[:B] for x in both)), Noise(*(x if x is None else x[:B] for x in noise))
+        return self.second_stage(images, first, noise), both.maps[B:]
 
     def second_stage(self, images, first, noise=Noise(), keep=None):
         """Mask (discovered from the stage-1 Selection, or given) and prediction -> Output."""

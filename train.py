@@ -1,0 +1,458 @@
+"""train.py: train iFAM, or what it is compared with. One process or many, one step readable from top to bottom.
+
+    python train.py --data waterbirds --mini                            # offline, minutes on a laptop
+    torchrun --nproc_per_node=8 train.py --data waterbirds              # the paper's settings, data under ./data
+    python train.py --data waterbirds --mini --method erm --seed 1      # the comparison
+
+A run lives in runs/<name>: config.json, log.jsonl, last.pt (to resume), best.pt (to evaluate). Every default can be
+seen with --help; a benchmark's preset replaces defaults, the command line replaces both.
+"""
+import copy
+import json
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import data
+import ifam
+from baselines import METHODS, build
+from evaluate import accuracies, pick_device, predict, read_checkpoint
+from settings import RunError, UsageError, opt, parse, run_script, write_json, write_whole
+
+
+@dataclass
+class Config:
+    data: str = opt("waterbirds", "benchmark", choices=tuple(data.BENCHMARKS))
+    root: str = opt("data", "folder that holds the unpacked benchmarks")
+    mini: bool = opt(False, "use the miniature of the benchmark: drawn on first use, no download")
+    limit: int = opt(0, "use only the first N training and evaluation samples (0: all)")
+
+    method: str = opt("ifam", "ifam, or a baseline", choices=tuple(METHODS))
+    arch: str = opt("b", "size of the vision transformers", choices=tuple(ifam.ARCHS))
+    registers: int = opt(4, "register tokens; 0 for weights without registers")
+    weights: str = opt("dinov2", "where backbones start: dinov2 (downloaded once), a file with DINOv2's names, or none")
+    size: int = opt(518, "image side in pixels, a multiple of the patch")
+    k: int = opt(8, "foreground parts")
+    masking: str = opt("early", "where the mask acts", choices=("early", "late"))
+    hardness: str = opt("hard", "binary mask, or any weight in [0, 1]", choices=("hard", "soft"))
+    pooling: str = opt("cls", "what stage 2 classifies from: class token, or mean of kept patches", choices=("cls", "mean"))
+    joint: bool = opt(True, "let the stage-2 loss reach stage 1 through the mask, as in the paper; the published code does not")
+    tau: float = opt(1.0, "temperature of the part assignment")
+    part_dropout1: float = opt(0.3, "share of parts dropped before the stage-1 classifier")
+    part_dropout2: float = opt(0.3, "share of parts dropped in the mask of stage 2")
+
+    epochs: int = opt(90, "passes over the training set")
+    batch: int = opt(16, "images per step over all processes and accumulation steps")
+    micro: int = opt(0, "most images at once in a process; more are accumulated (0: no limit). The presence loss takes "
+                        "its maximum within such a part")
+    lr: float = opt(1e-6, "learning rate at batch 16 of tokens and stage 2, scaled by sqrt(batch / 16)")
+    lr_prototypes: float = opt(1e-3, "the same for the prototypes")
+    lr_heads: float = opt(1e-2, "the same for modulation, fc_norm and classifiers")
+    warmup: int = opt(0, "steps of linear warm-up before the cosine to 0")
+    weight_decay: float = opt(0.05, "multiplied by sqrt(1 / steps); matrices only")
+    clip: float = opt(2.0, "largest gradient norm")
+    ema: float = opt(0.0, "decay of an exponential moving average of the weights, which is then evaluated (0: none)")
+    amp: str = opt("auto", "autocast: auto is bf16 on a GPU that has it, fp16 on others, off elsewhere",
+                   choices=("auto", "bf16", "fp16", "off"))
+
+    weight_class1: float = opt(1.0, "loss weight: class, stage 1")
+    weight_class2: float = opt(1.0, "loss weight: class, stage 2")
+    weight_presence: float = opt(1.0, "loss weight: every part occurs in the batch")
+    weight_background: float = opt(2.0, "loss weight: background in every image, at its border")
+    weight_orthogonality: float = opt(1.0, "loss weight: parts have different features")
+    weight_equivariance: float = opt(1.0, "loss weight: parts move with the image")
+    weight_variation: float = opt(1.0, "loss weight: neighbouring patches agree")
+    weight_entropy: float = opt(1.0, "loss weight: patches are sure of their part")
+    weight_concentration: float = opt(0.0, "loss weight: parts are compact (PDiscoNet)")
+
+    seed: int = opt(0, "decides initial weights, order, augmentation, noise and dropout")
+    device: str = opt("auto", "auto, cpu, cuda or mps")
+    compile: bool = opt(False, "torch.compile both stages")
+    workers: int = opt(4, "processes that load data, per training process")
+    out: str = opt("", "folder of the run (default runs/<data>, with -mini and -<method> where they apply)")
+    resume: bool = opt(False, "go on from last.pt of this run")
+    save_every: int = opt(500, "steps between saves of last.pt (it is also saved after every epoch)")
+    log_every: int = opt(20, "steps between log lines")
+
+    def __post_init__(self):
+        suffix = "-mini" * self.mini + f"-{self.method}" * (self.method != "ifam")
+        self.out = self.out or f"runs/{self.data}{suffix}"
+
+
+# The paper's settings are Config's defaults (appendix A.1); a preset says where a benchmark differs.
+PRESETS = {
+    "waterbirds": dict(size=518, k=8),
+    "cub": dict(size=518, k=8),
+}
+MINI = dict(arch="mini", size=96, weights="none", k=4, epochs=6, batch=32, lr=3e-4, lr_prototypes=3e-3, lr_heads=3e-3,
+            warmup=30, workers=0)
+FREE = {"root", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}   # may change on --resume
+
+
+def preset(given):
+    return {**PRESETS.get(given.get("data", Config.data), {}), **(MINI if given.get("mini") else {})}
+
+
+# ---------------------------------------------------------------- functions of the step
+def lr_at(step, steps, warmup=0):
+    """Factor of the learning rate: linear warm-up, then cosine from 1 to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def generator(*numbers):
+    """A generator that is a function of whole numbers such as (seed, step, position in the batch)."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+def draw_noise(model, cfg, step, positions):
+    """Noise of the images at these positions of the global batch, and of their warped copies.
+
+    DESIGN asks for a function of (seed, step, rank). The position instead of the rank makes a step the same whatever
+    number of processes or accumulation steps share the batch.
+    """
+    if model.selector is None:
+        return None
+    generators = [generator(cfg.seed, step, copy, p) for copy in (1, 2) for p in positions]
+    return ifam.Noise.draw(cfg.k, math.prod(model.selector.backbone.grid), cfg.part_dropout1, cfg.part_dropout2, generators)
+
+
+# ---------------------------------------------------------------- parameters
+def freeze_backbone(model):
+    """Pretrained blocks of stage 1 stay as they are; class token, registers and positions train (paper, appendix A.1)."""
+    if model.selector is not None:
+        tokens = {id(t) for t in model.selector.backbone.tokens()}
+        for p in model.selector.backbone.parameters():
+            p.requires_grad_(id(p) in tokens)
+
+
+def parameter_groups(model, cfg, steps):
+    """AdamW groups (DESIGN section 8): a learning rate by role, weight decay on matrices only."""
+    scale = math.sqrt(cfg.batch / 16)
+    groups = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        role = ("prototypes" if "prototypes" in name else "backbone" if ".backbone." in name else "heads")
+        token = name.endswith(("cls_token", "register_tokens", "pos_embed"))
+        decays = p.ndim > 1 and not token and role != "prototypes" and "modulation" not in name
+        lr = {"backbone": cfg.lr, "prototypes": cfg.lr_prototypes, "heads": cfg.lr_heads}[role] * scale
+        wd = cfg.weight_decay * math.sqrt(1 / steps) if decays else 0.0
+        groups.setdefault((role, decays), dict(params=[], lr=lr, base_lr=lr, weight_decay=wd))["params"].append(p)
+    return list(groups.values())
+
+
+def load_weights(model, cfg):
+    """Start every backbone from the same file; raise UsageError when it is not there or does not fit."""
+    url = ifam.dinov2_url(cfg.arch, cfg.registers)
+    if cfg.weights == "none":
+        return
+    if cfg.weights == "dinov2":
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+        if cfg.arch == "mini":
+            raise UsageError("--weights dinov2 has no mini architecture: choose --arch s, b, l or g, or --weights none")
+        try:
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, progress=False)
+        except Exception as error:                                               # urllib and torch raise many kinds here
+            raise UsageError(f"cannot get {url} ({error}); download it by hand to {cached}") from None
+    else:
+        state = read_weights(cfg.weights)
+    for stage in (model.selector, model.predictor):
+        if stage is not None:
+            try:
+                ifam.load_backbone(stage.backbone, state)
+            except ValueError as error:
+                raise UsageError(f"--weights {cfg.weights} with --arch {cfg.arch}: {error}") from None
+
+
+def read_weights(path):
+    """A state dict from a local file, or one line that says why not."""
+    if not Path(path).is_file():
+        raise UsageError(f"--weights {path}: no such file (or write dinov2, or none)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                                   # a damaged file can fail in many ways
+        raise UsageError(f"--weights {path}: not a file of weights ({type(error).__name__})") from None
+    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+        raise UsageError(f"--weights {path}: expected a dict of tensors under DINOv2's names")
+    return state
+
+
+# ---------------------------------------------------------------- losses over processes
+def max_over_processes(local, world):
+    """Elementwise maximum over processes, with the gradient that one process with the whole batch would have.
+
+    Only the process that holds a maximum gets its gradient, times `world` because gradients are averaged later.
+    """
+    if world == 1:
+        return local
+    top = local.detach().clone()
+    dist.all_reduce(top, dist.ReduceOp.MAX)
+    return top + world * (local.detach() == top) * (local - local.detach())
+
+
+def loss_terms(out, warped_maps, labels, affine, world=1):
+    """Every loss term by its name, unweighted (DESIGN section 4)."""
+    terms = {}
+    if out.logits_stage1 is not out.logits:                                      # a model that has a second stage
+        terms["class2"] = F.cross_entropy(out.logits.float(), labels)
+    if out.maps is not None:
+        terms["class1"] = F.cross_entropy(out.logits_stage1.float(), labels)
+        terms["presence"] = 1 - max_over_processes(ifam.part_peaks(out.maps), world).mean()
+        terms["background"] = ifam.background_presence(out.maps)
+        terms["orthogonality"] = ifam.orthogonality(out.part_features)
+        terms["equivariance"] = ifam.equivariance(out.maps, warped_maps, affine)
+        terms["variation"] = ifam.total_variation(out.maps)
+        terms["entropy"] = ifam.entropy(out.maps)
+        terms["concentration"] = ifam.concentration(out.maps)
+    return terms
+
+
+def average_gradients(parameters, world):
+    """Mean over processes in one message. Written out instead of DistributedDataParallel: both stages, the doubled
+    batch and accumulation need no wrapper, and the reader sees what is exchanged."""
+    if world == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for g, mean in zip(gradients, (flat / world).split([g.numel() for g in gradients])):
+        g.copy_(mean.view_as(g))
+
+
+# ---------------------------------------------------------------- files of a run
+def plain(value):
+    """Tuples to lists, as JSON and checkpoints have them."""
+    return json.loads(json.dumps(value))
+
+
+def open_run(cfg, rank):
+    """The checkpoint to resume from, or None; makes the folder. A run that is already there is moved aside, not lost."""
+    folder = Path(cfg.out)
+    if cfg.resume:
+        if not folder.is_dir():
+            raise UsageError(f"--resume: no run at {folder} (name it with --out)")
+        if not (folder / "last.pt").is_file():
+            return None                                                          # killed before its first save
+        state = read_checkpoint(folder / "last.pt")
+        for f in fields(Config):
+            then, now = state["config"].get(f.name), plain(getattr(cfg, f.name))
+            if f.name not in FREE and then != now:
+                raise UsageError(f"--resume: {folder} was started with --{f.name.replace('_', '-')} {then}, not {now}; "
+                                 "use the old value, or another --out")
+        return state
+    if rank == 0:
+        if (folder / "config.json").is_file():
+            old = next(p for n in range(1, 10 ** 6) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
+            folder.rename(old)
+            print(f"{folder} was already there: moved to {old}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {folder}: cannot make this folder ({error})") from None
+        write_json(folder / "config.json", asdict(cfg))
+    return None
+
+
+class Log:
+    """log.jsonl of a run, one object a line; lines after `step` (of a run that was killed) are dropped on resume."""
+
+    def __init__(self, folder, rank, step):
+        self.path = folder / "log.jsonl" if rank == 0 else None
+        if self.path and self.path.is_file():
+            lines = [line for line in self.path.read_text().splitlines(True)
+                     if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_whole(self.path, lambda temporary: temporary.write_text("".join(lines)))
+
+    def __call__(self, record, text=None):
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+            if text:
+                tqdm.write(text)
+
+
+# ---------------------------------------------------------------- the loop
+def start_processes(cfg):
+    """-> rank, number of processes, device, as torchrun set them."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        if cfg.batch % world:
+            raise UsageError(f"--batch {cfg.batch} does not divide over {world} processes")
+    return rank, world, device
+
+
+def check(cfg):
+    """Settings that no part of the program could use."""
+    for name in ("k", "size", "epochs", "batch", "save_every", "log_every"):
+        if getattr(cfg, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    for name in ("limit", "micro", "workers", "registers", "warmup", "seed", "lr", "clip"):
+        if getattr(cfg, name) < 0:
+            raise UsageError(f"--{name} must not be negative, not {getattr(cfg, name)}")
+    for name in ("part_dropout1", "part_dropout2", "ema"):
+        if not 0 <= getattr(cfg, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be in [0, 1), not {getattr(cfg, name)}")
+    if cfg.tau <= 0:
+        raise UsageError(f"--tau must be positive, not {cfg.tau}")
+    if cfg.mini and cfg.root != Config.root:
+        raise UsageError("--mini draws its own data: leave out --root or --mini")
+
+
+def build_model(cfg, device):
+    torch.manual_seed(cfg.seed)
+    try:
+        model = build(asdict(cfg), data.BENCHMARKS[cfg.data].classes)
+    except ValueError as error:
+        raise UsageError(f"these settings make no model: {error}") from None
+    load_weights(model, cfg)
+    if cfg.weights != "none":
+        freeze_backbone(model)
+    model.to(device)
+    if cfg.compile:
+        for stage in filter(None, (model.selector, model.predictor)):
+            stage.compile()
+    return model
+
+
+def autocast_of(cfg, device):
+    """-> (dtype of autocast or None, GradScaler). fp16 needs its losses scaled, bf16 does not."""
+    amp = cfg.amp
+    if amp == "auto":
+        amp = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    return dtype, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def train(cfg):
+    check(cfg)
+    rank, world, device = start_processes(cfg)
+    dtype, scaler = autocast_of(cfg, device)
+    weights = {f.name[7:]: getattr(cfg, f.name) for f in fields(Config) if f.name.startswith("weight_") and f.name != "weight_decay"}
+    model = build_model(cfg, device)
+    if rank == 0:
+        data.find_root(cfg.data, cfg.root, cfg.mini)                             # drawn once, then found by the others
+    if world > 1:
+        dist.barrier()
+    splits = data.load(cfg.data, data.find_root(cfg.data, cfg.root, cfg.mini), cfg.size, cfg.seed, cfg.limit, ("train", "val"))
+    samples = splits["train"]
+    if len(samples) < cfg.batch:
+        raise UsageError(f"--batch {cfg.batch} is larger than the training set ({len(samples)} images)")
+
+    per_epoch = len(samples) // cfg.batch
+    steps, share = per_epoch * cfg.epochs, cfg.batch // world
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg, steps), fused=device.type == "cuda")
+    averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
+    start, best = 0, {"score": -1.0, "epoch": 0, "split": "val" if "val" in splits else "none: last epoch"}
+    state = open_run(cfg, rank)
+    if state:
+        start, best = state["step"], state["best"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if averaged:
+            averaged.load_state_dict(state["ema"])
+    folder, log = Path(cfg.out), Log(Path(cfg.out), rank, start)
+    log({"step": start, "command": sys.argv, "config": asdict(cfg), "torch": torch.__version__, "world": world},
+        f"{describe(samples)}\n{cfg.method}: {sum(p.numel() for p in parameters):,} trained parameters, steps {start} to {steps} "
+        f"({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
+
+    def save(name, step):
+        if rank == 0:
+            content = dict(config=plain(asdict(cfg)), step=step, best=best, model=model.state_dict(),
+                           optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **({"ema": averaged.state_dict()} if averaged else {}))
+            write_whole(folder / name, lambda temporary: torch.save(content, temporary))
+
+    plan = data.Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world)
+    loader = torch.utils.data.DataLoader(samples, batch_sampler=plan, num_workers=cfg.workers, pin_memory=device.type == "cuda")
+    bar = tqdm(loader, total=len(plan), disable=None if rank == 0 else True, desc=cfg.method, unit="step")
+    model.train()
+    clock, since = time.perf_counter(), start
+    for step, batch in enumerate(bar, start):
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_at(step, steps, cfg.warmup)
+        affine = ifam.Affine.draw((cfg.size, cfg.size), generator(cfg.seed, step))      # one for the whole global batch
+        sums = {}
+        for part in torch.arange(share).split(cfg.micro or share):
+            images, labels = (batch[key][part].to(device, non_blocking=True) for key in ("image", "label"))
+            noise = draw_noise(model, cfg, step, (rank * share + part).tolist())
+            with torch.autocast(device.type, dtype) if dtype else nullcontext():
+                out, warped_maps = model.forward_pair(images, ifam.warp(images, affine), noise and noise.to(device))
+            terms = loss_terms(out, warped_maps, labels, affine, world)
+            loss = sum(weights[name] * value for name, value in terms.items() if weights[name])
+            scaler.scale(loss * (len(part) / share)).backward()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() * (len(part) / share)
+        refuse_non_finite(sums, step)
+        average_gradients(parameters, world)
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if averaged:
+            with torch.no_grad():
+                for slow, fast in zip(averaged.parameters(), model.parameters()):
+                    slow.lerp_(fast, 1 - cfg.ema)
+
+        done = step + 1
+        if done % cfg.log_every == 0 or done == steps:
+            seconds = (time.perf_counter() - clock) / (done - since)
+            clock, since = time.perf_counter(), done
+            record = {"step": done, "epoch": done / per_epoch, "lr": lr_at(step, steps, cfg.warmup), "norm": norm.item(),
+                      "loss": sum(weights[n] * v.item() for n, v in sums.items()), **{n: v.item() for n, v in sums.items()},
+                      "images_per_second": cfg.batch / seconds}
+            log(record, f"step {done}/{steps}  loss {record['loss']:.3f}  " + "  ".join(f"{n} {v.item():.3f}" for n, v in sums.items())
+                + f"  norm {record['norm']:.2f}  {cfg.batch / seconds:.0f} img/s")
+        if done % per_epoch == 0:
+            if "val" in splits:
+                score = accuracies(predict(averaged or model, splits["val"], cfg.batch, device, cfg.workers), splits["val"])
+                log({"step": done, "epoch": done // per_epoch, "val": score},
+                    f"epoch {done // per_epoch}: validation accuracy {score['aa']:.3f}, worst group {score['worst_group']:.3f}")
+                model.train()
+            if "val" not in splits or score["aa"] > best["score"]:
+                best = {**best, "score": score["aa"] if "val" in splits else -1.0, "epoch": done // per_epoch}
+                save("best.pt", done)
+        if done % cfg.save_every == 0 or done % per_epoch == 0:
+            save("last.pt", done)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def refuse_non_finite(sums, step):
+    """Stop before the optimizer sees it, naming the first term that is not finite."""
+    if not all(torch.stack(list(sums.values())).isfinite()):
+        name = next(n for n, v in sums.items() if not v.isfinite())
+        raise RunError(f"step {step}: the loss term {name!r} is {sums[name].item()}; no weights were changed by this step. "
+                       "Lower --lr, --lr-prototypes or --lr-heads, or try --amp off; last.pt holds the last saved step")
+
+
+def describe(samples):
+    counts = torch.bincount(samples.groups, minlength=len(samples.group_names)).tolist()
+    named = ", ".join(f"{n} {g}" for n, g in zip(counts, samples.group_names)) if len(counts) <= 8 else f"{len(samples.classes)} classes"
+    return f"{samples.name} {samples.split}: {len(samples)} images ({named})"
+
+
+def main(argv=None):
+    train(parse(Config, __doc__, argv, preset))
+
+
+if __name__ == "__main__":
+    run_script(main)
