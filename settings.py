@@ -69,7 +69,9 @@ def run_script(main):
     try:
         main()
     except (UsageError, RunError) as error:
-        print(f"{rank}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        # a data worker wraps the line in its traceback; the line is what follows the name of the error
+        text = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1]
+        print(f"{rank}error: {' '.join(text.split())}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         print(f"{rank}interrupted", file=sys.stderr)

@@ -221,16 +221,55 @@ def loss_terms(out, warped_maps, labels, affine, world=1):
     return terms
 
 
-def average_gradients(parameters, world):
-    """Mean over processes in one message. Written out instead of DistributedDataParallel: both stages, the doubled
-    batch and accumulation need no wrapper, and the reader sees what is exchanged."""
-    if world == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    for g, mean in zip(gradients, (flat / world).split([g.numel() for g in gradients])):
-        g.copy_(mean.view_as(g))
+def average_over_processes(tensors, world):
+    """Replace tensors by their mean over processes, in one message.
+
+    Written out instead of DistributedDataParallel: two stages, a doubled batch and accumulation need no wrapper, and the
+    reader sees what is exchanged.
+    """
+    if world > 1:
+        flat = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(flat)
+        for x, mean in zip(tensors, (flat / world).split([x.numel() for x in tensors])):
+            x.copy_(mean.view_as(x))
+
+
+def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None, scaler=None):
+    """Forward and backward of one step -> every loss term by its name, averaged; p.grad holds the mean gradient.
+
+    batch: this process's share of the global batch, as the loader gives it. All randomness is a function of
+    (seed, step, position in the global batch): one process, many, or accumulation compute the same step.
+    """
+    share = len(batch["label"])
+    affine = ifam.Affine.draw((cfg.size, cfg.size), generator(cfg.seed, step))    # one for the whole global batch
+    sums = {}
+    for part in torch.arange(share).split(cfg.micro or share):
+        images, labels = (batch[key][part].to(device, non_blocking=True) for key in ("image", "label"))
+        noise = draw_noise(model, cfg, step, (rank * share + part).tolist())
+        with torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext():
+            out, warped_maps = model.forward_pair(images, ifam.warp(images, affine), noise and noise.to(device))
+        terms = loss_terms(out, warped_maps, labels, affine, world)
+        loss = sum(weight * terms[name] for name, weight in weights(cfg).items() if weight and name in terms)
+        loss = loss * (len(part) / share)
+        (scaler.scale(loss) if scaler else loss).backward()
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().float() * (len(part) / share)
+    average_over_processes(list(sums.values()) + [p.grad for p in model.parameters() if p.grad is not None], world)
+    return sums
+
+
+def weights(cfg):
+    """{name of a loss term: its weight}."""
+    return {f.name[len("weight_"):]: getattr(cfg, f.name) for f in fields(Config)
+            if f.name.startswith("weight_") and f.name != "weight_decay"}
+
+
+def refuse_non_finite(sums, step):
+    """Stop before the optimizer sees it, naming the first term that is not finite."""
+    if not torch.stack(list(sums.values())).isfinite().all():
+        name = next(n for n, v in sums.items() if not v.isfinite())
+        raise RunError(f"step {step}: the loss term {name!r} is {sums[name].item()}; this step changed no weights. "
+                       "Lower --lr, --lr-prototypes or --lr-heads, or try --amp off; last.pt holds the last saved step")
 
 
 # ---------------------------------------------------------------- files of a run
@@ -339,70 +378,61 @@ def autocast_of(cfg, device):
     return dtype, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
+def open_data(cfg, rank, world):
+    """-> the training split, and the validation split or None. Rank 0 draws a miniature, the others wait for it."""
+    if rank == 0:
+        data.find_root(cfg.data, cfg.root, cfg.mini)
+    if world > 1:
+        dist.barrier()
+    root = data.find_root(cfg.data, cfg.root, cfg.mini)
+    splits = data.load(cfg.data, root, cfg.size, cfg.seed, cfg.limit, ("train", "val"))
+    if len(splits["train"]) < cfg.batch:
+        raise UsageError(f"--batch {cfg.batch} is larger than the training set ({len(splits['train'])} images)")
+    return splits["train"], splits.get("val")
+
+
 def train(cfg):
     check(cfg)
     rank, world, device = start_processes(cfg)
     dtype, scaler = autocast_of(cfg, device)
-    weights = {f.name[7:]: getattr(cfg, f.name) for f in fields(Config) if f.name.startswith("weight_") and f.name != "weight_decay"}
     model = build_model(cfg, device)
-    if rank == 0:
-        data.find_root(cfg.data, cfg.root, cfg.mini)                             # drawn once, then found by the others
-    if world > 1:
-        dist.barrier()
-    splits = data.load(cfg.data, data.find_root(cfg.data, cfg.root, cfg.mini), cfg.size, cfg.seed, cfg.limit, ("train", "val"))
-    samples = splits["train"]
-    if len(samples) < cfg.batch:
-        raise UsageError(f"--batch {cfg.batch} is larger than the training set ({len(samples)} images)")
-
+    samples, val = open_data(cfg, rank, world)
     per_epoch = len(samples) // cfg.batch
-    steps, share = per_epoch * cfg.epochs, cfg.batch // world
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    steps = per_epoch * cfg.epochs
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg, steps), fused=device.type == "cuda")
     averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
-    start, best = 0, {"score": -1.0, "epoch": 0, "split": "val" if "val" in splits else "none: last epoch"}
-    state = open_run(cfg, rank)
-    if state:
+    start, best = 0, {"split": "val" if val else "none, this is the last epoch", "epoch": 0, "accuracy": None}
+    if state := open_run(cfg, rank):
         start, best = state["step"], state["best"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if averaged:
-            averaged.load_state_dict(state["ema"])
-    folder, log = Path(cfg.out), Log(Path(cfg.out), rank, start)
-    log({"step": start, "command": sys.argv, "config": asdict(cfg), "torch": torch.__version__, "world": world},
-        f"{describe(samples)}\n{cfg.method}: {sum(p.numel() for p in parameters):,} trained parameters, steps {start} to {steps} "
+        for name, part in (("model", model), ("optimizer", optimizer), ("scaler", scaler), ("ema", averaged)):
+            if part is not None:
+                part.load_state_dict(state[name])
+    folder = Path(cfg.out)
+    log = Log(folder, rank, start)
+    log({"step": start, "command": sys.argv, "config": asdict(cfg), "torch": torch.__version__, "processes": world},
+        f"{describe(samples)}\n{cfg.method}: {sum(p.numel() for p in trained):,} trained parameters, steps {start} to {steps} "
         f"({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
 
-    def save(name, step):
+    def save(name):
         if rank == 0:
-            content = dict(config=plain(asdict(cfg)), step=step, best=best, model=model.state_dict(),
-                           optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **({"ema": averaged.state_dict()} if averaged else {}))
-            write_whole(folder / name, lambda temporary: torch.save(content, temporary))
+            state = dict(config=plain(asdict(cfg)), step=step + 1, best=best, model=model.state_dict(),
+                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            if averaged:
+                state["ema"] = averaged.state_dict()
+            write_whole(folder / name, lambda temporary: torch.save(state, temporary))
 
     plan = data.Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world)
     loader = torch.utils.data.DataLoader(samples, batch_sampler=plan, num_workers=cfg.workers, pin_memory=device.type == "cuda")
-    bar = tqdm(loader, total=len(plan), disable=None if rank == 0 else True, desc=cfg.method, unit="step")
-    model.train()
     clock, since = time.perf_counter(), start
-    for step, batch in enumerate(bar, start):
+    model.train()
+    for step, batch in enumerate(tqdm(loader, cfg.method, unit="step", disable=None if rank == 0 else True), start):
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_at(step, steps, cfg.warmup)
-        affine = ifam.Affine.draw((cfg.size, cfg.size), generator(cfg.seed, step))      # one for the whole global batch
-        sums = {}
-        for part in torch.arange(share).split(cfg.micro or share):
-            images, labels = (batch[key][part].to(device, non_blocking=True) for key in ("image", "label"))
-            noise = draw_noise(model, cfg, step, (rank * share + part).tolist())
-            with torch.autocast(device.type, dtype) if dtype else nullcontext():
-                out, warped_maps = model.forward_pair(images, ifam.warp(images, affine), noise and noise.to(device))
-            terms = loss_terms(out, warped_maps, labels, affine, world)
-            loss = sum(weights[name] * value for name, value in terms.items() if weights[name])
-            scaler.scale(loss * (len(part) / share)).backward()
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value.detach() * (len(part) / share)
-        refuse_non_finite(sums, step)
-        average_gradients(parameters, world)
+        terms = gradients(model, cfg, batch, step, rank, world, device, dtype, scaler)
+        refuse_non_finite(terms, step)
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        norm = nn.utils.clip_grad_norm_(trained, cfg.clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -411,37 +441,31 @@ def train(cfg):
                 for slow, fast in zip(averaged.parameters(), model.parameters()):
                     slow.lerp_(fast, 1 - cfg.ema)
 
-        done = step + 1
+        done, end_of_epoch = step + 1, (step + 1) % per_epoch == 0
         if done % cfg.log_every == 0 or done == steps:
-            seconds = (time.perf_counter() - clock) / (done - since)
+            values = {name: value.item() for name, value in terms.items()}
+            speed = (done - since) * cfg.batch / (time.perf_counter() - clock)
             clock, since = time.perf_counter(), done
-            record = {"step": done, "epoch": done / per_epoch, "lr": lr_at(step, steps, cfg.warmup), "norm": norm.item(),
-                      "loss": sum(weights[n] * v.item() for n, v in sums.items()), **{n: v.item() for n, v in sums.items()},
-                      "images_per_second": cfg.batch / seconds}
-            log(record, f"step {done}/{steps}  loss {record['loss']:.3f}  " + "  ".join(f"{n} {v.item():.3f}" for n, v in sums.items())
-                + f"  norm {record['norm']:.2f}  {cfg.batch / seconds:.0f} img/s")
-        if done % per_epoch == 0:
-            if "val" in splits:
-                score = accuracies(predict(averaged or model, splits["val"], cfg.batch, device, cfg.workers), splits["val"])
+            loss = sum(weights(cfg)[name] * value for name, value in values.items())
+            log({"step": done, "epoch": done / per_epoch, "lr_factor": lr_at(step, steps, cfg.warmup), "loss": loss, **values,
+                 "gradient_norm": norm.item(), "images_per_second": speed},
+                f"step {done}/{steps}  loss {loss:.3f}  " + "  ".join(f"{n} {v:.3f}" for n, v in values.items()) + f"  {speed:.0f} images/s")
+        if end_of_epoch:
+            now = {"split": best["split"], "epoch": done // per_epoch, "accuracy": None}
+            if val:
+                score = accuracies(predict(averaged or model, val, cfg.batch, device, cfg.workers), val)
+                now["accuracy"] = score["aa"]
                 log({"step": done, "epoch": done // per_epoch, "val": score},
                     f"epoch {done // per_epoch}: validation accuracy {score['aa']:.3f}, worst group {score['worst_group']:.3f}")
                 model.train()
-            if "val" not in splits or score["aa"] > best["score"]:
-                best = {**best, "score": score["aa"] if "val" in splits else -1.0, "epoch": done // per_epoch}
-                save("best.pt", done)
-        if done % cfg.save_every == 0 or done % per_epoch == 0:
-            save("last.pt", done)
+            if not val or best["accuracy"] is None or now["accuracy"] > best["accuracy"]:
+                best = now
+                save("best.pt")
+        if end_of_epoch or done % cfg.save_every == 0:
+            save("last.pt")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-def refuse_non_finite(sums, step):
-    """Stop before the optimizer sees it, naming the first term that is not finite."""
-    if not all(torch.stack(list(sums.values())).isfinite()):
-        name = next(n for n, v in sums.items() if not v.isfinite())
-        raise RunError(f"step {step}: the loss term {name!r} is {sums[name].item()}; no weights were changed by this step. "
-                       "Lower --lr, --lr-prototypes or --lr-heads, or try --amp off; last.pt holds the last saved step")
 
 
 def describe(samples):

@@ -1,0 +1,31 @@
+"""Shared by the tests: the modules of the repository, two threads, and the golden numbers."""
+import functools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+torch.set_num_threads(2)
+
+
+@functools.cache
+def golden(name):
+    """Numbers computed by the published code (golden/README.md): array name -> tensor. Read them, never write."""
+    with np.load(HERE / "golden" / f"{name}.npz") as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+def below(prefix, arrays):
+    """The arrays whose name starts with prefix, under the rest of their name."""
+    return {key[len(prefix):]: array for key, array in arrays.items() if key.startswith(prefix)}
+
+
+def agrees(ours, theirs, rel=1e-5):
+    """Same shape, and no entry off by more than rel times the largest entry of theirs."""
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    assert ours.shape == theirs.shape
+    error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    assert error <= rel * scale, f"off by {error:.2e}, largest entry {scale:.2e}"

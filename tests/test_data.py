@@ -1,0 +1,223 @@
+"""Loaders and transforms against brute force, on a benchmark written by hand in the real layout."""
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from settings import UsageError
+
+SPECIES = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross")
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    """CUB with 3 classes and Waterbirds inside it: portrait, landscape and grey images, all groups in every split,
+    unequal counts, rows in another order than folders."""
+    root = tmp_path_factory.mktemp("birds")
+    cub, rng = root / "CUB_200_2011", np.random.default_rng(0)
+    water = cub / "waterbird_complete95_forest2water2"
+    tables = {name: [] for name in ("images", "image_class_labels", "train_test_split", "bounding_boxes", "parts/part_locs")}
+    rows = []
+    for i in range(1, 31):
+        folder = SPECIES[(i - 1) // 10]
+        name = f"{folder}/Bird_{i:04d}_{i}.jpg"
+        size = [(60, 40), (40, 60), (48, 48)][i % 3]
+        image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+        for base in (cub / "images", water):
+            (base / folder).mkdir(parents=True, exist_ok=True)
+            (image.convert("L") if i == 5 else image).save(base / name, quality=95)
+        (cub / "segmentations" / folder).mkdir(parents=True, exist_ok=True)
+        mask = np.zeros((size[1], size[0]), np.uint8)
+        mask[10:20, 12:30], mask[10, 12:30] = 255, 51
+        Image.fromarray(mask).save(cub / "segmentations" / name.replace(".jpg", ".png"))
+        tables["images"].append(f"{i} {name}")
+        tables["image_class_labels"].append(f"{i} {(i - 1) // 10 + 1}")
+        tables["train_test_split"].append(f"{i} {int(i % 3 != 0)}")
+        tables["bounding_boxes"].append(f"{i} 12.0 10.0 18.0 10.0")
+        tables["parts/part_locs"] += [f"{i} {p} {15.0 if p % 2 else 0.0} {12.0 if p % 2 else 0.0} {p % 2}" for p in range(1, 16)]
+        group = (0, 1, 2, 3, 0, 3, 0)[i % 7] if i > 12 else i % 4
+        rows.append([i, name, group // 2, (i - 1) // 4 % 3 if i <= 12 else 0, group % 2, "/o/ocean/1.jpg"])
+    (cub / "parts").mkdir()
+    for name, lines in tables.items():
+        (cub / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    (cub / "classes.txt").write_text("".join(f"{i + 1} {s}\n" for i, s in enumerate(SPECIES)))
+    with open(water / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["img_id", "img_filename", "y", "split", "place", "place_filename"], *rng.permutation(rows).tolist()])
+    return root
+
+
+def test_waterbirds_groups_are_twice_the_label_plus_the_place_in_every_split(birds):
+    splits = data.load("waterbirds", birds, 32)
+    rows = list(csv.DictReader(open(birds / "CUB_200_2011/waterbird_complete95_forest2water2/metadata.csv")))
+    for number, name in enumerate(("train", "val", "test")):
+        mine = [r for r in rows if r["split"] == str(number)]
+        samples = splits[name]
+        assert samples.ids == [r["img_id"] for r in mine]
+        assert samples.groups.tolist() == [2 * int(r["y"]) + int(r["place"]) for r in mine]
+        assert sorted(set(samples.groups.tolist())) == [0, 1, 2, 3]
+    assert samples.group_names == ["landbird on land", "landbird on water", "waterbird on land", "waterbird on water"]
+
+
+def test_waterbirds_is_found_beside_cub_too_and_then_has_no_annotations(birds, tmp_path):
+    folder = "waterbird_complete95_forest2water2"
+    (tmp_path / folder).symlink_to(birds / "CUB_200_2011" / folder)
+    sample = data.load("waterbirds", tmp_path, 32)["test"][0]
+    assert "mask" not in sample and "points" not in sample and sample["image"].shape == (3, 32, 32)
+
+
+def test_cub_labels_come_from_the_full_class_list_and_splits_from_the_flag(birds):
+    splits = data.load("cub", birds, 32)
+    assert len(splits["train"]) == 20 and len(splits["test"]) == 10 and "val" not in splits
+    assert splits["test"].classes == SPECIES
+    assert splits["test"].labels.tolist() == [(int(i) - 1) // 10 for i in splits["test"].ids]
+
+
+def test_every_sample_is_a_square_rgb_tensor_whatever_the_file(birds):
+    for samples in data.load("waterbirds", birds, 32).values():
+        for i in range(len(samples)):
+            for sample in (samples[i], samples[3, i]):
+                assert sample["image"].shape == (3, 32, 32) and sample["image"].isfinite().all()
+
+
+def test_soft_masks_count_as_object_wherever_any_annotator_said_so(birds):
+    samples = data.load("waterbirds", birds, 48)["test"]
+    i = samples.ids.index(next(x for x in samples.ids if int(x) % 3 == 2))       # 48 x 48: nothing is resized or cropped
+    assert samples[i]["mask"].sum() == 10 * 18
+
+
+def test_reading_a_sample_twice_gives_the_same_and_leaves_annotations_alone(birds):
+    samples = data.load("waterbirds", birds, 32)["test"]
+    before = [p.copy() for p in samples.points]
+    first, second = samples[0], samples[0]
+    assert all(torch.equal(torch.as_tensor(first[k]), torch.as_tensor(second[k])) for k in ("image", "mask", "points"))
+    assert all(np.array_equal(a, b) for a, b in zip(before, samples.points))
+
+
+def test_augmentation_depends_on_seed_epoch_and_id_only(birds):
+    one, two = (data.load("waterbirds", birds, 32, seed=s)["train"] for s in (0, 1))
+    reordered = data.load("waterbirds", birds, 32)["train"].first(3)
+    assert torch.equal(one[2, 1]["image"], reordered[2, 1]["image"])
+    assert not torch.equal(one[2, 1]["image"], one[3, 1]["image"])
+    assert not torch.equal(one[2, 1]["image"], two[2, 1]["image"])
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(birds):
+    samples = data.load("waterbirds", birds, 32)["train"]
+    read = lambda workers: [b["image"] for b in torch.utils.data.DataLoader(
+        samples, batch_sampler=data.Plan(len(samples), 4, 0, 5), num_workers=workers)]
+    assert all(torch.equal(a, b) for a, b in zip(read(0), read(2)))
+
+
+def test_processes_share_the_batches_of_one_process_and_resuming_continues_them():
+    whole = list(data.Plan(23, 8, 0, 6))
+    halves = [list(data.Plan(23, 8, 0, 6, rank=r, world=2)) for r in (0, 1)]
+    assert whole == [a + b for a, b in zip(*halves)]
+    assert list(data.Plan(23, 8, 3, 6)) == whole[3:]                             # 2 steps an epoch: 3 is in the middle
+    for epoch in range(3):
+        seen = [i for step in whole[2 * epoch:2 * epoch + 2] for _, i in step]
+        assert len(set(seen)) == 16
+
+
+def dot(size, x, y):
+    image = np.zeros((size[1], size[0], 3), np.uint8)
+    image[y - 1:y + 2, x - 1:x + 2] = 255
+    return data.View(Image.fromarray(image), points=[(x + 0.5, y + 0.5, 1)])
+
+
+@pytest.mark.parametrize("step", [
+    lambda v: v.resize(150), lambda v: v.flip(), lambda v: v.affine(30, (0, 0), 1.0), lambda v: v.affine(-75, (5, -8), 1.2),
+    lambda v: v.affine(0, (7, 3), 0.8), lambda v: v.crop(10, 5, 80), lambda v: data.augment(v, 90, np.random.default_rng(4)),
+    lambda v: data.centre(v, 70)])
+def test_keypoints_stay_on_the_pixels_they_name(step):
+    for at in ((60, 45), (50, 50), (70, 40)):
+        view = dot((120, 100), *at)
+        step(view)
+        bright = np.asarray(view.image).astype(float).sum(2)
+        rows, columns = np.nonzero(bright > bright.max() / 2)
+        assert view.points[0, :2] == pytest.approx([columns.mean() + 0.5, rows.mean() + 0.5], abs=1.0)
+
+
+def test_affine_turns_clockwise_about_the_centre_then_shifts_right_and_down():
+    view = data.View(Image.new("RGB", (100, 100)), points=[(80, 50, 1)])
+    view.affine(90, (3, 4), 1.0)
+    assert view.points[0, :2] == pytest.approx([53, 84])
+
+
+def test_masks_move_with_their_image():
+    pixels = np.zeros((60, 80, 3), np.uint8)
+    pixels[20:40, 30:60] = 255
+    image = Image.fromarray(pixels)
+    view = data.View(image, image.convert("L"))
+    view.flip(), view.affine(40, (5, -6), 1.1), view.crop(8, 4, 50)
+    assert np.array_equal(np.asarray(view.image)[..., 0], np.asarray(view.mask))
+
+
+def test_a_point_outside_the_crop_becomes_invisible_and_is_moved_to_its_edge():
+    view = data.View(Image.new("RGB", (100, 60)), points=[(5, 30, 1), (50, 30, 1), (50, 30, 0)])
+    data.centre(view, 60)
+    assert view.points.tolist() == [[0, 30, 0], [30, 30, 1], [30, 30, 0]]
+
+
+def test_planckian_jitter_multiplies_red_and_blue_and_truncates():
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    view = data.View(Image.fromarray(pixels))
+    r, g, b = data.PLANCKIAN[0]
+    view.recolour((r, g, b))
+    for i in range(6):
+        for j in range(5):
+            red, green, blue = (int(x) for x in pixels[i, j])
+            assert np.asarray(view.image)[i, j].tolist() == [int(min(255, red * (r / g))), green, int(min(255, blue * (b / g)))]
+
+
+def test_evaluation_view_resizes_the_shorter_side_and_crops_the_centre():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 101, 3), dtype=np.uint8))
+    view = data.View(image)
+    data.centre(view, 30)
+    expected = image.resize((50, 30), Image.Resampling.BILINEAR).crop((10, 0, 40, 30))       # int(30 * 101 / 60) = 50
+    assert np.array_equal(np.asarray(view.image), np.asarray(expected))
+    mean, std = data.IMAGENET
+    tensor = data.to_tensor(view.image)
+    assert tensor[1, 2, 3].item() == pytest.approx((np.asarray(view.image)[2, 3, 1] / 255 - mean[1]) / std[1], rel=1e-5)
+
+
+def test_patch_keep_equals_counting_pixels_patch_by_patch():
+    masks = (torch.rand(6, 24, 24, generator=torch.Generator().manual_seed(0)) < 0.5).byte()
+    masks[4] = 0
+    masks[5] = 0
+    masks[5, 3:5, 9:12] = 1                              # smaller than every patch
+    keep = data.patch_keep(masks, 8)
+    for b in range(6):
+        counts = [masks[b, 8 * i:8 * i + 8, 8 * j:8 * j + 8].float().mean().item() for i in range(3) for j in range(3)]
+        expected = [float(c > 0.5) for c in counts]
+        if not any(expected) and max(counts) > 0:
+            expected[counts.index(max(counts))] = 1.0
+        assert keep[b].tolist() == expected
+    assert keep[4].sum() == 0 and keep[5].tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_missing_data_error_says_what_was_looked_for_where_it_comes_from_and_what_needs_nothing(tmp_path):
+    with pytest.raises(UsageError) as error:
+        data.load("waterbirds", tmp_path / "nowhere", 32)
+    for part in (str(tmp_path / "nowhere"), "metadata.csv", "waterbird_complete95_forest2water2.tar.gz", "--mini"):
+        assert part in str(error.value)
+
+
+def test_a_row_whose_image_is_missing_or_does_not_decode_is_named(birds, tmp_path):
+    samples = data.load("waterbirds", birds, 32)["test"]
+    samples.paths[2] = tmp_path / "gone.jpg"
+    with pytest.raises(UsageError, match=f"sample {samples.ids[2]}.*gone.jpg"):
+        samples.check()
+    (tmp_path / "gone.jpg").write_bytes((birds / "CUB_200_2011/images/001.Black_footed_Albatross/Bird_0001_1.jpg").read_bytes()[:400])
+    with pytest.raises(UsageError, match="cannot read image .*gone.jpg"):
+        samples[2]
+
+
+def test_a_metadata_file_without_a_column_is_refused(birds, tmp_path):
+    folder = tmp_path / "waterbird_complete95_forest2water2"
+    folder.mkdir()
+    (folder / "metadata.csv").write_text("img_id,img_filename,y\n1,a.jpg,0\n")
+    with pytest.raises(UsageError, match="no column split"):
+        data.load("waterbirds", tmp_path, 32)

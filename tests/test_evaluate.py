@@ -1,0 +1,208 @@
+"""Accuracies by hand, leakage as equalities, and the report."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import evaluate
+import train
+from settings import parse
+from tiny import TINY, fails
+from tiny import train as run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = run(tmp_path_factory.mktemp("runs") / "run")
+    evaluate.main(["--ckpt", str(folder / "best.pt")])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(trained):
+    return json.loads((trained / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def test_split():
+    return data.load("waterbirds", data.find_root("waterbirds", "", True), 96, limit=16)["test"]
+
+
+class Fixed:
+    """Labels and groups without images."""
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    groups = torch.tensor([0, 0, 0, 1, 2, 3, 3, 3])
+    group_names = ["a", "b", "c", "d"]
+
+
+def test_accuracies_are_the_ones_counted_by_hand():
+    guess = torch.tensor([0, 0, 1, 0, 0, 1, 1, 0])       # right: 2 of 3, 1 of 1, 0 of 1, 2 of 3
+    result = evaluate.accuracies({"logits": F.one_hot(guess).float()}, Fixed, rare=(1, 3), train_groups=torch.tensor([0] * 6 + [1] * 2 + [3] * 2))
+    assert result["aa"] == pytest.approx(5 / 8)
+    assert result["worst_group"] == 0 and result["worst_group_rare"] == pytest.approx(2 / 3)
+    assert result["aa_train_weighted"] == pytest.approx(0.6 * 2 / 3 + 0.2 * 1 + 0.2 * 2 / 3)
+    assert result["groups"] == {"a": {"n": 3, "accuracy": pytest.approx(2 / 3)}, "b": {"n": 1, "accuracy": 1.0},
+                                "c": {"n": 1, "accuracy": 0.0}, "d": {"n": 3, "accuracy": pytest.approx(2 / 3)}}
+
+
+def test_a_group_without_images_counts_nowhere():
+    class Three(Fixed):
+        group_names = [*Fixed.group_names, "empty"]
+    result = evaluate.accuracies({"logits": F.one_hot(Fixed.labels).float()}, Three, train_groups=torch.arange(5))
+    assert result["worst_group"] == 1 and result["aa_train_weighted"] == 1 and result["groups"]["empty"] == {"n": 0, "accuracy": None}
+
+
+def test_early_hard_masks_leak_exactly_nothing_and_the_late_one_leaks(report):
+    early, late = report["leakage"], report["leakage_stage1"]
+    assert early["repaint"] == {"max_logit_change": 0.0, "mean_logit_change": 0.0, "flip_rate": 0.0}
+    assert early["gradient"] == {"max_abs": 0.0, "mean_abs": 0.0}
+    assert late["repaint"]["max_logit_change"] > 0 and late["gradient"]["max_abs"] > 0
+    for block in (early, late):                          # the honest three: there, and fractions
+        values = [*block["swap"].values(), block["admitted"], *block["probe"].values()]
+        assert all(0 <= v <= 1 for v in values)
+
+
+def test_the_report_has_every_group_with_its_count_and_says_how_the_model_was_chosen(report):
+    for stage in ("stage1", "stage2"):
+        groups = report[stage]["groups"]
+        assert sum(g["n"] for g in groups.values()) == report["images"] == 64 and len(groups) == 4
+        assert report[stage]["worst_group"] == min(g["accuracy"] for g in groups.values())
+        assert report[stage]["worst_group_rare"] == min(groups[g]["accuracy"] for g in ("landbird on water", "waterbird on land"))
+    assert report["selection"]["split"] == "val" and report["split"] == "test"
+    assert 0 <= report["mask"]["kept_share"] <= 1 and 0 <= report["localisation"]["foreground_iou"] <= 1
+
+
+def test_two_evaluations_write_the_same_report(trained):
+    before = (trained / "report.json").read_bytes()
+    evaluate.main(["--ckpt", str(trained / "best.pt")])
+    assert (trained / "report.json").read_bytes() == before
+    assert (trained / "parts.png").stat().st_size > 10_000
+
+
+def test_the_batch_size_of_the_evaluation_changes_no_prediction(trained, test_split):
+    model, _ = evaluate.load_model(trained / "best.pt")
+    one, many = (evaluate.predict(model, test_split, batch) for batch in (1, 16))
+    assert torch.equal(one["keep"], many["keep"]) and torch.equal(one["logits"].argmax(1), many["logits"].argmax(1))
+    torch.testing.assert_close(one["logits"], many["logits"])
+
+
+def gather(rank, path, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    samples = data.load("waterbirds", data.find_root("waterbirds", "", True), 96, limit=7)["test"]     # odd: no padding may hide
+    result = evaluate.predict(evaluate.load_model(path)[0], samples, 4)
+    torch.save(result, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_gather_every_sample_once_and_in_order(trained, tmp_path, test_split):
+    torch.multiprocessing.spawn(gather, (trained / "best.pt", str(tmp_path)), nprocs=2)
+    alone = evaluate.predict(evaluate.load_model(trained / "best.pt")[0], test_split, 4)
+    for rank in (0, 1):
+        both = torch.load(tmp_path / f"{rank}.pt")
+        assert all(len(x) == 7 for x in both.values())
+        torch.testing.assert_close(both["logits"], alone["logits"][:7])
+        assert torch.equal(both["keep"], alone["keep"][:7])
+
+
+def test_the_late_classifier_under_test_is_stage_1_itself(trained, test_split):
+    model, _ = evaluate.load_model(trained / "best.pt")
+    images = torch.stack([test_split[i]["image"] for i in range(4)])
+    classifier = evaluate.stage1_classifier(model)
+    with torch.no_grad():
+        keep, maps = classifier.find(images, None)
+        out = model(images)
+        torch.testing.assert_close(classifier.head(classifier.features(images, maps)), out.logits_stage1)
+        assert torch.equal(keep, out.keep)
+        early = evaluate.stage2_classifier(model)
+        assert torch.equal(early.head(early.features(images, early.find(images, None)[1])), out.logits)
+
+
+def test_the_gradient_at_hidden_pixels_is_that_of_the_whole_jacobian(trained, test_split):
+    model, _ = evaluate.load_model(trained / "best.pt")
+    images = test_split[0]["image"][None]
+    classifier = evaluate.stage1_classifier(model)
+    with torch.no_grad():
+        keep, maps = classifier.find(images, None)
+    hidden = evaluate.pixels(keep, (12, 12), 8) == 0
+    jacobian = torch.autograd.functional.jacobian(lambda x: classifier.head(classifier.features(x, maps))[0], images)
+    expected = (jacobian[:, 0].abs() * hidden[0]).max()
+    assert evaluate.hidden_gradient(classifier, images, maps, hidden).item() == pytest.approx(expected.item())
+
+
+def test_swapped_backgrounds_come_from_the_first_donor_that_shows_background_there():
+    g = torch.Generator().manual_seed(0)
+    images, objects = torch.rand(5, 3, 6, 6, generator=g), (torch.rand(5, 1, 6, 6, generator=g) < 0.5).float()
+    swapped = evaluate.swap_backgrounds(images, objects)
+    for b in range(5):
+        for y in range(6):
+            for x in range(6):
+                source = b
+                if objects[b, 0, y, x] == 0:
+                    source = next((d % 5 for d in range(b - 1, b - 5, -1) if objects[d % 5, 0, y, x] == 0), b)
+                assert torch.equal(swapped[b, :, y, x], images[source, :, y, x])
+
+
+def test_the_probe_reads_what_is_linearly_there_and_nothing_else():
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(2, (400,), generator=g)
+    x = torch.randn(400, 20, generator=g)
+    assert abs(evaluate.linear_probe(x, y) - 0.5) < 0.08
+    x[:, 3] += 6 * y
+    assert evaluate.linear_probe(x, y) > 0.97
+
+
+def test_pixel_counts_of_the_foreground_are_those_of_a_loop():
+    g = torch.Generator().manual_seed(0)
+    maps, masks = torch.rand(2, 3, 4, 4, generator=g), torch.randint(2, (2, 9, 9), generator=g)
+    large = F.interpolate(maps, (9, 9), mode="bilinear", align_corners=True)
+    for b, counts in enumerate(evaluate.foreground_counts(maps, masks)):
+        expected = [0, 0, 0, 0]
+        for y in range(9):
+            for x in range(9):
+                found, true = large[b, :, y, x].argmax().item() != 2, masks[b, y, x].item() == 1
+                expected[{(True, True): 0, (True, False): 1, (False, True): 2, (False, False): 3}[found, true]] += 1
+        assert counts.tolist() == expected
+
+
+def test_mask_iou_counts_patches_and_two_empty_masks_agree():
+    a, b = torch.tensor([[1., 1, 0, 0], [0, 0, 0, 0]]), torch.tensor([[1., 0, 1, 0], [0, 0, 0, 0]])
+    assert evaluate.mask_iou(a, b).tolist() == [pytest.approx(1 / 3), 1]
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda p: p.unlink(), ("no checkpoint at", "train.py")),
+    (lambda p: p.write_bytes(p.read_bytes()[:2000]), ("damaged",)),
+    (lambda p: p.write_text("hello"), ("damaged or not a checkpoint",)),
+    (lambda p: torch.save({"model": {}}, p), ("not a checkpoint of train.py",)),
+], ids=("missing", "truncated", "text", "other"))
+def test_a_checkpoint_that_is_none_is_one_line_and_no_report(spoil, words, trained, tmp_path, capsys):
+    path = tmp_path / "best.pt"
+    path.write_bytes((trained / "best.pt").read_bytes())
+    spoil(path)
+    line = fails(evaluate.main, "--ckpt", path)(capsys)
+    assert all(w in line for w in words), line
+    assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--data", "cub"), ("200 classes", "2")), (("--data", "waterbird"), ("did you mean waterbirds?",)),
+    (("--root", "/nowhere"), ("/nowhere",)), (("--split", "tset"), ("did you mean test?",)), (("--batch", 0), ("--batch",))], ids=str)
+def test_bad_flags_of_the_evaluation_are_one_line(flags, words, trained, capsys):
+    line = fails(evaluate.main, "--ckpt", trained / "best.pt", *flags)(capsys)
+    assert all(w in line for w in words), line
+
+
+def test_a_checkpoint_whose_weights_do_not_fit_its_settings_is_refused(trained, tmp_path, capsys):
+    state = evaluate.read_checkpoint(trained / "best.pt")
+    state["config"]["k"] = 5
+    torch.save(state, tmp_path / "best.pt")
+    assert "do not fit its settings" in fails(evaluate.main, "--ckpt", tmp_path / "best.pt")(capsys)
+
+
+def test_the_checkpoint_alone_rebuilds_the_model(trained):
+    cfg = parse(train.Config, "", [*TINY, "--out", str(trained)], train.preset)
+    model, state = evaluate.load_model(trained / "best.pt")
+    assert state["config"] == train.plain(vars(cfg)) and {"config", "step", "best", "model", "optimizer"} <= state.keys()
+    assert not model.training and model.selector.k == 2

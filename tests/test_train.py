@@ -1,0 +1,240 @@
+"""The loop: one step is the same for any number of processes, resuming is exact, bad input is one line."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import data
+import evaluate
+import ifam
+import train
+from settings import parse
+from tiny import ROOT, TINY, fails, torchrun
+from tiny import train as run
+
+
+def config(*flags):
+    return parse(train.Config, "", [*TINY, *map(str, flags)], train.preset)
+
+
+def first_gradients(rank, world, flags, path):
+    """Gradients of step 5 of the first batch, saved by rank 0: what every split of the batch must agree on."""
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29533")
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    cfg = config(*flags)
+    model = train.build_model(cfg, torch.device("cpu")).train()
+    samples = data.load(cfg.data, data.find_root(cfg.data, cfg.root, True), cfg.size, limit=cfg.limit)["train"]
+    batch = torch.utils.data.default_collate([samples[key] for key in next(iter(data.Plan(64, 16, 0, 1, 0, rank, world)))])
+    sums = train.gradients(model, cfg, batch, 5, rank, world)
+    if rank == 0:
+        torch.save({"terms": sums, "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, path)
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    path = tmp_path_factory.mktemp("one") / "gradients.pt"
+    first_gradients(0, 1, (), path)
+    return torch.load(path)
+
+
+def same_step(a, b, but=()):
+    for name in a["terms"]:
+        if name not in but:
+            assert b["terms"][name].item() == pytest.approx(a["terms"][name].item(), rel=1e-5, abs=1e-7), name
+    assert a["gradients"].keys() == b["gradients"].keys()
+    for name, g in a["gradients"].items():
+        assert (b["gradients"][name] - g).norm() <= 1e-4 * g.norm() + 1e-7, name
+
+
+def test_two_processes_give_the_gradients_of_one_with_the_same_global_batch(one_process, tmp_path):
+    mp.spawn(first_gradients, (2, (), tmp_path / "two.pt"), nprocs=2)
+    same_step(one_process, torch.load(tmp_path / "two.pt"))
+
+
+def test_accumulation_gives_the_same_gradients_but_for_the_presence_loss(tmp_path):
+    flags = ("--weight-presence", 0)                     # its maximum over the batch is taken within each part
+    first_gradients(0, 1, flags, tmp_path / "whole.pt")
+    first_gradients(0, 1, (*flags, "--micro", 6), tmp_path / "parts.pt")
+    same_step(torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "parts.pt"), but=("presence",))
+
+
+def test_two_processes_train_to_the_weights_of_one_and_two_nodes_finish(tmp_path):
+    flags = ["train.py", *TINY, "--lr-heads", 1e-4, "--lr-prototypes", 1e-4, "--lr", 1e-5]
+    runs = [torchrun(2, *flags, "--out", tmp_path / "two")]
+    assert runs[0].wait(300) == 0, runs[0].stdout.read()
+    nodes = [torchrun(1, *flags, "--out", tmp_path / "nodes", nodes=2, node=n) for n in (0, 1)]
+    assert [n.wait(300) for n in nodes] == [0, 0], "\n".join(n.stdout.read() for n in nodes)
+    run(tmp_path / "one", *flags[len(TINY) + 1:])
+    one, two, nodes = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+                       for name in ("one", "two", "nodes"))
+    for name in train.weights(config()):                 # after three updates, averaged over the whole batch
+        assert two[1][name] == pytest.approx(one[1][name], rel=1e-3), name
+    assert two[2] == nodes[2]                            # validation, each sample once
+    two, nodes = (evaluate.read_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("two", "nodes"))
+    assert all(torch.equal(nodes[name], w) for name, w in two.items())
+
+
+def test_killed_in_the_third_epoch_and_resumed_equals_never_killed_bit_for_bit(tmp_path):
+    flags = [*TINY, "--epochs", "4", "--save-every", "1", "--log-every", "1", "--ema", "0.9"]
+    command = [sys.executable, "train.py", *flags, "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "killed" / "log.jsonl"
+    steps = lambda: [json.loads(line)["step"] for line in log.read_text().splitlines()] if log.is_file() else [0]
+    while steps()[-1] < 10:                              # four steps an epoch: 10 is in the middle of the third
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    saved = evaluate.read_checkpoint(tmp_path / "killed" / "last.pt")["step"]
+    assert 9 <= saved < 16
+    subprocess.run([*command, "--resume"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command[:-1], str(tmp_path / "whole")], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    for name in ("last.pt", "best.pt"):
+        killed, whole = (evaluate.read_checkpoint(tmp_path / run / name) for run in ("killed", "whole"))
+        assert killed["step"] == whole["step"] and killed["best"] == whole["best"]
+        for key in ("model", "ema"):
+            assert all(torch.equal(killed[key][n], w) for n, w in whole[key].items())
+        for n, moments in whole["optimizer"]["state"].items():
+            assert all(torch.equal(killed["optimizer"]["state"][n][m], x) for m, x in moments.items())
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 17))     # no step is logged twice
+
+
+def test_groups_of_the_optimizer_are_the_published_ones():
+    from conftest import golden
+    published = json.loads((ROOT / "tests/golden/param_groups.json").read_text())
+    sd = {k[3:]: v for k, v in golden("ifam_small").items() if k.startswith("sd/")}
+    model = ifam.load_published(sd, heads=3)
+    train.freeze_backbone(model)
+    cfg = config("--lr", 2.828e-6, "--lr-prototypes", 2.828e-3, "--lr-heads", 2.828e-2, "--weight-decay", 0.01)
+    ours = {id(p): (g["lr"], g["weight_decay"]) for g in train.parameter_groups(model, cfg, 1) for p in g["params"]}
+    names = {"stage_1.fc_landmarks.weight": "selector.prototypes", "stage_1.modulation.weight": "selector.modulation.weight",
+             "stage_1.fc_class_landmarks.weight": "selector.classifier.weight", "stage_2.head.weight": "predictor.head.weight",
+             "stage_2.fc_norm.weight": "predictor.fc_norm.weight", "stage_1.reg_token": "selector.backbone.register_tokens",
+             "stage_1.pos_embed": "selector.backbone.pos_embed", "stage_2.cls_token": "predictor.backbone.cls_token",
+             "stage_2.blocks.1.attn.qkv.weight": "predictor.backbone.blocks.1.attn.qkv.weight",
+             "stage_2.blocks.1.attn.qkv.bias": "predictor.backbone.blocks.1.attn.qkv.bias",
+             "stage_2.blocks.0.ls1.gamma": "predictor.backbone.blocks.0.ls1.gamma"}
+    theirs = {n: (g["lr"], g["weight_decay"]) for g in published for n in g["names"]}
+    mine = dict(model.named_parameters())
+    for old, new in names.items():
+        assert ours[id(mine[new])] == pytest.approx(theirs[old]), old
+    frozen = [n for n, p in model.named_parameters() if id(p) not in ours]
+    assert frozen and all(n.startswith("selector.backbone.") for n in frozen)
+    assert not any(n.endswith(("cls_token", "register_tokens", "pos_embed")) for n in frozen)
+
+
+def test_learning_rates_scale_with_the_square_root_of_the_batch_and_decay_with_one_over_steps():
+    model = train.build_model(config(), torch.device("cpu"))
+    small, large = (train.parameter_groups(model, config("--batch", b), s) for b, s in ((16, 100), (64, 400)))
+    for a, b in zip(small, large):
+        assert b["lr"] == pytest.approx(2 * a["lr"]) and b["weight_decay"] == pytest.approx(a["weight_decay"] / 2)
+
+
+def test_the_schedule_warms_up_linearly_and_falls_to_zero_as_a_cosine():
+    factors = [train.lr_at(s, 110, warmup=10) for s in range(110)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10] == 1 and factors[60] == pytest.approx(0.5) and 0 < factors[109] < 1e-3
+
+
+def test_presets_are_the_papers_settings_and_the_command_line_wins():
+    cfg = parse(train.Config, "", ["--data", "cub", "--k", "16"], train.preset)
+    assert (cfg.size, cfg.k, cfg.epochs, cfg.lr, cfg.lr_prototypes, cfg.lr_heads) == (518, 16, 90, 1e-6, 1e-3, 1e-2)
+    assert train.weights(cfg) == {"class1": 1, "class2": 1, "presence": 1, "background": 2, "orthogonality": 1, "equivariance": 1,
+                                  "variation": 1, "entropy": 1, "concentration": 0}
+    assert not parse(train.Config, "", ["--no-joint"], train.preset).joint
+
+
+@pytest.mark.parametrize("flags", [("--method", "erm"), ("--method", "pdiscoformer"), ("--no-joint",), ("--amp", "bf16"),
+                                   ("--ema", "0.5", "--micro", "5"), ("--hardness", "soft"), ("--masking", "late", "--pooling", "mean")],
+                         ids=lambda f: "".join(f))
+def test_every_method_and_setting_trains_and_evaluates(flags, tmp_path):
+    folder = run(tmp_path / "run", *flags, "--limit", 16)
+    evaluate.main(["--ckpt", str(folder / "best.pt")])
+    report = json.loads((folder / "report.json").read_text())
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert np.isfinite(records[1]["loss"]) and 0 <= report[("stage1" if "pdisco" in flags[-1] else "stage2")]["aa"] <= 1
+
+
+def test_pretrained_backbones_start_equal_and_only_tokens_of_stage_1_move(tmp_path):
+    vit = ifam.build_vit("mini", 96)
+    torch.save(vit.state_dict(), tmp_path / "vit.pt")
+    folder = run(tmp_path / "run", "--weights", tmp_path / "vit.pt", "--limit", 16)
+    trained = evaluate.read_checkpoint(folder / "last.pt")["model"]
+    for name, before in vit.state_dict().items():
+        moved = not torch.equal(trained[f"selector.backbone.{name}"], before)
+        # nobody reads the class token of stage 1 but its own patches, through attention: it moves too
+        assert moved == name.endswith(("cls_token", "register_tokens", "pos_embed")), name
+    assert not torch.equal(trained["predictor.backbone.blocks.0.attn.qkv.weight"], vit.state_dict()["blocks.0.attn.qkv.weight"])
+
+
+def test_a_run_that_is_already_there_is_moved_aside_not_lost(tmp_path):
+    for _ in range(2):
+        run(tmp_path / "run", "--limit", 16)
+    assert (tmp_path / "run" / "last.pt").is_file() and (tmp_path / "run.1" / "last.pt").is_file()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--root", "/nowhere"), ("/nowhere", "waterbird_complete95", "--mini")),
+    (("--mini", "--k", 0), ("--k", "at least 1")),
+    (("--mini", "--size", 100), ("100", "multiple of the patch size 8")),
+    (("--mini", "--epoch", 3), ("--epoch", "did you mean --epochs?")),
+    (("--data", "waterbird"), ("waterbird", "did you mean waterbirds?")),
+    (("--mini", "--epochs", "many"), ("--epochs", "many")),
+    (("--mini", "--weights", "/nowhere.pt"), ("/nowhere.pt", "no such file")),
+    (("--mini", "--weights", "dinov2"), ("mini", "--arch")),
+    (("--mini", "--masking", "late"), ("mean",)),
+    (("--mini", "--limit", 8), ("--batch 32", "8 images")),
+    (("--mini", "--resume"), ("no run at", "--out")),
+    (("--mini", "--device", "abacus"), ("abacus", "cpu")),
+    (("--mini", "--tau", 0), ("--tau", "positive")),
+], ids=lambda x: "".join(map(str, x)) if isinstance(x, tuple) else x)
+def test_bad_settings_are_one_line_and_leave_nothing_behind(flags, words, tmp_path, capsys):
+    flags = flags if "--weights" in flags or "--mini" in flags else (*flags, "--weights", "none")
+    line = fails(train.main, *flags, "--out", tmp_path / "run")(capsys)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_architecture_or_no_weights_at_all_are_refused(tmp_path, capsys):
+    torch.save(ifam.ViT(96, 8, 64, 2, 2).state_dict(), tmp_path / "narrow.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    for name, words in (("narrow", ("blocks.2", "missing")), ("list", ("dict of tensors",)), ("text", ("not a file of weights",))):
+        line = fails(train.main, *TINY, "--weights", tmp_path / f"{name}.pt", "--out", tmp_path / "run")(capsys)
+        assert all(word in line for word in words), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_with_other_settings_is_refused_and_names_the_first(tmp_path, capsys):
+    folder = run(tmp_path / "run", "--limit", 16)
+    before = (folder / "last.pt").read_bytes()
+    line = fails(train.main, *TINY, "--limit", 16, "--k", 3, "--resume", "--out", folder)(capsys)
+    assert "--k 2, not 3" in line and (folder / "last.pt").read_bytes() == before
+    (folder / "last.pt").write_bytes(before[:1000])
+    assert "damaged" in fails(train.main, *TINY, "--limit", 16, "--resume", "--out", folder)(capsys)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_term(tmp_path, capsys):
+    line = fails(train.main, *TINY, "--lr-heads", 1e30, "--lr-prototypes", 1e30, "--warmup", 0, "--clip", 1e9, "--out", tmp_path / "run", status=1)(capsys)
+    assert "step 1: the loss term 'class2' is" in line or "step 1: the loss term 'class1' is" in line, line
+
+
+def test_a_damaged_image_stops_training_with_its_path_also_from_a_worker(tmp_path, capsys, monkeypatch):
+    original = data.read_image
+    bad = lambda path, mode: original(tmp_path / "gone.jpg", mode)
+    monkeypatch.setattr(data, "read_image", bad)
+    for workers in (0, 1):
+        line = fails(train.main, *TINY, "--workers", workers, "--out", tmp_path / "run")(capsys)
+        assert "cannot read image" in line and "gone.jpg" in line

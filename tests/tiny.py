@@ -1,0 +1,38 @@
+"""A miniature small enough for every test, drawn once per test session, and ways to run the scripts."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--data", "waterbirds", "--mini", "--limit", "64", "--batch", "16", "--epochs", "1", "--k", "2", "--device", "cpu"]
+
+
+def train(out, *flags, **kw):
+    """Run train.py in this process."""
+    import train
+    train.main([*TINY, "--out", str(out), *map(str, flags)], **kw)
+    return Path(out)
+
+
+def fails(main, *flags, status=2):
+    """Run a script's main, which must end with this status and one line on standard error; returns the line."""
+    from settings import run_script
+
+    def call(capsys):
+        with pytest.raises(SystemExit) as end:
+            run_script(lambda: main([str(f) for f in flags]))
+        assert end.value.code == status
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and line.endswith("\n"), line
+        return line
+    return call
+
+
+def torchrun(processes, *arguments, nodes=1, node=0, port=29511):
+    """Start torchrun on this machine, one thread per process; returns the Popen."""
+    where = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *where, *map(str, arguments)],
+                            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
