@@ -577,8 +577,20 @@ def load_strictly(module, state_dict):
     odd += [f"{name} is {tuple(state_dict[name].shape)}, the model has {tuple(own[name].shape)}"
             for name in own if name in state_dict and state_dict[name].shape != own[name].shape]
     if odd:
-        raise ValueError(f"weights do not fit the model: {'; '.join(odd[:3])}" + (f" (and {len(odd) - 3} more)" if odd[3:] else ""))
+        more = f" (and {len(odd) - 3} more)" if odd[3:] else ""
+        raise ValueError(f"weights do not fit the model: {'; '.join(odd[:3])}{more}")
     module.load_state_dict(state_dict)
+
+
+PUBLISHED = (  # how the published two-stage code names what we name otherwise; the first prefix that fits counts
+    ("stage_1.fc_landmarks.weight", "selector.prototypes"),
+    ("stage_1.modulation.", "selector.modulation."),
+    ("stage_1.fc_class_landmarks.", "selector.classifier."),
+    ("stage_1.", "selector.backbone."),
+    ("stage_2.fc_norm.", "predictor.fc_norm."),
+    ("stage_2.head.", "predictor.head."),
+    ("stage_2.", "predictor.backbone."),
+)
 
 
 def load_published(state_dict, heads=None, **settings):
@@ -588,64 +600,51 @@ def load_published(state_dict, heads=None, **settings):
     DINOv2 sizes) and the shape of the patch grid (square, or else that of the first images). settings: further
     arguments of IFAM, such as hardness. Raises ValueError for anything missing, unexpected, or of another shape.
     """
-    try:
-        stages = [_vit_from_timm(state_dict, stage) for stage in ("stage_1.", "stage_2.")]
-        parts, classes = len(state_dict["stage_1.fc_landmarks.weight"]), len(state_dict["stage_2.head.weight"])
-        rest = {"selector.prototypes": state_dict["stage_1.fc_landmarks.weight"].flatten(1),
-                "selector.modulation.weight": state_dict["stage_1.modulation.weight"].mT,
-                "selector.modulation.bias": state_dict["stage_1.modulation.bias"].mT}
-    except KeyError as error:
-        raise ValueError(f"not a snapshot of the published two-stage code: no {error.args[0]}") from None
-    renamed = {"stage_1.fc_class_landmarks.": "selector.classifier.", "stage_2.fc_norm.": "predictor.fc_norm.",
-               "stage_2.head.": "predictor.head."}
-    used = {"stage_1.fc_landmarks.weight", "stage_1.modulation.weight", "stage_1.modulation.bias",
-            "stage_2.prefix_attn_mask"}                                          # the last is a buffer of ones
+    state = {}
     for name, tensor in state_dict.items():
-        old = next((prefix for prefix in renamed if name.startswith(prefix)), None)
-        if old:
-            rest[renamed[old] + name[len(old):]] = tensor
-        elif name not in used and not name.startswith(("stage_1.", "stage_2.")):
-            rest[name] = tensor                                                  # reported as unexpected below
-    arch, size, square = _describe(stages[0], heads)
-    model = IFAM(classes, parts - 1, arch, size, **settings)
+        old, new = next((pair for pair in PUBLISHED if name.startswith(pair[0])), ("", ""))
+        state[new + name[len(old):]] = tensor
+    state.pop("predictor.backbone.prefix_attn_mask", None)                       # a buffer of ones
+    try:
+        state["selector.prototypes"] = state["selector.prototypes"].flatten(1)   # a 1x1 convolution there
+        for name in ("selector.modulation.weight", "selector.modulation.bias"):
+            state[name] = state[name].mT                                         # (D, K+1) there
+        for stage in ("selector.backbone.", "predictor.backbone."):
+            state = _official_names(state, stage)
+        arch, size, square = _describe(state, "selector.backbone.", heads)
+        classes, k = len(state["predictor.head.weight"]), len(state["selector.prototypes"]) - 1
+    except KeyError as error:
+        raise ValueError(f"not a snapshot of the published two-stage code: missing {error.args[0]}") from None
+    model = IFAM(classes, k, arch, size, **settings)
     model.selector.backbone.grid_is_known = model.predictor.backbone.grid_is_known = square
-    for module, weights in (("selector", stages[0]), ("predictor", stages[1])):
-        rest.update({f"{module}.backbone.{name}": tensor for name, tensor in weights.items()})
-    load_strictly(model, rest)
+    load_strictly(model, state)
     return model
 
 
-HEADS_OF_STAGES = ("fc_landmarks.", "modulation.", "fc_class_landmarks.", "fc_norm.", "head.", "prefix_attn_mask")
-
-
-def _vit_from_timm(state_dict, stage):
-    """The backbone of one stage under its official DINOv2 names."""
-    vit = {name[len(stage):]: tensor for name, tensor in state_dict.items()
-           if name.startswith(stage) and not name[len(stage):].startswith(HEADS_OF_STAGES)}
-    if "reg_token" in vit:
+def _official_names(state, stage):
+    """The ViT under prefix `stage`, as timm writes it, under its official DINOv2 names; everything else as it is."""
+    state = dict(state)
+    if stage + "reg_token" in state:
         # timm's register models keep no position for the class token: it is already added to the token
-        vit["register_tokens"] = vit.pop("reg_token")
-        vit["pos_embed"] = F.pad(vit["pos_embed"], (0, 0, 1, 0))
-    swiglu = "blocks.0.mlp.fc1.weight" in vit and len(vit["blocks.0.mlp.fc1.weight"]) != vit["blocks.0.mlp.fc2.weight"].shape[1]
-    renamed = {".mlp.fc1.": ".mlp.w12.", ".mlp.fc2.": ".mlp.w3."} if swiglu else {}
-    for old, new in renamed.items():
-        vit = {name.replace(old, new): tensor for name, tensor in vit.items()}
-    return vit
+        state[stage + "register_tokens"] = state.pop(stage + "reg_token")
+        state[stage + "pos_embed"] = F.pad(state[stage + "pos_embed"], (0, 0, 1, 0))
+    if len(state[stage + "blocks.0.mlp.fc1.weight"]) != state[stage + "blocks.0.mlp.fc2.weight"].shape[1]:      # SwiGLU
+        for old, new in ((".mlp.fc1.", ".mlp.w12."), (".mlp.fc2.", ".mlp.w3.")):
+            state = {name.replace(old, new) if name.startswith(stage) else name: x for name, x in state.items()}
+    return state
 
 
-def _describe(vit, heads):
-    """Official names and tensors of a ViT -> (arguments of ViT, image size (height, width), is the grid square?)."""
+def _describe(state, stage, heads):
+    """The ViT under prefix `stage` -> (arguments of ViT, image size (height, width), is its grid square?)."""
+    vit = {name[len(stage):]: tensor for name, tensor in state.items() if name.startswith(stage)}
     width, _, patch, _ = vit["patch_embed.proj.weight"].shape
-    if heads is None:
-        if width % 64:
-            raise ValueError(f"the number of heads cannot be read from the tensors at width {width}: pass heads=")
-        heads = width // 64
+    if heads is None and width % 64:
+        raise ValueError(f"the number of heads cannot be read from the tensors at width {width}: pass heads=")
     patches = vit["pos_embed"].shape[1] - 1
     rows = next(n for n in range(math.isqrt(patches), 0, -1) if patches % n == 0)
-    grid = (rows, patches // rows)
     ffn = "swiglu" if "blocks.0.mlp.w12.weight" in vit else "mlp"
-    hidden = vit["blocks.0.mlp.w3.weight" if ffn == "swiglu" else "blocks.0.mlp.fc1.weight"].shape
-    arch = dict(patch=patch, width=width, depth=1 + max(int(n.split(".")[1]) for n in vit if n.startswith("blocks.")),
-                heads=heads, registers=vit["register_tokens"].shape[1] if "register_tokens" in vit else 0,
-                ffn=ffn, hidden=hidden[1] if ffn == "swiglu" else hidden[0])
-    return arch, (grid[0] * patch, grid[1] * patch), grid[0] == grid[1]
+    depth = 1 + max(int(name.split(".")[1]) for name in vit if name.startswith("blocks."))
+    arch = dict(patch=patch, width=width, depth=depth, heads=heads or width // 64, ffn=ffn,
+                hidden=vit[f"blocks.0.mlp.{'w3' if ffn == 'swiglu' else 'fc2'}.weight"].shape[1],
+                registers=vit["register_tokens"].shape[1] if "register_tokens" in vit else 0)
+    return arch, (rows * patch, patches // rows * patch), rows * rows == patches

@@ -96,7 +96,7 @@ PRESETS = {
     "waterbirds": dict(size=518, k=8),
     "cub": dict(size=518, k=8),
 }
-MINI = dict(arch="mini", size=96, weights="none", k=4, epochs=6, batch=32, lr=3e-4, lr_prototypes=3e-3, lr_heads=3e-3,
+MINI = dict(arch="mini", size=96, weights="none", k=4, epochs=3, batch=32, lr=3e-4, lr_prototypes=3e-3, lr_heads=3e-3,
             warmup=30, workers=0)
 FREE = {"root", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}   # may change on --resume
 
