@@ -9,7 +9,7 @@ from ifam import IFAM, Noise, Output, Predictor, Selector, build_vit, discretize
 
 
 class ERM(nn.Module):
-    """Plain fine-tuning (Vapnik; "DinoV2" in the paper's tables): a ViT, LayerNorm and a linear head on the class token.
+    """Plain fine-tuning ("DinoV2" in the paper's tables): a ViT, LayerNorm and a linear head on the class token.
 
     It is iFAM's second stage without a mask. keep (B, N) hides patches from it; only measurements use that.
     """
@@ -27,9 +27,9 @@ class ERM(nn.Module):
 
 
 class PDiscoFormer(IFAM):
-    """iFAM's first stage alone (Aniraj et al., ECCV 2024): logits from soft part maps over features of the whole image.
+    """iFAM's first stage alone (Aniraj et al., ECCV 2024): soft part maps over features of the whole image.
 
-    The paper's "no second stage", a late and soft mask. keep says where a part beats the background; nothing uses it.
+    The paper's "no second stage": a late, soft mask. keep says where a part beats the background; nothing uses it.
     """
     predictor = None
 
@@ -47,7 +47,7 @@ METHODS = {"ifam": IFAM, "erm": ERM, "pdiscoformer": PDiscoFormer}
 
 
 def build(settings, classes):
-    """A model from the settings of a run (the dict that a checkpoint carries). Raises ValueError if they do not fit."""
+    """A model from the settings of a run, the dict that a checkpoint carries. ValueError if they do not fit."""
     shared = dict(classes=classes, arch=settings["arch"], size=settings["size"], registers=settings["registers"])
     parts = dict(k=settings["k"], tau=settings["tau"], dropout1=settings["part_dropout1"])
     if settings["method"] == "erm":

@@ -22,7 +22,7 @@ from settings import UsageError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))     # channel means and deviations of [0, 1] pixels
 
-# (red, green, blue) of blackbodies from 3000 K to 15000 K in steps of 500 K: Zini et al., PlanckianJitter (MIT)
+# (red, green, blue) of blackbodies, 3000 K to 15000 K in steps of 500 K: Zini et al., PlanckianJitter (MIT)
 PLANCKIAN = np.array([
     (.6743, .4029, .0013), (.6281, .4241, .1665), (.5919, .4372, .2513), (.5623, .4457, .3154), (.5376, .4515, .3672),
     (.5163, .4555, .4103), (.4979, .4584, .4468), (.4816, .4604, .4782), (.4672, .4619, .5053), (.4542, .4630, .5289),
@@ -41,7 +41,7 @@ class View:
 
     def __init__(self, image, mask=None, points=None):
         self.image, self.mask = image, mask
-        self.points = None if points is None else np.array(points, dtype=np.float64)     # a copy: annotations are kept
+        self.points = None if points is None else np.array(points, dtype=np.float64)     # a copy
 
     def each(self, step):
         self.image = step(self.image)
@@ -72,13 +72,16 @@ class View:
         self.image = Image.fromarray(np.minimum(pixels, 255).astype(np.uint8))
 
     def affine(self, angle, shift, scale):
-        """Turn clockwise by `angle` degrees and scale about the centre, then shift by (x, y) pixels; nearest, black outside."""
+        """Turn clockwise by `angle` degrees and scale about the centre, then shift by (x, y) pixels.
+
+        Nearest, black outside.
+        """
         turn, centre = np.deg2rad(angle), np.array(self.image.size) / 2
         linear = scale * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
         forward = np.column_stack([linear, centre + shift - linear @ centre])
         back = np.linalg.inv(linear)
-        inverse = np.column_stack([back, -back @ forward[:, 2]]).ravel()               # PIL asks where pixels come from
-        self.each(lambda x: x.transform(x.size, Image.Transform.AFFINE, tuple(inverse), Image.Resampling.NEAREST))
+        inverse = tuple(np.column_stack([back, -back @ forward[:, 2]]).ravel())      # PIL asks where pixels come from
+        self.each(lambda x: x.transform(x.size, Image.Transform.AFFINE, inverse, Image.Resampling.NEAREST))
         self.move(forward)
 
     def crop(self, left, top, size):
@@ -91,7 +94,7 @@ class View:
 
 
 def augment(view, size, rng):
-    """The "fine-grained" training pipeline, in order (BENCHMARKS, Augmentations)."""
+    """The published "fine-grained" training pipeline (cub_original), in its order."""
     view.resize(size)
     if rng.random() < 0.5:
         view.flip()
@@ -135,8 +138,8 @@ class Samples(torch.utils.data.Dataset):
     "mask" (S, S) uint8 and "points" (P, 3) where the benchmark has them. Raises UsageError for an unreadable file.
     """
 
-    def __init__(self, name, split, size, classes, ids, paths, labels, places=(), groups=None, masks=None, points=None,
-                 normalisation=IMAGENET, seed=0):
+    def __init__(self, name, split, size, classes, ids, paths, labels, places=(), groups=None, masks=None,
+                 points=None, normalisation=IMAGENET, seed=0):
         self.name, self.split, self.size, self.seed, self.normalisation = name, split, size, seed, normalisation
         self.classes, self.places = tuple(classes), tuple(places)
         self.ids, self.paths, self.masks, self.points = list(ids), list(paths), masks, points
@@ -161,7 +164,6 @@ class Samples(torch.utils.data.Dataset):
             if not path.is_file():
                 raise UsageError(f"{self.name}: image of sample {name} ({self.split}) is missing: {path}; "
                                  "unpack the archive again or remove its row")
-        return self
 
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (None, key)
@@ -170,13 +172,15 @@ class Samples(torch.utils.data.Dataset):
             view = View(read_image(self.paths[i], "RGB"))
             augment(view, self.size, np.random.default_rng([self.seed, epoch, zlib.crc32(self.ids[i].encode())]))
         else:
-            mask = self.masks and read_image(self.masks[i], "L")
-            if mask and mask.size != (actual := read_image(self.paths[i], "RGB").size):
-                raise UsageError(f"{self.masks[i]} is {mask.size}, its image is {actual}")
-            view = View(read_image(self.paths[i], "RGB"), mask, None if self.points is None else self.points[i])
+            view = View(read_image(self.paths[i], "RGB"), self.masks and read_image(self.masks[i], "L"),
+                        self.points and self.points[i])
+            if view.mask and view.mask.size != view.image.size:
+                raise UsageError(f"mask {self.masks[i]} is {view.mask.size}, its image {view.image.size}; "
+                                 "unpack both again")
             centre(view, self.size)
-            if mask:
-                sample["mask"] = torch.from_numpy((np.asarray(view.mask) > 0).astype(np.uint8))     # soft masks: any agreement
+            if view.mask:
+                # CUB's masks are soft (how many annotators agree): any agreement is object, as published
+                sample["mask"] = torch.from_numpy((np.asarray(view.mask) > 0).astype(np.uint8))
             if view.points is not None:
                 sample["points"] = torch.from_numpy(view.points).float()
         sample["image"] = to_tensor(view.image, self.normalisation)
@@ -217,21 +221,25 @@ class Plan(torch.utils.data.Sampler):
 
 
 # ---------------------------------------------------------------- loaders
-def load(name, root="data", size=None, seed=0, limit=0, splits=("train", "val", "test")):
+def load(name, root="data", size=None, seed=0, limit=0, splits=("train", "val", "test"), check=True):
     """Read a benchmark -> {"train": Samples, "val": Samples or absent, "test": Samples}.
 
     root: folder that holds the unpacked archives; size in pixels (default: the benchmark's); limit: only the first
-    samples of each split. Raises UsageError when something is not where it belongs.
+    samples of each split; check: every image must be there. Raises UsageError when something is not where it belongs.
     """
     benchmark = BENCHMARKS[name]
     found = benchmark.load(Path(root), size or benchmark.size, seed)
-    return {split: found[split].first(limit).check() for split in splits if split in found}
+    found = {split: found[split].first(limit) for split in splits if split in found}
+    for samples in found.values():
+        if check:
+            samples.check()
+    return found
 
 
 def missing(name, path):
     benchmark = BENCHMARKS[name]
-    return UsageError(f"{name}: looked for {path.resolve()}, which is not there. Unpack {benchmark.source} under --root; "
-                      "or use --mini, which needs no download")
+    return UsageError(f"{name}: looked for {path.resolve()}, which is not there. Unpack {benchmark.source} under "
+                      "--root; or use --mini, which needs no download")
 
 
 def read_table(path):
@@ -263,7 +271,7 @@ def annotations(cub, ids, files):
 
 
 def load_cub(root, size, seed):
-    """CUB-200-2011 (BENCHMARKS section 1). No validation split; the class list gives the labels."""
+    """CUB-200-2011 (Wah et al., 2011). No validation split; the class list gives the labels."""
     cub = root / "CUB_200_2011"
     files, classes = read_table(cub / "images.txt"), read_table(cub / "classes.txt")
     labels, is_train = read_table(cub / "image_class_labels.txt"), read_table(cub / "train_test_split.txt")
@@ -278,7 +286,10 @@ def load_cub(root, size, seed):
 
 
 def load_waterbirds(root, size, seed):
-    """Waterbirds (BENCHMARKS section 2): metadata.csv, and CUB's masks and keypoints where CUB is there too."""
+    """Waterbirds (Sagawa et al., 2020): metadata.csv, and CUB's masks and keypoints where CUB is there too.
+
+    group = 2 * y + place. The three species that the original script mislabelled keep the file's y.
+    """
     folder = "waterbird_complete95_forest2water2"
     cub = root / "CUB_200_2011"
     base = next((p for p in (cub / folder, root / folder) if p.is_dir()), cub / folder)
@@ -289,7 +300,8 @@ def load_waterbirds(root, size, seed):
         raise missing("waterbirds", base / "metadata.csv") from None
     for column in ("img_id", "img_filename", "y", "split", "place"):
         if not rows or column not in rows[0]:
-            raise UsageError(f"{base / 'metadata.csv'} has no column {column}; download {BENCHMARKS['waterbirds'].source} again")
+            raise UsageError(f"{base / 'metadata.csv'} has no column {column}; unpack "
+                             f"{BENCHMARKS['waterbirds'].source} again")
 
     def split(name, number):
         mine = [r for r in rows if r["split"] == number]
@@ -302,7 +314,7 @@ def load_waterbirds(root, size, seed):
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What the command line, the errors and the reports need to know about a benchmark."""
+    """What the command line, the errors and the reports need to know about a benchmark; settings are the paper's."""
     load: Callable               # (root, size, seed) -> {split: Samples}
     classes: int
     size: int                    # pixels
@@ -319,7 +331,7 @@ BENCHMARKS = {
 }
 
 
-def find_root(name, root, mini, show=True):
+def find_root(name, root, mini):
     """The folder to read: `root` as it is, or the rendered miniature of the benchmark (rendered on first use)."""
     if not mini:
         return Path(root)

@@ -1,11 +1,11 @@
-"""evaluate.py: what a trained model can do, and what its mask really hides. Writes report.json and parts.png beside it.
+"""evaluate.py: what a trained model can do, and what its mask really hides.
 
     python evaluate.py --ckpt runs/waterbirds-mini/best.pt
     python evaluate.py --ckpt runs/waterbirds/best.pt --root /data --split val
 
-Accuracy by group, the mask against the true one, and leakage: each way in which the background can reach a prediction,
-for the early mask (stage 2) beside the late one (stage 1). Evaluation draws nothing: two runs write the same report.
-Letters: ifam.py.
+Writes report.json and parts.png beside the checkpoint: accuracy by group, the mask against the true one, and leakage,
+that is, each way in which the background can reach a prediction, for the early mask (stage 2) beside the late one
+(stage 1). Nothing is drawn at random: two runs write the same report. Letters: ifam.py.
 """
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -18,14 +18,15 @@ import torch.nn.functional as F
 import data
 import figures
 from baselines import build
-from ifam import discretize
+from ifam import discretize, load_strictly
 from settings import UsageError, opt, parse, run_script, write_json
 
 
 @dataclass
 class Config:
     ckpt: str = opt(MISSING, "checkpoint written by train.py: best.pt or last.pt")
-    data: str = opt("", "another benchmark with the same classes (default: the one it was trained on)", choices=("", *data.BENCHMARKS))
+    data: str = opt("", "another benchmark with the same classes; if not given, the one it was trained on",
+                    choices=("", *data.BENCHMARKS))
     root: str = opt("", "folder of the benchmarks, if they moved since training")
     split: str = opt("test", "which images to measure on", choices=("test", "val", "train"))
     limit: int = opt(0, "use only the first N images (0: as in training)")
@@ -42,20 +43,25 @@ def pick_device(name="auto", local_rank=0):
     if name == "auto":
         name = next(n for n in ("cuda", "mps", "cpu") if there[n])
     if not there.get(name):
-        raise UsageError(f"--device {name} is not available here (there is: {', '.join(n for n in there if there[n])})")
+        raise UsageError(f"--device {name} is not available here; choose {' or '.join(n for n in there if there[n])}")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def read_file(path, what):
+    """What torch.save wrote, plain types and tensors only; UsageError if the file is not there or damaged."""
+    if not Path(path).is_file():
+        raise UsageError(f"{path}: no such file; expected {what}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                           # a damaged file can fail in many ways
+        raise UsageError(f"{path} is damaged, or not {what} ({type(error).__name__}); make it again") from None
 
 
 def read_checkpoint(path):
     """The dict that train.py saved: config, step, best, model, optimizer, ... UsageError if it is not one."""
-    if not Path(path).is_file():
-        raise UsageError(f"no checkpoint at {path}; train.py writes runs/<name>/best.pt")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                                   # a damaged file can fail in many ways
-        raise UsageError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); train again or use last.pt") from None
+    state = read_file(path, "a checkpoint of train.py, such as runs/<name>/best.pt")
     if not isinstance(state, dict) or not {"config", "step", "best", "model"} <= state.keys():
-        raise UsageError(f"{path} is not a checkpoint of train.py (no config, step, best and model in it)")
+        raise UsageError(f"{path} is not a checkpoint of train.py: no config, step, best and model in it")
     return state
 
 
@@ -64,8 +70,8 @@ def load_model(path, device="cpu"):
     state = read_checkpoint(path)
     try:
         model = build(state["config"], data.BENCHMARKS[state["config"]["data"]].classes)
-        model.load_state_dict(state.get("ema") or state["model"])
-    except (KeyError, ValueError, RuntimeError) as error:
+        load_strictly(model, state.get("ema") or state["model"])
+    except (KeyError, ValueError) as error:
         raise UsageError(f"{path}: its weights do not fit its settings: {error}") from None
     return model.to(device).eval(), state
 
@@ -73,10 +79,10 @@ def load_model(path, device="cpu"):
 # ---------------------------------------------------------------- predictions and accuracy
 @torch.no_grad()
 def predict(model, samples, batch=32, device="cpu", workers=0):
-    """Run a model over a split -> {"logits": (n, C), and where the model has them "logits_stage1": (n, C), "keep": (n, N),
-    "foreground": (n, 4) pixel counts}, in the order of the samples.
+    """Run a model over a split -> tensors by name, a row a sample, in the order of the samples.
 
-    Processes share the work and gather by index: every sample is counted once, whatever their number.
+    "logits" (n, C), and where the model has them "logits_stage1" (n, C), "keep" (n, N) in {0, 1}, "foreground" (n, 4)
+    pixel counts. Processes share the work and gather by index: every sample is counted once, whatever their number.
     """
     model.eval()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -87,7 +93,7 @@ def predict(model, samples, batch=32, device="cpu", workers=0):
         out = model(images["image"].to(device))
         one = {"logits": out.logits.float()}
         if out.maps is not None:
-            one |= {"logits_stage1": out.logits_stage1.float(), "keep": out.keep.float()}
+            one |= {"logits_stage1": out.logits_stage1.float(), "keep": discretize(out.part_logits)}
             if "mask" in images:
                 one["foreground"] = foreground_counts(out.maps, images["mask"].to(device))
         found.append({name: x.cpu() for name, x in one.items()})
@@ -101,9 +107,10 @@ def predict(model, samples, batch=32, device="cpu", workers=0):
 
 
 def foreground_counts(maps, masks):
-    """Pixels of each image that are (both, found only, true only, neither): maps (B, K+1, h, w), masks (B, S, S) -> (B, 4).
+    """Pixels that are foreground (in both, as found only, in truth only, in neither) -> (B, 4).
 
-    As in PDiscoFormer's foreground IoU: maps upsampled bilinearly (align_corners), arg-max over parts, not background.
+    maps (B, K+1, h, w), masks (B, S, S). As in PDiscoFormer's foreground IoU: maps upsampled
+    bilinearly (align_corners), arg-max over parts, not background.
     """
     maps = F.interpolate(maps.float(), masks.shape[1:], mode="bilinear", align_corners=True)
     found, true = maps.argmax(1) < maps.shape[1] - 1, masks.bool()
@@ -114,9 +121,9 @@ def foreground_counts(maps, masks):
 def accuracies(result, samples, key="logits", rare=(), train_groups=None):
     """Accuracy as the tables give it: {"aa", "worst_group", "groups": {name: {"n", "accuracy"}}, ...}.
 
-    aa: share of images that are right. aa_train_weighted: group accuracies weighted by their share in training, which is
-    the "average" of many Waterbirds papers. worst_group: least over all groups; worst_group_rare: over `rare` only, the
-    paper's definition. Groups without images have accuracy None and count nowhere.
+    aa: share of images that are right. aa_train_weighted: group accuracies weighted by their share in training,
+    which is the "average" of many Waterbirds papers. worst_group: least over all groups; worst_group_rare: over
+    `rare` only, the paper's definition. Groups without images have accuracy None and count nowhere.
     """
     right = (result[key].argmax(1) == samples.labels).double()
     by_group = {g: right[samples.groups == g] for g in range(len(samples.group_names))}
@@ -136,21 +143,21 @@ def accuracies(result, samples, key="logits", rare=(), train_groups=None):
 # ---------------------------------------------------------------- leakage
 class Classifier(NamedTuple):
     """A classifier under test: how it finds its mask, and what it makes of an image while that mask is held fixed."""
-    find: Callable       # images, true keep -> (keep (B, N), what to hold fixed)
+    find: Callable       # images, true keep -> (keep (B, N) in {0, 1}, what to hold fixed)
     features: Callable   # images, what is held fixed -> (B, D), the final representation
     head: Callable       # features -> logits (B, C)
     mask: str            # where its mask comes from, for the report
 
 
 def stage2_classifier(model):
-    """The early mask: stage 2 with `keep` held fixed. A model without a mask (erm) is measured under the true one."""
+    """Stage 2 with its mask held fixed. A model without a mask (erm) is measured under the true one."""
     if model.selector is None:
         return Classifier(lambda images, truth: (truth, None), lambda images, held: model.predictor.features(images),
-                          model.predictor.head, "truth; the model has none")
+                          model.predictor.head, "truth, the model has none")
 
-    def find(images, truth):
-        keep = model(images).keep
-        return keep, keep
+    def find(images, truth):                             # a soft mask hides what a hard one would drop
+        first = model.selector(images)
+        return discretize(first.part_logits), model.mask(first)
     return Classifier(find, model.predictor.features, model.predictor.head, "found")
 
 
@@ -160,7 +167,7 @@ def stage1_classifier(model):
         first = model.selector(images)
         return discretize(first.part_logits), first.maps
 
-    def features(images, maps):                          # logits are linear in parts: their average is that of the features
+    def features(images, maps):                          # logits are linear in part features, so means agree
         return model.selector(images, maps=maps).part_features[:, :-1].mean(1)
     return Classifier(find, features, model.selector.classifier, "found")
 
@@ -170,8 +177,8 @@ def pixels(keep, grid, patch):
     return keep.unflatten(1, grid)[:, None].repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
 
-def repaint(classifier, images, keep, held, hidden, generator):
-    """Replace every masked-out pixel with noise, another image, grey. -> largest logit change (B,), flips (B,) in [0, 1]."""
+def repaint(classifier, images, held, hidden, generator):
+    """Replace masked-out pixels with noise, another image, grey -> largest logit change (B,), share of flips (B,)."""
     logits = classifier.head(classifier.features(images, held))
     noise = torch.randn(images.shape, generator=generator).to(images)
     changes, flips = [], []
@@ -194,8 +201,11 @@ def hidden_gradient(classifier, images, held, hidden):
 
 
 def swap_backgrounds(images, objects):
-    """Give every image the background of others: a pixel outside its object comes from the first of up to 7 other images
-    of the batch that shows background there. objects (B, 1, S, S) in {0, 1}; a pixel that none can give stays."""
+    """Give images (B, 3, S, S) the background of others. objects (B, 1, S, S) in {0, 1}.
+
+    A pixel outside the object comes from the first of up to 7 other images of the batch that shows background there,
+    and stays as it is where none does.
+    """
     swapped, todo = images.clone(), objects == 0
     for donor in range(1, min(len(images), 8)):
         give = todo & (objects.roll(donor, 0) == 0)
@@ -223,56 +233,64 @@ def linear_probe(x, y, folds=5, penalty=0.1):
         mean, std = x[fit].mean(0), x[fit].std(0).clamp_min(1e-6)
         a, b = (x[fit] - mean) / std, (x[test] - mean) / std
         centre = target[fit].mean(0)
-        w = torch.linalg.solve(a.T @ a + penalty * len(a) * torch.eye(a.shape[1], dtype=a.dtype), a.T @ (target[fit] - centre))
+        ridge = penalty * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
+        w = torch.linalg.solve(a.T @ a + ridge, a.T @ (target[fit] - centre))
         right += ((b @ w + centre).argmax(1) == y[test]).sum().item()
     return right / len(y)
 
 
 def measure_leakage(classifier, samples, backbone, device="cpu", batch=32, count=0):
-    """The five measures of DESIGN section 11 -> a dict for report.json (None where annotations are missing).
+    """Five ways for the background to reach a prediction -> a dict for report.json, None without annotations.
 
     repaint and gradient hold the mask fixed: for an early, hard mask they are exactly 0. swap, admitted and probe show
-    what the guarantee does not cover: the selector's own eyes, patches at the border, and the shape of the mask.
+    what that does not cover: the selector's own eyes, patches at the border, and the shape of the mask. Each is
+    measured per image and averaged; max_* is the largest over images. count: how many images, spread evenly (0: all).
     """
     indices = torch.linspace(0, len(samples) - 1, min(count or len(samples), len(samples))).round().long().tolist()
     loader = torch.utils.data.DataLoader(torch.utils.data.Subset(samples, indices), batch)
-    rows, features, keeps = {}, [], []
+    rows = {}
     for number, images in enumerate(loader):
         truth = images["mask"].to(device) if "mask" in images else None
-        images = images["image"].to(device)
-        with torch.no_grad():
-            keep, held = classifier.find(images, None if truth is None else data.patch_keep(truth, backbone.patch))
-            if keep is None:
-                return None                              # no mask of its own and no true one: nothing to hold fixed
-            shown = pixels(keep, backbone.grid, backbone.patch)
-            new = dict(zip(("change", "flip"), repaint(classifier, images, keep, held, shown == 0,
-                                                       torch.Generator().manual_seed(number))))
-            objects = shown if truth is None else truth[:, None].float()
-            swapped = swap_backgrounds(images, objects)
-            keep2, held2 = classifier.find(swapped, keep)
-            x = classifier.features(images, held)
-            new["swap"] = (classifier.head(x).argmax(1) != classifier.head(classifier.features(swapped, held2)).argmax(1)).float()
-            new["iou"] = mask_iou(keep, keep2)
-            if truth is not None:
-                area = shown.sum((1, 2, 3))
-                new["admitted"] = ((shown * (1 - objects)).sum((1, 2, 3)) / area)[area > 0]
-        new["gradient"] = hidden_gradient(classifier, images, held, shown == 0)
-        for name, x_ in new.items():
-            rows.setdefault(name, []).append(x_.cpu())
-        features.append(x.cpu())
-        keeps.append(keep.cpu())
+        found = leakage_of_batch(classifier, images["image"].to(device), truth, backbone, number)
+        if found is None:
+            return None                                  # no mask of its own and no true one: nothing to hold fixed
+        for name, x in found.items():
+            rows.setdefault(name, []).append(x.cpu())
     row = {name: torch.cat(x).double() for name, x in rows.items()}
-    average = lambda name: row[name].mean().item() if name in row and len(row[name]) else None
+    mean = lambda name: row[name].mean().item() if name in row and len(row[name]) else None
     probe = None
     if samples.places:
         place = samples.groups[indices] % len(samples.places)
-        probe = {"representation": linear_probe(torch.cat(features), place), "mask": linear_probe(torch.cat(keeps), place),
+        probe = {"representation": linear_probe(row["features"], place), "mask": linear_probe(row["keep"], place),
                  "chance": torch.bincount(place).max().item() / len(place)}
     return {"images": len(indices), "mask": classifier.mask,
-            "repaint": {"max_logit_change": row["change"].max().item(), "mean_logit_change": average("change"), "flip_rate": average("flip")},
-            "gradient": {"max_abs": row["gradient"].max().item(), "mean_abs": average("gradient")},
-            "swap": {"flip_rate": average("swap"), "mask_iou": average("iou") if classifier.mask == "found" else None},
-            "admitted": average("admitted"), "probe": probe}
+            "repaint": {"max_logit_change": row["change"].max().item(), "mean_logit_change": mean("change"),
+                        "flip_rate": mean("flip")},
+            "gradient": {"max_abs": row["gradient"].max().item(), "mean_abs": mean("gradient")},
+            "swap": {"flip_rate": mean("swap"), "mask_iou": mean("iou")}, "admitted": mean("admitted"), "probe": probe}
+
+
+def leakage_of_batch(classifier, images, truth, backbone, number):
+    """Per image: what measure_leakage averages. truth: true masks (B, S, S) or None; number seeds the noise."""
+    with torch.no_grad():
+        keep, held = classifier.find(images, None if truth is None else data.patch_keep(truth, backbone.patch))
+        if keep is None:
+            return None
+        shown = pixels(keep, backbone.grid, backbone.patch)
+        features = classifier.features(images, held)
+        row = {"features": features, "keep": keep}
+        noise = torch.Generator().manual_seed(number)
+        row["change"], row["flip"] = repaint(classifier, images, held, shown == 0, noise)
+        objects = shown if truth is None else truth[:, None].float()
+        swapped = swap_backgrounds(images, objects)
+        keep2, held2 = classifier.find(swapped, keep)
+        guesses = [classifier.head(x).argmax(1) for x in (features, classifier.features(swapped, held2))]
+        row["swap"], row["iou"] = (guesses[0] != guesses[1]).float(), mask_iou(keep, keep2)
+        if truth is not None:
+            area = shown.sum((1, 2, 3))
+            row["admitted"] = ((shown * (1 - objects)).sum((1, 2, 3)) / area)[area > 0]
+    row["gradient"] = hidden_gradient(classifier, images, held, shown == 0)
+    return row
 
 
 # ---------------------------------------------------------------- the report
@@ -280,91 +298,104 @@ def evaluate(model, samples, train_groups=None, rare=(), device="cpu", batch=32,
     """Everything report.json says about a model on a split -> dict."""
     result = predict(model, samples, batch, device, workers)
     report = {"split": samples.split, "images": len(samples)}
-    has_parts, two_stages = model.selector is not None, model.selector is not None and model.predictor is not None
-    backbone = (model.selector or model.predictor).backbone
-    stages = [("stage2", "logits", stage2_classifier)] if model.predictor is not None else []
-    stages += [("stage1", "logits_stage1", stage1_classifier)] if has_parts else []
-    for stage, key, classifier in stages:
+    stages = [("stage2", "leakage", "logits", stage2_classifier)] if model.predictor else []
+    if model.selector:
+        stages.append(("stage1", "leakage_stage1" if stages else "leakage", "logits_stage1", stage1_classifier))
+        kept = result["keep"].sum(1)
+        report["mask"] = {"kept_share": kept.mean().item() / result["keep"].shape[1], "empty": int((kept == 0).sum())}
+    for stage, _, key, _ in stages:
         report[stage] = accuracies(result, samples, key, rare, train_groups)
-    if has_parts:
-        kept = result["keep"].mean(1)
-        report["mask"] = {"kept_share": kept.double().mean().item(), "empty": int((result["keep"].sum(1) == 0).sum())}
     if "foreground" in result:
         both, found, true, neither = result["foreground"].double().sum(0).tolist()
         report["localisation"] = {"foreground_iou": both / max(1, both + found + true),
                                   "background_iou": neither / max(1, neither + found + true)}
-    for stage, key, classifier in stages:
-        name = "leakage_stage1" if stage == "stage1" and two_stages else "leakage"
-        report[name] = measure_leakage(classifier(model), samples, backbone, device, batch, leakage)
+    backbone = (model.selector or model.predictor).backbone
+    for _, leak, _, classifier in stages:
+        report[leak] = measure_leakage(classifier(model), samples, backbone, device, batch, leakage)
     return report
 
 
-def table(report):
-    """The report as lines for a terminal: late (stage 1) beside early (stage 2), or the one that there is."""
-    columns = [(title, report.get(stage), report.get(leak)) for title, stage, leak in
-               (("late: stage 1", "stage1", "leakage_stage1" if "stage2" in report else "leakage"),
-                ("early: stage 2" if "stage1" in report else "no mask", "stage2", "leakage")) if stage in report]
-    def show(x):
-        return "-" if x is None else "0" if x == 0 else f"{x:.4f}" if abs(x) < 0.1 else f"{x:.3f}"
-    def row(name, values):
-        return f"  {name:<42}" + "".join(f"{v:>16}" for v in values)
-    lines = [row("", [title for title, *_ in columns])]
-    for key, name in (("aa", "accuracy"), ("aa_train_weighted", "accuracy, groups weighted as in training"),
-                      ("worst_group", "worst group"), ("worst_group_rare", "worst of the groups rare in training")):
-        if key in columns[0][1]:
-            lines.append(row(name, [show(acc[key]) for _, acc, _ in columns]))
-    if len(columns[0][1]["groups"]) <= 8:
-        for g, one in columns[0][1]["groups"].items():
-            lines.append(row(f"  {g} (n = {one['n']})", [show(acc["groups"][g]["accuracy"]) for _, acc, _ in columns]))
-    for *keys, name in (("repaint", "max_logit_change", "repaint: largest logit change"), ("repaint", "flip_rate", "repaint: predictions flipped"),
-                        ("gradient", "max_abs", "gradient: largest at a hidden pixel"), ("swap", "flip_rate", "swap: predictions flipped"),
-                        ("swap", "mask_iou", "swap: IoU of the masks"), ("admitted", "admitted: background in kept patches"),
-                        ("probe", "representation", "probe: place from the representation"), ("probe", "mask", "probe: place from the mask alone"),
-                        ("probe", "chance", "probe: chance")):
-        values = []
-        for _, _, leak in columns:
-            for key in keys:
-                leak = leak and leak.get(key)
-            values.append(show(leak))
-        lines.append(row(name, values))
-    extra = [f"kept {report['mask']['kept_share']:.1%} of the patches, {report['mask']['empty']} empty masks"] if "mask" in report else []
-    extra += [f"foreground IoU {report['localisation']['foreground_iou']:.3f}"] if "localisation" in report else []
-    return "\n".join(lines + (["  " + "; ".join(extra)] if extra else []))
+ROWS = (  # of the table: where a number stands in the report, and what it is
+    ("accuracy", "aa"), ("accuracy, groups weighted as in training", "aa_train_weighted"),
+    ("worst group", "worst_group"),
+    ("worst of the groups that are rare in training", "worst_group_rare"),
+    ("repaint: largest logit change", "leak.repaint.max_logit_change"),
+    ("repaint: predictions flipped", "leak.repaint.flip_rate"),
+    ("gradient: largest at a hidden pixel", "leak.gradient.max_abs"),
+    ("swap: predictions flipped", "leak.swap.flip_rate"), ("swap: IoU of the two masks", "leak.swap.mask_iou"),
+    ("admitted: background in kept patches", "leak.admitted"),
+    ("probe: place from the representation", "leak.probe.representation"),
+    ("probe: place from the mask alone", "leak.probe.mask"), ("probe: chance", "leak.probe.chance"))
+
+
+def table(report, second="early, hard"):
+    """The report as text: stage 1 (late, soft) beside stage 2 (whose mask is `second`), or the one that there is."""
+    columns = {}
+    if "stage1" in report:
+        leak = report["leakage_stage1" if "stage2" in report else "leakage"]
+        columns["stage 1: late, soft"] = {**report["stage1"], "leak": leak}
+    if "stage2" in report:
+        columns[f"stage 2: {second}" if columns else "no mask"] = {**report["stage2"], "leak": report["leakage"]}
+
+    def value(numbers, path):
+        for key in path.split("."):
+            numbers = numbers.get(key) if isinstance(numbers, dict) else None
+        small = numbers is not None and 0 < abs(numbers) < 0.1
+        return "-" if numbers is None else "0" if numbers == 0 else f"{numbers:.4f}" if small else f"{numbers:.3f}"
+
+    line = lambda name, values: f"  {name:<46}" + "".join(f"{v:>23}" for v in values)
+    lines = [line("", columns)] + [line(name, [value(c, path) for c in columns.values()]) for name, path in ROWS]
+    groups = next(iter(columns.values()))["groups"]
+    if len(groups) <= 8:
+        each = lambda name: [value(c["groups"][name], "accuracy") for c in columns.values()]
+        lines[5:5] = [line(f"  {name} (n = {group['n']})", each(name)) for name, group in groups.items()]
+    if "mask" in report:
+        lines.append(line("patches kept", [f"{report['mask']['kept_share']:.1%}"]))
+        lines.append(line("images without any", [report["mask"]["empty"]]))
+    if "localisation" in report:
+        lines.append(line("foreground IoU", [f"{report['localisation']['foreground_iou']:.3f}"]))
+    return "\n".join(lines)
+
+
+def open_split(cfg, trained):
+    """-> (name for the report, the split to measure on, groups of the training set)."""
+    name = cfg.data or trained["data"]
+    here, there = (data.BENCHMARKS[n] for n in (name, trained["data"]))
+    if here.classes != there.classes:
+        raise UsageError(f"--data {name} has {here.classes} classes, the checkpoint was trained on {trained['data']} "
+                         f"with {there.classes}")
+    mini = trained["mini"] and not cfg.root
+    root = data.find_root(name, cfg.root or trained["root"], mini)
+    splits = data.load(name, root, trained["size"], limit=cfg.limit or trained["limit"], splits=(cfg.split,))
+    if cfg.split not in splits:
+        raise UsageError(f"{name} has no split {cfg.split!r}; choose another --split")
+    train = data.load(name, root, trained["size"], limit=trained["limit"], splits=("train",), check=False)["train"]
+    return name + "-mini" * mini, splits[cfg.split], train.groups
 
 
 def main(argv=None):
     cfg = parse(Config, __doc__, argv)
-    for name in ("limit", "leakage", "workers"):
-        if getattr(cfg, name) < 0:
-            raise UsageError(f"--{name} must not be negative, not {getattr(cfg, name)}")
-    if cfg.batch < 1:
-        raise UsageError(f"--batch must be at least 1, not {cfg.batch}")
+    for name, least in (("limit", 0), ("leakage", 0), ("workers", 0), ("batch", 1)):
+        if getattr(cfg, name) < least:
+            raise UsageError(f"--{name} must be at least {least}, not {getattr(cfg, name)}")
     device = pick_device(cfg.device)
     model, state = load_model(cfg.ckpt, device)
     trained = state["config"]
-    name = cfg.data or trained["data"]
-    if data.BENCHMARKS[name].classes != data.BENCHMARKS[trained["data"]].classes:
-        raise UsageError(f"--data {name} has {data.BENCHMARKS[name].classes} classes, the checkpoint was trained on "
-                         f"{trained['data']} with {data.BENCHMARKS[trained['data']].classes}")
-    root = data.find_root(name, cfg.root or trained["root"], trained["mini"] and not cfg.root)
-    splits = data.load(name, root, trained["size"], limit=cfg.limit or trained["limit"], splits=("train", cfg.split))
-    if cfg.split not in splits:
-        raise UsageError(f"{name} has no split {cfg.split} (it has: {', '.join(splits)})")
-    samples, train = splits[cfg.split], splits["train"]
-    report = {"data": name + "-mini" * (trained["mini"] and not cfg.root), "method": trained["method"], "seed": trained["seed"],
-              "step": state["step"], "selection": state["best"],
-              **evaluate(model, samples, train.groups, data.BENCHMARKS[name].rare, device, cfg.batch, cfg.leakage, cfg.workers)}
-    folder = Path(cfg.ckpt).parent
-    suffix = f"-{name}" * (name != trained["data"]) + f"-{cfg.split}" * (cfg.split != "test")
-    chosen = state["best"]["split"]
-    print(f"{cfg.ckpt} ({trained['method']}, step {state['step']}, chosen on {chosen}) on {report['data']} {cfg.split}, {len(samples)} images")
-    print(table(report))
-    write_json(folder / f"report{suffix}.json", report)
-    written = [f"report{suffix}.json"]
-    if model.selector is not None:
-        figures.parts(model, samples, folder / f"parts{suffix}.png", device)
-        written.append(f"parts{suffix}.png")
-    print("  wrote " + " and ".join(str(folder / w) for w in written))
+    name, samples, train_groups = open_split(cfg, trained)
+    rare = data.BENCHMARKS[samples.name].rare
+    report = {"data": name, "method": trained["method"], "seed": trained["seed"], "step": state["step"],
+              "selection": state["best"],
+              **evaluate(model, samples, train_groups, rare, device, cfg.batch, cfg.leakage, cfg.workers)}
+    print(f"{cfg.ckpt}: {trained['method']}, epoch {state['best']['epoch']}, chosen on {state['best']['split']}; "
+          f"{name} {cfg.split}, {len(samples)} images")
+    print(table(report, f"{trained['masking']}, {trained['hardness']}"))
+    suffix = f"-{samples.name}" * (samples.name != trained["data"]) + f"-{cfg.split}" * (cfg.split != "test")
+    written = [Path(cfg.ckpt).with_name(f"report{suffix}.json")]
+    write_json(written[0], report)
+    if model.selector:
+        written.append(written[0].with_name(f"parts{suffix}.png"))
+        figures.parts(model, samples, written[1], device)
+    print("  wrote " + " and ".join(map(str, written)))
 
 
 if __name__ == "__main__":

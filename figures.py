@@ -1,4 +1,4 @@
-"""figures.py: the pictures that reports and notebooks share. Every function takes arrays or a model and writes one file.
+"""figures.py: the pictures that reports and notebooks share.
 
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart; a part has the same one everywhere.
 """
@@ -48,18 +48,20 @@ def parts(model, samples, path, device="cpu", count=8):
     figure, axes = plt.subplots(3, len(batch), figsize=(1.6 * len(batch), 5.4), squeeze=False)
     for column, sample in enumerate(batch):
         picture = to_picture(sample["image"], samples.normalisation)
-        keep = spread(out.keep[column].view(h, w).cpu().numpy(), len(picture))[..., None]
+        keep = spread(out.keep[column].clamp(0, 1).view(h, w).cpu().numpy(), len(picture))[..., None]
         assigned = out.part_logits[column].argmax(0).view(h, w).cpu().numpy()
         guess = samples.classes[out.logits[column].argmax().item()]
         for row, shown in enumerate((picture, overlay(picture, assigned, k), picture * keep + 0.93 * (1 - keep))):
             axes[row, column].imshow(shown, interpolation="nearest")
             axes[row, column].set(xticks=[], yticks=[])
         axes[0, column].set_title(samples.group_names[sample["group"]].replace(" on ", "\non "), fontsize=8)
-        axes[2, column].set_xlabel(("✓ " if guess == samples.classes[sample["label"]] else "✗ ") + guess, fontsize=8)
-    for row, name in enumerate(("image", "parts", "what stage 2 sees" if model.predictor is not None else "patches of parts")):
+        sign = "✓" if guess == samples.classes[sample["label"]] else "✗"
+        axes[2, column].set_xlabel(f"{sign} {guess}", fontsize=8)
+    for row, name in enumerate(("image", "parts", "what stage 2 sees" if model.predictor else "patches of parts")):
         axes[row, 0].set_ylabel(name, fontsize=9)
     handles = [plt.Rectangle((0, 0), 1, 1, color=part_colour(p)) for p in range(k)]
-    figure.legend(handles, [f"part {p}" for p in range(k)], loc="lower center", ncols=min(k, 8), fontsize=8, frameon=False)
+    names = [f"part {p}" for p in range(k)]
+    figure.legend(handles, names, loc="lower center", ncols=min(k, 8), fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.05 + 0.03 * ((k - 1) // 8), 1, 1))
     save(figure, path)
 

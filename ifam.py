@@ -41,7 +41,7 @@ def attend_masked(q, k, v, mask, hard=True):
     readable key in every row; in between only if hard is False. The gradient for the mask is exact (KeepGradient).
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                             # (B, H, T, D/H)
-    weight = mask.detach()[:, None, None]                                        # (B, 1, 1, T): broadcast, never T x T
+    weight = mask.detach()[:, None, None]                                        # (B, 1, 1, T), never T x T
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=weight.bool() if hard else weight.log().to(q.dtype))
     if mask.requires_grad:
         # differs from the published code, which casts the mask to bool here and so cuts the gradient to stage 1
@@ -51,17 +51,18 @@ def attend_masked(q, k, v, mask, hard=True):
 
 def attend_packed(q, k, v, lengths):
     """Attention within each image of a packed batch. q, k, v (sum of lengths, H, D/H); lengths: tokens per image."""
-    rows = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)))    # per image (H, t, D/H)
-    return torch.cat([F.scaled_dot_product_attention(*(x[None] for x in row))[0] for row in rows], dim=1).transpose(0, 1)
+    images = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v)))    # each (1, H, t, D/H)
+    return torch.cat([F.scaled_dot_product_attention(*image) for image in images], dim=2)[0].transpose(0, 1)
 
 
 class KeepGradient(torch.autograd.Function):
     """Returns the attention output O unchanged; its backward adds the derivative of masked attention in the mask.
 
-        dL/dm_j = sum over heads and queries i of exp(s_ij - lse_i) <dL/dO_i, v_j - O_i>,   lse_i = log sum_k m_k exp(s_ik)
+        dL/dm_j = sum over heads and queries i of  exp(s_ij - lse_i) <dL/dO_i, v_j - O_i>
+        lse_i = log sum_k m_k exp(s_ik)
 
-    which holds at m_j = 0 too: there it says what letting token j in would do (DESIGN section 6; the paper's
-    straight-through gradient). Scores are recomputed for a few queries at a time: memory O(T), not O(T*T).
+    which holds at m_j = 0 too: there it says what letting token j in would do (the straight-through
+    gradient of the paper, section 3.3). Scores are recomputed for a few queries at a time: memory O(T), not O(T*T).
     """
     CHUNK = 1 << 22    # scores held at once, whatever B, H and T are
 
@@ -91,7 +92,7 @@ class KeepGradient(torch.autograd.Function):
         return grad, None, None, None, total.to(mask.dtype)
 
 
-# ---------------------------------------------------------------- the vision transformer, names as in the DINOv2 files
+# ---------------------------------------------------------------- the vision transformer, named as in DINOv2's files
 class PatchEmbed(nn.Module):
     def __init__(self, patch, width):
         super().__init__()
@@ -197,9 +198,11 @@ class ViT(nn.Module):
         B, _, height, across = images.shape
         size = (self.grid[0] * self.patch, self.grid[1] * self.patch)
         if (height, across) != size:
-            if self.grid_is_known or height % self.patch or across % self.patch or height * across != size[0] * size[1]:
+            whole = height % self.patch == 0 and across % self.patch == 0
+            if self.grid_is_known or not whole or height * across != size[0] * size[1]:
                 raise ValueError(f"images are {height}x{across} pixels, the model was built for {size[0]}x{size[1]}")
             self.grid = (height // self.patch, across // self.patch)
+        self.grid_is_known = True                        # from the first images on
         x = torch.cat([self.cls_token.expand(B, -1, -1), self.patch_embed(images)], dim=1) + self.pos_embed
         if self.register_tokens is not None:                                     # registers have no position
             x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], dim=1)
@@ -293,7 +296,7 @@ class Selector(nn.Module):
 
 
 def assign(part_logits, gumbel=None, tau=1.0):
-    """Soft assignment of patches to parts: softmax over parts of (logits + Gumbel noise) / tau. (B, K+1, N) -> same."""
+    """Soft assignment of patches to parts: softmax over parts of (logits + Gumbel noise) / tau, all (B, K+1, N)."""
     return ((part_logits if gumbel is None else part_logits + gumbel) / tau).softmax(1)
 
 
@@ -367,8 +370,9 @@ class Output(NamedTuple):
 class IFAM(nn.Module):
     """Inherently faithful attention maps: selector, discretizer, masked predictor (paper section 3).
 
-    classes C, k parts, arch a name in ARCHS or a dict of ViT's arguments, size in pixels. joint=False cuts the gradient
-    of the stage-2 loss at the mask, which is what the published code does. Raises ValueError for settings that do not fit.
+    classes C, k parts, arch a name in ARCHS or a dict of ViT's arguments, size in pixels. joint=False cuts the
+    gradient of the stage-2 loss at the mask, which is what the published code does. ValueError for settings that do
+    not fit.
     """
 
     def __init__(self, classes, k=8, arch="b", size=518, registers=4, masking="early", hardness="hard", pooling="cls",
@@ -400,15 +404,19 @@ class IFAM(nn.Module):
 
     def second_stage(self, images, first, noise=Noise(), keep=None):
         """Mask (discovered from the stage-1 Selection, or given) and prediction -> Output."""
-        hard = self.predictor.hardness == "hard"
         if keep is None:
-            keep = discretize(first.part_logits, noise.keep, noise.parts2, self.selector.tau, hard)
+            keep = self.mask(first, noise)
         elif keep.shape != (len(images), first.part_logits.shape[2]):
             raise ValueError(f"keep is {tuple(keep.shape)}, not {(len(images), first.part_logits.shape[2])}")
-        elif hard and not ((keep == 0) | (keep == 1)).all():
+        elif self.predictor.hardness == "hard" and not ((keep == 0) | (keep == 1)).all():
             raise ValueError('keep has values other than 0 and 1; a soft mask needs hardness="soft"')
         logits = self.predictor(images, keep if self.joint else keep.detach())
         return Output(logits, first.logits, first.maps, keep, first.part_logits, first.part_features)
+
+    def mask(self, first, noise=Noise()):
+        """The mask that stage 2 gets from a stage-1 Selection: keep (B, N), as hard as the predictor wants it."""
+        return discretize(first.part_logits, noise.keep, noise.parts2, self.selector.tau,
+                          self.predictor.hardness == "hard")
 
     def draw_noise(self, count):
         """Noise of `count` images in training (from torch's global generator), none in evaluation."""
@@ -424,9 +432,9 @@ def build_vit(arch, size, registers=4):
     return ViT(size=size, **{"registers": registers, **(ARCHS[arch] if isinstance(arch, str) else arch)})
 
 
-# ---------------------------------------------------------------- part losses (weights: DESIGN section 4)
+# ---------------------------------------------------------------- part losses
 def presence(maps):
-    """Every foreground part appears somewhere in the batch: 1 - mean_k part_peaks(maps)_k. maps (B, K+1, h, w) -> scalar."""
+    """Every foreground part appears somewhere in the batch: 1 - mean of part_peaks. maps (B, K+1, h, w) -> scalar."""
     return 1 - part_peaks(maps).mean()
 
 
@@ -458,21 +466,25 @@ def orthogonality(part_features):
 
 
 def total_variation(maps):
-    """Neighbouring patches agree: absolute differences, summed over parts, per position. maps (B, K+1, h, w) -> scalar."""
+    """Neighbouring patches agree: absolute differences, summed over parts, per position.
+
+    maps (B, K+1, h, w) -> scalar.
+    """
     changes = maps.diff(dim=-1).abs().sum() + maps.diff(dim=-2).abs().sum()
     return changes * maps.shape[1] / maps.numel()
 
 
 def entropy(maps):
-    """Every patch is sure of its part: mean over positions of the entropy over parts. maps (B, K+1, h, w) -> scalar."""
+    """Every patch is sure of its part: mean over positions of the entropy. maps (B, K+1, h, w) -> scalar."""
     p = maps / maps.sum(1, keepdim=True)                 # renormalised as published: it matters for the gradient
     return -(p * p.clamp_min(torch.finfo(p.dtype).eps).log()).sum(1).mean()
 
 
 def concentration(maps):
-    """A foreground part is compact: squared distance to its centroid, weighted by the map. maps (B, K+1, h, w) -> scalar.
+    """A foreground part is compact: squared distance to its centroid, weighted by the map.
 
-    From PDiscoNet (van der Klis et al., 2023); weight 0 here. As published, rows are divided by w and columns by h.
+    maps (B, K+1, h, w) -> scalar. From PDiscoNet (van der Klis et al., 2023); weight 0 here. As published, rows are
+    divided by w and columns by h.
     """
     maps = maps[:, :-1]
     h, w = maps.shape[2:]
@@ -508,7 +520,8 @@ class Affine(NamedTuple):
         """The paper's warp of training images of `size` (height, width): uniform draws, shifts of whole pixels."""
         a, x, y, s = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
         pixels = lambda u, side: round((2 * u - 1) * shift * side) / side
-        return Affine((2 * a - 1) * degrees, pixels(x, size[1]), pixels(y, size[0]), scale[0] + s * (scale[1] - scale[0]))
+        factor = scale[0] + s * (scale[1] - scale[0])
+        return Affine((2 * a - 1) * degrees, pixels(x, size[1]), pixels(y, size[0]), factor)
 
 
 def warp(images, affine, mode="bilinear"):
@@ -597,7 +610,7 @@ def load_published(state_dict, heads=None, **settings):
     """An IFAM from a state dict written by the published two-stage code (timm naming, stage_1.* and stage_2.*).
 
     Every size is read from the tensors except two that they do not tell: heads (default: 64 channels each, as in all
-    DINOv2 sizes) and the shape of the patch grid (square, or else that of the first images). settings: further
+    DINOv2 sizes) and the shape of the patch grid (that of the first images). settings: further
     arguments of IFAM, such as hardness. Raises ValueError for anything missing, unexpected, or of another shape.
     """
     state = {}
@@ -611,12 +624,12 @@ def load_published(state_dict, heads=None, **settings):
             state[name] = state[name].mT                                         # (D, K+1) there
         for stage in ("selector.backbone.", "predictor.backbone."):
             state = _official_names(state, stage)
-        arch, size, square = _describe(state, "selector.backbone.", heads)
+        arch, size = _describe(state, "selector.backbone.", heads)
         classes, k = len(state["predictor.head.weight"]), len(state["selector.prototypes"]) - 1
     except KeyError as error:
         raise ValueError(f"not a snapshot of the published two-stage code: missing {error.args[0]}") from None
     model = IFAM(classes, k, arch, size, **settings)
-    model.selector.backbone.grid_is_known = model.predictor.backbone.grid_is_known = square
+    model.selector.backbone.grid_is_known = model.predictor.backbone.grid_is_known = False
     load_strictly(model, state)
     return model
 
@@ -628,14 +641,15 @@ def _official_names(state, stage):
         # timm's register models keep no position for the class token: it is already added to the token
         state[stage + "register_tokens"] = state.pop(stage + "reg_token")
         state[stage + "pos_embed"] = F.pad(state[stage + "pos_embed"], (0, 0, 1, 0))
-    if len(state[stage + "blocks.0.mlp.fc1.weight"]) != state[stage + "blocks.0.mlp.fc2.weight"].shape[1]:      # SwiGLU
+    first, second = (state[f"{stage}blocks.0.mlp.fc{i}.weight"] for i in (1, 2))
+    if len(first) != second.shape[1]:                                            # SwiGLU: gate and value in one matrix
         for old, new in ((".mlp.fc1.", ".mlp.w12."), (".mlp.fc2.", ".mlp.w3.")):
             state = {name.replace(old, new) if name.startswith(stage) else name: x for name, x in state.items()}
     return state
 
 
 def _describe(state, stage, heads):
-    """The ViT under prefix `stage` -> (arguments of ViT, image size (height, width), is its grid square?)."""
+    """The ViT under prefix `stage` -> (arguments of ViT, image size (height, width) if its grid is as square as can be)."""
     vit = {name[len(stage):]: tensor for name, tensor in state.items() if name.startswith(stage)}
     width, _, patch, _ = vit["patch_embed.proj.weight"].shape
     if heads is None and width % 64:
@@ -647,4 +661,4 @@ def _describe(state, stage, heads):
     arch = dict(patch=patch, width=width, depth=depth, heads=heads or width // 64, ffn=ffn,
                 hidden=vit[f"blocks.0.mlp.{'w3' if ffn == 'swiglu' else 'fc2'}.weight"].shape[1],
                 registers=vit["register_tokens"].shape[1] if "register_tokens" in vit else 0)
-    return arch, (rows * patch, patches // rows * patch), rows * rows == patches
+    return arch, (rows * patch, patches // rows * patch)

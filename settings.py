@@ -1,4 +1,4 @@
-"""settings.py: what every script shares. A dataclass is the command line, an error is one line, a file is whole or absent."""
+"""settings.py: what every script shares: a dataclass is the command line, an error is one line, a file is whole."""
 import argparse
 import difflib
 import json
@@ -17,7 +17,7 @@ class RunError(Exception):
 
 # ---------------------------------------------------------------- command line
 def opt(default, help, choices=None):
-    """A dataclass field that is also a flag. default=MISSING makes the flag required; choices refuses everything else."""
+    """A dataclass field that is also a flag; default=MISSING makes it required, choices refuses anything else."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -80,7 +80,7 @@ def run_script(main):
 
 # ---------------------------------------------------------------- files
 def write_whole(path, write):
-    """Call write(temporary path), then rename over path: readers see the old file or the new one, never half of one."""
+    """Call write(temporary path), then rename it to path: readers see the old file or the new one, never half."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import ifam
 from baselines import METHODS, build
-from evaluate import accuracies, pick_device, predict, read_checkpoint
+from evaluate import accuracies, pick_device, predict, read_checkpoint, read_file
 from settings import RunError, UsageError, opt, parse, run_script, write_json, write_whole
 
 
@@ -42,21 +42,21 @@ class Config:
     method: str = opt("ifam", "ifam, or a baseline", choices=tuple(METHODS))
     arch: str = opt("b", "size of the vision transformers", choices=tuple(ifam.ARCHS))
     registers: int = opt(4, "register tokens; 0 for weights without registers")
-    weights: str = opt("dinov2", "where backbones start: dinov2 (downloaded once), a file with DINOv2's names, or none")
+    weights: str = opt("dinov2", "start of all backbones: dinov2 (downloaded once), a file with its names, or none")
     size: int = opt(518, "image side in pixels, a multiple of the patch")
     k: int = opt(8, "foreground parts")
     masking: str = opt("early", "where the mask acts", choices=("early", "late"))
     hardness: str = opt("hard", "binary mask, or any weight in [0, 1]", choices=("hard", "soft"))
-    pooling: str = opt("cls", "what stage 2 classifies from: class token, or mean of kept patches", choices=("cls", "mean"))
-    joint: bool = opt(True, "let the stage-2 loss reach stage 1 through the mask, as in the paper; the published code does not")
+    pooling: str = opt("cls", "what stage 2 classifies from: class token or kept patches", choices=("cls", "mean"))
+    joint: bool = opt(True, "let the stage-2 loss reach stage 1 through the mask, as in the paper")
     tau: float = opt(1.0, "temperature of the part assignment")
     part_dropout1: float = opt(0.3, "share of parts dropped before the stage-1 classifier")
     part_dropout2: float = opt(0.3, "share of parts dropped in the mask of stage 2")
 
     epochs: int = opt(90, "passes over the training set")
     batch: int = opt(16, "images per step over all processes and accumulation steps")
-    micro: int = opt(0, "most images at once in a process; more are accumulated (0: no limit). The presence loss takes "
-                        "its maximum within such a part")
+    micro: int = opt(0, "most images at once in a process; more are accumulated, and the presence loss takes its "
+                        "maximum within each portion (0: no limit)")
     lr: float = opt(1e-6, "learning rate at batch 16 of tokens and stage 2, scaled by sqrt(batch / 16)")
     lr_prototypes: float = opt(1e-3, "the same for the prototypes")
     lr_heads: float = opt(1e-2, "the same for modulation, fc_norm and classifiers")
@@ -91,18 +91,16 @@ class Config:
         self.out = self.out or f"runs/{self.data}{suffix}"
 
 
-# The paper's settings are Config's defaults (appendix A.1); a preset says where a benchmark differs.
-PRESETS = {
-    "waterbirds": dict(size=518, k=8),
-    "cub": dict(size=518, k=8),
-}
+# Config's defaults are the paper's (appendix A.1); data.BENCHMARKS says what differs by benchmark, this by miniature.
 MINI = dict(arch="mini", size=96, weights="none", k=4, epochs=3, batch=32, lr=3e-4, lr_prototypes=3e-3, lr_heads=3e-3,
             warmup=30, workers=0)
 FREE = {"root", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}   # may change on --resume
 
 
 def preset(given):
-    return {**PRESETS.get(given.get("data", Config.data), {}), **(MINI if given.get("mini") else {})}
+    """What was typed -> the settings of its benchmark that replace Config's defaults."""
+    benchmark = data.BENCHMARKS[given.get("data", Config.data)]
+    return {"size": benchmark.size, "k": benchmark.k, **(MINI if given.get("mini") else {})}
 
 
 # ---------------------------------------------------------------- functions of the step
@@ -121,18 +119,18 @@ def generator(*numbers):
 def draw_noise(model, cfg, step, positions):
     """Noise of the images at these positions of the global batch, and of their warped copies.
 
-    DESIGN asks for a function of (seed, step, rank). The position instead of the rank makes a step the same whatever
-    number of processes or accumulation steps share the batch.
+    The position and not the rank decides, so a step is the same however many processes or accumulation steps share it.
     """
     if model.selector is None:
         return None
-    generators = [generator(cfg.seed, step, copy, p) for copy in (1, 2) for p in positions]
-    return ifam.Noise.draw(cfg.k, math.prod(model.selector.backbone.grid), cfg.part_dropout1, cfg.part_dropout2, generators)
+    generators = [generator(cfg.seed, step, half, p) for half in (1, 2) for p in positions]
+    patches = math.prod(model.selector.backbone.grid)
+    return ifam.Noise.draw(cfg.k, patches, cfg.part_dropout1, cfg.part_dropout2, generators)
 
 
 # ---------------------------------------------------------------- parameters
 def freeze_backbone(model):
-    """Pretrained blocks of stage 1 stay as they are; class token, registers and positions train (paper, appendix A.1)."""
+    """Pretrained blocks of stage 1 stay; its class token, registers and positions train (paper, appendix A.1)."""
     if model.selector is not None:
         tokens = {id(t) for t in model.selector.backbone.tokens()}
         for p in model.selector.backbone.parameters():
@@ -140,7 +138,7 @@ def freeze_backbone(model):
 
 
 def parameter_groups(model, cfg, steps):
-    """AdamW groups (DESIGN section 8): a learning rate by role, weight decay on matrices only."""
+    """AdamW groups (paper, appendix A.1): a learning rate by role, weight decay on matrices only."""
     scale = math.sqrt(cfg.batch / 16)
     groups = {}
     for name, p in model.named_parameters():
@@ -163,32 +161,21 @@ def load_weights(model, cfg):
     if cfg.weights == "dinov2":
         cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
         if cfg.arch == "mini":
-            raise UsageError("--weights dinov2 has no mini architecture: choose --arch s, b, l or g, or --weights none")
+            raise UsageError("--weights dinov2 has no mini architecture: choose another --arch, or --weights none")
         try:
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, progress=False)
-        except Exception as error:                                               # urllib and torch raise many kinds here
+        except Exception as error:                       # urllib and torch raise many kinds here
             raise UsageError(f"cannot get {url} ({error}); download it by hand to {cached}") from None
     else:
-        state = read_weights(cfg.weights)
+        state = read_file(cfg.weights, "a file of backbone weights (or write dinov2, or none)")
+        if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+            raise UsageError(f"--weights {cfg.weights}: expected a dict of tensors under DINOv2's names")
     for stage in (model.selector, model.predictor):
         if stage is not None:
             try:
                 ifam.load_backbone(stage.backbone, state)
             except ValueError as error:
                 raise UsageError(f"--weights {cfg.weights} with --arch {cfg.arch}: {error}") from None
-
-
-def read_weights(path):
-    """A state dict from a local file, or one line that says why not."""
-    if not Path(path).is_file():
-        raise UsageError(f"--weights {path}: no such file (or write dinov2, or none)")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                                   # a damaged file can fail in many ways
-        raise UsageError(f"--weights {path}: not a file of weights ({type(error).__name__})") from None
-    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
-        raise UsageError(f"--weights {path}: expected a dict of tensors under DINOv2's names")
-    return state
 
 
 # ---------------------------------------------------------------- losses over processes
@@ -205,7 +192,7 @@ def max_over_processes(local, world):
 
 
 def loss_terms(out, warped_maps, labels, affine, world=1):
-    """Every loss term by its name, unweighted (DESIGN section 4)."""
+    """Every loss term by its name, unweighted."""
     terms = {}
     if out.logits_stage1 is not out.logits:                                      # a model that has a second stage
         terms["class2"] = F.cross_entropy(out.logits.float(), labels)
@@ -224,8 +211,8 @@ def loss_terms(out, warped_maps, labels, affine, world=1):
 def average_over_processes(tensors, world):
     """Replace tensors by their mean over processes, in one message.
 
-    Written out instead of DistributedDataParallel: two stages, a doubled batch and accumulation need no wrapper, and the
-    reader sees what is exchanged.
+    Written out instead of DistributedDataParallel: two stages, a doubled batch and accumulation need no wrapper, and
+    the reader sees what is exchanged.
     """
     if world > 1:
         flat = torch.cat([x.flatten() for x in tensors])
@@ -279,7 +266,7 @@ def plain(value):
 
 
 def open_run(cfg, rank):
-    """The checkpoint to resume from, or None; makes the folder. A run that is already there is moved aside, not lost."""
+    """The checkpoint to resume from, or None and a new folder. A run that is already there is moved aside, not lost."""
     folder = Path(cfg.out)
     if cfg.resume:
         if not folder.is_dir():
@@ -290,8 +277,8 @@ def open_run(cfg, rank):
         for f in fields(Config):
             then, now = state["config"].get(f.name), plain(getattr(cfg, f.name))
             if f.name not in FREE and then != now:
-                raise UsageError(f"--resume: {folder} was started with --{f.name.replace('_', '-')} {then}, not {now}; "
-                                 "use the old value, or another --out")
+                raise UsageError(f"--resume: {folder} was started with --{f.name.replace('_', '-')} {then}, not {now}"
+                                 "; use the old value, or another --out")
         return state
     if rank == 0:
         if (folder / "config.json").is_file():
@@ -411,8 +398,8 @@ def train(cfg):
     folder = Path(cfg.out)
     log = Log(folder, rank, start)
     log({"step": start, "command": sys.argv, "config": asdict(cfg), "torch": torch.__version__, "processes": world},
-        f"{describe(samples)}\n{cfg.method}: {sum(p.numel() for p in trained):,} trained parameters, steps {start} to {steps} "
-        f"({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
+        f"{describe(samples)}\n{cfg.method}: {sum(p.numel() for p in trained):,} trained parameters, steps {start} to "
+        f"{steps} ({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
 
     def save(name):
         if rank == 0:
@@ -423,7 +410,8 @@ def train(cfg):
             write_whole(folder / name, lambda temporary: torch.save(state, temporary))
 
     plan = data.Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world)
-    loader = torch.utils.data.DataLoader(samples, batch_sampler=plan, num_workers=cfg.workers, pin_memory=device.type == "cuda")
+    loader = torch.utils.data.DataLoader(samples, batch_sampler=plan, num_workers=cfg.workers,
+                                         pin_memory=device.type == "cuda")
     clock, since = time.perf_counter(), start
     model.train()
     for step, batch in enumerate(tqdm(loader, cfg.method, unit="step", disable=None if rank == 0 else True), start):
@@ -447,16 +435,18 @@ def train(cfg):
             speed = (done - since) * cfg.batch / (time.perf_counter() - clock)
             clock, since = time.perf_counter(), done
             loss = sum(weights(cfg)[name] * value for name, value in values.items())
-            log({"step": done, "epoch": done / per_epoch, "lr_factor": lr_at(step, steps, cfg.warmup), "loss": loss, **values,
-                 "gradient_norm": norm.item(), "images_per_second": speed},
-                f"step {done}/{steps}  loss {loss:.3f}  " + "  ".join(f"{n} {v:.3f}" for n, v in values.items()) + f"  {speed:.0f} images/s")
+            log({"step": done, "epoch": done / per_epoch, "lr_factor": lr_at(step, steps, cfg.warmup), "loss": loss,
+                 **values, "gradient_norm": norm.item(), "images_per_second": speed},
+                f"step {done}/{steps}  loss {loss:.3f}  {'  '.join(f'{n} {v:.3f}' for n, v in values.items())}  "
+                f"{speed:.0f} images/s")
         if end_of_epoch:
             now = {"split": best["split"], "epoch": done // per_epoch, "accuracy": None}
             if val:
                 score = accuracies(predict(averaged or model, val, cfg.batch, device, cfg.workers), val)
                 now["accuracy"] = score["aa"]
-                log({"step": done, "epoch": done // per_epoch, "val": score},
-                    f"epoch {done // per_epoch}: validation accuracy {score['aa']:.3f}, worst group {score['worst_group']:.3f}")
+                log({"step": done, "epoch": now["epoch"], "val": score},
+                    f"epoch {now['epoch']}: validation accuracy {score['aa']:.3f}, "
+                    f"worst group {score['worst_group']:.3f}")
                 model.train()
             if not val or best["accuracy"] is None or now["accuracy"] > best["accuracy"]:
                 best = now
@@ -470,7 +460,9 @@ def train(cfg):
 
 def describe(samples):
     counts = torch.bincount(samples.groups, minlength=len(samples.group_names)).tolist()
-    named = ", ".join(f"{n} {g}" for n, g in zip(counts, samples.group_names)) if len(counts) <= 8 else f"{len(samples.classes)} classes"
+    named = f"{len(samples.classes)} classes"
+    if len(counts) <= 8:
+        named = ", ".join(f"{n} {g}" for n, g in zip(counts, samples.group_names))
     return f"{samples.name} {samples.split}: {len(samples)} images ({named})"
 
 

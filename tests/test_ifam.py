@@ -128,6 +128,13 @@ def test_sizes_are_read_from_the_tensors():
         load_published(below("sd/", golden("ifam_small")))
 
 
+def test_layer_norms_have_the_published_eps():
+    model = tiny()                                                               # too small a difference for the outputs to show
+    eps = {name: m.eps for name, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm)}
+    assert {name for name, value in eps.items() if value == 1e-5} == {"selector.modulation", "predictor.fc_norm"}
+    assert sorted(set(eps.values())) == [1e-6, 1e-5] and len(eps) == 2 * 5 + 2
+
+
 @pytest.mark.parametrize("settings", [
     dict(size=70, k=1), dict(size=(70, 98), k=3), dict(size=(98, 70), k=1, classes=7), dict(size=(56, 70), registers=0),
     dict(size=28, arch=dict(patch=7, width=64, depth=1, heads=1, ffn="swiglu")),
@@ -166,9 +173,10 @@ def test_every_missing_key_of_a_snapshot_is_named():
     assert not unnamed, "\n".join(unnamed)
 
 
-@pytest.mark.parametrize("name", ["stage_1.blocks.1.attn.qkv.scale", "stage_2.head.bias", "stage_2.blocks.2.norm1.weight", "stage_3.head.weight",
-                                  "optimizer", "stage_1.fc_landmarks.bias", "stage_1.fc_class_landmarks.bias", "stage_1.head.weight",
-                                  "stage_2.fc_landmarks.weight", "stage_1.fc_norm.weight", "stage_2.modulation.weight"])
+@pytest.mark.parametrize("name", [
+    "stage_1.blocks.1.attn.qkv.scale", "stage_2.head.bias", "stage_2.blocks.2.norm1.weight", "stage_3.head.weight", "optimizer",
+    "stage_1.fc_landmarks.bias", "stage_1.fc_class_landmarks.bias", "stage_1.head.weight", "stage_1.fc_norm.weight",
+    "stage_2.fc_landmarks.weight", "stage_2.modulation.weight"])
 def test_an_unexpected_key_of_a_snapshot_is_named(name):
     state = {**as_published(tiny()), name: torch.zeros(32)}
     named = name.replace("stage_1.fc_class_landmarks", "selector.classifier").split(".", 1)[-1]
@@ -176,8 +184,9 @@ def test_an_unexpected_key_of_a_snapshot_is_named(name):
         load_published(state, heads=2)
 
 
-@pytest.mark.parametrize("name", ["stage_1.blocks.1.attn.qkv.weight", "stage_2.cls_token", "stage_2.pos_embed", "stage_2.fc_norm.bias",
-                                  "stage_1.modulation.bias", "stage_2.blocks.0.ls1.gamma", "stage_1.fc_class_landmarks.weight"])
+@pytest.mark.parametrize("name", [
+    "stage_1.blocks.1.attn.qkv.weight", "stage_1.modulation.bias", "stage_1.fc_class_landmarks.weight", "stage_2.cls_token",
+    "stage_2.pos_embed", "stage_2.blocks.0.ls1.gamma", "stage_2.fc_norm.bias"])
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(name):
     state = as_published(tiny())
     odd = torch.zeros([n + 1 for n in state[name].shape])
@@ -265,7 +274,8 @@ def test_orthogonality_runs_over_parts_and_not_over_channels_as_in_the_published
     ours = ifam.orthogonality(part_features)
     agrees(ours, z["orth_documented_BDN/value"])
     assert abs(ours - z["orth_as_trainer_BND/value"]) > 0.1
-    by_hand = [(F.cosine_similarity(f[i], f[j], dim=0) - float(i == j)) ** 2 for f in part_features for i in range(5) for j in range(5)]
+    by_hand = [(F.cosine_similarity(f[i], f[j], dim=0) - float(i == j)) ** 2
+               for f in part_features for i in range(5) for j in range(5)]
     agrees(ours, torch.stack(by_hand).mean(), 1e-12)
 
 
@@ -518,9 +528,9 @@ def test_no_dropped_pixel_reaches_a_logit_under_an_early_hard_mask(pooling, dens
         assert gradient[~seen].eq(0).all() and gradient[seen].abs().max() > 0
 
 
-@pytest.mark.parametrize("settings", [dict(masking="late", pooling="mean"), dict(masking="late", pooling="mean", hardness="soft")], ids=str)
-def test_dropped_pixels_leak_through_a_late_mask(settings):
-    model, x = tiny(**settings), pictures(4).requires_grad_()
+@pytest.mark.parametrize("hardness", ["hard", "soft"])
+def test_dropped_pixels_leak_through_a_late_mask(hardness):
+    model, x = tiny(masking="late", pooling="mean", hardness=hardness), pictures(4).requires_grad_()
     some = slice(1, 3)                                                           # the images that keep some patches, not all
     logits = model(x, keep=RAGGED).logits
     repainted = model(torch.where(pixels(RAGGED), x, torch.randn_like(x)), keep=RAGGED).logits
@@ -605,6 +615,14 @@ def test_noise_is_gumbel_and_parts_survive_at_their_own_rate():
     assert noise.parts2.mean().item() == pytest.approx(0.4, abs=0.05)
     none = Noise.draw(4, 25, dropout1=0.0, dropout2=0.0, generators=seeded(0))
     assert none.parts1.eq(1).all() and none.parts2.eq(1).all()
+
+
+def test_training_draws_one_sample_per_image_and_evaluation_none():
+    model = tiny()
+    assert all(part is None for part in model.draw_noise(3))
+    noise = model.train().draw_noise(3)
+    assert [len(part) for part in noise] == [3, 3, 3, 3]
+    assert not torch.equal(noise.maps[0], noise.maps[1]) and not torch.equal(noise.keep[1], noise.keep[2])
 
 
 def test_a_training_step_is_a_function_of_its_noise():
