@@ -238,8 +238,9 @@ def load(name, root="data", size=None, seed=0, limit=0, splits=("train", "val", 
 
 def missing(name, path):
     benchmark = BENCHMARKS[name]
+    offline = "; or use --mini, which needs no download" if name in miniature.BENCHMARKS else ""
     return UsageError(f"{name}: looked for {path.resolve()}, which is not there. Unpack {benchmark.source} under "
-                      "--root; or use --mini, which needs no download")
+                      f"--root{offline}")
 
 
 def read_table(path):

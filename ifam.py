@@ -220,15 +220,18 @@ class ViT(nn.Module):
         mask = F.pad(keep.to(torch.promote_types(keep.dtype, torch.float16)), (self.prefix, 0), value=1.0)
         if not hard or mask.requires_grad:
             return self._run(x, lambda q, k, v: attend_masked(q, k, v, mask, hard))
-        readable = mask.bool()                                                   # (B, T)
-        lengths = readable.sum(1).tolist()
-        packed = self._run(x[readable], lambda q, k, v: attend_packed(q, k, v, lengths))
-        return packed.new_zeros(x.shape).masked_scatter(readable[..., None], packed)
+        return self._run_packed(x, mask.bool())
 
     def _run(self, x, attend):
         for block in self.blocks:
             x = block(x, attend)
         return self.norm(x)
+
+    @torch.compiler.disable                              # lengths change with every batch: each would be compiled anew
+    def _run_packed(self, x, readable):
+        lengths = readable.sum(1).tolist()
+        packed = self._run(x[readable], lambda q, k, v: attend_packed(q, k, v, lengths))      # (sum of lengths, D)
+        return packed.new_zeros(x.shape).masked_scatter(readable[..., None], packed)
 
 
 # ---------------------------------------------------------------- stage 1: the selector

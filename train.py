@@ -382,8 +382,8 @@ def train(cfg):
     check(cfg)
     rank, world, device = start_processes(cfg)
     dtype, scaler = autocast_of(cfg, device)
-    model = build_model(cfg, device)
     samples, val = open_data(cfg, rank, world)
+    model = build_model(cfg, device)
     per_epoch = len(samples) // cfg.batch
     steps = per_epoch * cfg.epochs
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -201,7 +201,6 @@ def test_a_run_that_is_already_there_is_moved_aside_not_lost(tmp_path):
     (("--mini", "--tau", 0), ("--tau", "positive")),
 ], ids=lambda x: "".join(map(str, x)) if isinstance(x, tuple) else x)
 def test_bad_settings_are_one_line_and_leave_nothing_behind(flags, words, tmp_path, capsys):
-    flags = flags if "--weights" in flags or "--mini" in flags else (*flags, "--weights", "none")
     line = fails(train.main, *flags, "--out", tmp_path / "run")(capsys)
     assert all(word in line for word in words), line
     assert not (tmp_path / "run").exists()
