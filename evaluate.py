@@ -177,9 +177,8 @@ def pixels(keep, grid, patch):
     return keep.unflatten(1, grid)[:, None].repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
 
-def repaint(classifier, images, held, hidden, generator):
+def repaint(classifier, images, held, hidden, logits, generator):
     """Replace masked-out pixels with noise, another image, grey -> largest logit change (B,), share of flips (B,)."""
-    logits = classifier.head(classifier.features(images, held))
     noise = torch.randn(images.shape, generator=generator).to(images)
     changes, flips = [], []
     for paint in (noise, images.roll(1, 0), torch.zeros_like(images)):
@@ -280,12 +279,13 @@ def leakage_of_batch(classifier, images, truth, backbone, number):
         features = classifier.features(images, held)
         row = {"features": features, "keep": keep}
         noise = torch.Generator().manual_seed(number)
-        row["change"], row["flip"] = repaint(classifier, images, held, shown == 0, noise)
+        logits = classifier.head(features)
+        row["change"], row["flip"] = repaint(classifier, images, held, shown == 0, logits, noise)
         objects = shown if truth is None else truth[:, None].float()
         swapped = swap_backgrounds(images, objects)
         keep2, held2 = classifier.find(swapped, keep)
-        guesses = [classifier.head(x).argmax(1) for x in (features, classifier.features(swapped, held2))]
-        row["swap"], row["iou"] = (guesses[0] != guesses[1]).float(), mask_iou(keep, keep2)
+        guess = classifier.head(classifier.features(swapped, held2)).argmax(1)
+        row["swap"], row["iou"] = (guess != logits.argmax(1)).float(), mask_iou(keep, keep2)
         if truth is not None:
             area = shown.sum((1, 2, 3))
             row["admitted"] = ((shown * (1 - objects)).sum((1, 2, 3)) / area)[area > 0]

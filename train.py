@@ -167,7 +167,7 @@ def load_weights(model, cfg):
         except Exception as error:                       # urllib and torch raise many kinds here
             raise UsageError(f"cannot get {url} ({error}); download it by hand to {cached}") from None
     else:
-        state = read_file(cfg.weights, "a file of backbone weights (or write dinov2, or none)")
+        state = read_file(cfg.weights, "a file of backbone weights")
         if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
             raise UsageError(f"--weights {cfg.weights}: expected a dict of tensors under DINOv2's names")
     for stage in (model.selector, model.predictor):

@@ -172,9 +172,9 @@ def test_mask_iou_counts_patches_and_two_empty_masks_agree():
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (lambda p: p.unlink(), ("no checkpoint at", "train.py")),
+    (lambda p: p.unlink(), ("no such file", "expected a checkpoint of train.py")),
     (lambda p: p.write_bytes(p.read_bytes()[:2000]), ("damaged",)),
-    (lambda p: p.write_text("hello"), ("damaged or not a checkpoint",)),
+    (lambda p: p.write_text("hello"), ("damaged, or not a checkpoint",)),
     (lambda p: torch.save({"model": {}}, p), ("not a checkpoint of train.py",)),
 ], ids=("missing", "truncated", "text", "other"))
 def test_a_checkpoint_that_is_none_is_one_line_and_no_report(spoil, words, trained, tmp_path, capsys):

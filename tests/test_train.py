@@ -210,7 +210,7 @@ def test_weights_of_another_architecture_or_no_weights_at_all_are_refused(tmp_pa
     torch.save(ifam.ViT(96, 8, 64, 2, 2).state_dict(), tmp_path / "narrow.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "text.pt").write_text("hello")
-    for name, words in (("narrow", ("blocks.2", "missing")), ("list", ("dict of tensors",)), ("text", ("not a file of weights",))):
+    for name, words in (("narrow", ("blocks.2", "missing")), ("list", ("dict of tensors",)), ("text", ("damaged, or not a file of backbone weights",))):
         line = fails(train.main, *TINY, "--weights", tmp_path / f"{name}.pt", "--out", tmp_path / "run")(capsys)
         assert all(word in line for word in words), line
     assert not (tmp_path / "run").exists()
