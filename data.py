@@ -125,9 +125,10 @@ def patch_keep(masks, patch, share=0.5):
     An object that no patch holds enough of keeps its best patch. A mask without any object keeps nothing.
     """
     cover = torch.nn.functional.avg_pool2d(masks[:, None].float(), patch).flatten(1)
-    best = (cover == cover.amax(1, keepdim=True)).cumsum(1).eq(1) & (cover == cover.amax(1, keepdim=True))
-    small = ~(cover > share).any(1, keepdim=True) & (cover > 0).any(1, keepdim=True)
-    return ((cover > share) | (best & small)).float()
+    keep = cover > share
+    small = (~keep.any(1) & (cover > 0).any(1)).nonzero()[:, 0]
+    keep[small, cover.argmax(1)[small]] = True
+    return keep.float()
 
 
 # ---------------------------------------------------------------- samples
@@ -159,11 +160,16 @@ class Samples(torch.utils.data.Dataset):
         return self
 
     def check(self):
-        """Every image file is there, or a UsageError names the first that is not."""
-        for name, path in zip(self.ids, self.paths):
-            if not path.is_file():
-                raise UsageError(f"{self.name}: image of sample {name} ({self.split}) is missing: {path}; "
-                                 "unpack the archive again or remove its row")
+        """Every image is there and is one, and so is every mask; or a UsageError names the first that is not.
+
+        Only headers are read: pixels that do not decode stop the run when they are needed.
+        """
+        for what, paths in (("image", self.paths), ("mask", self.masks or ())):
+            for name, path in zip(self.ids, paths):
+                if not path.is_file():
+                    raise UsageError(f"{self.name}: {what} of sample {name} ({self.split}) is missing: {path}; "
+                                     "unpack the archive again or remove its row")
+                read_image(path)
 
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (None, key)
@@ -187,11 +193,11 @@ class Samples(torch.utils.data.Dataset):
         return sample
 
 
-def read_image(path, mode):
-    """Open and decode; an image that does not decode is a UsageError that names it."""
+def read_image(path, mode=None):
+    """Open and decode as PIL's mode, or look at the header only; UsageError that names a file that is no image."""
     try:
         with Image.open(path) as image:
-            return image.convert(mode)
+            return image.convert(mode) if mode else None
     except (OSError, SyntaxError, ValueError) as error:
         raise UsageError(f"cannot read image {path}: {error}; replace the file") from None
 
@@ -264,11 +270,13 @@ def read_points(cub):
 
 
 def annotations(cub, ids, files):
-    """(mask paths, keypoints) of CUB images, each None unless there for all of them."""
-    masks = [cub / "segmentations" / Path(f).with_suffix(".png") for f in files]
-    points = read_points(cub)
-    return (masks if all(m.is_file() for m in masks) else None,
-            [points[i] for i in ids] if points and all(i in points for i in ids) else None)
+    """(mask paths, keypoints) of CUB images; None where CUB's folder or file of them is not there at all."""
+    masks, points = cub / "segmentations", read_points(cub)
+    for i in ids:
+        if points and i not in points:
+            raise UsageError(f"{cub / 'parts' / 'part_locs.txt'} has no rows of image {i}; unpack CUB_200_2011.tgz again")
+    return ([masks / Path(f).with_suffix(".png") for f in files] if masks.is_dir() else None,
+            [points[i] for i in ids] if points else None)
 
 
 def load_cub(root, size, seed):
@@ -303,6 +311,11 @@ def load_waterbirds(root, size, seed):
         if not rows or column not in rows[0]:
             raise UsageError(f"{base / 'metadata.csv'} has no column {column}; unpack "
                              f"{BENCHMARKS['waterbirds'].source} again")
+    for number, row in enumerate(rows, 2):
+        for column, known in (("y", "01"), ("place", "01"), ("split", "012")):
+            if row[column] is None or row[column] not in tuple(known):
+                raise UsageError(f"{base / 'metadata.csv'}, line {number}: {column} is {row[column]!r}, "
+                                 f"not one of {', '.join(known)}; unpack the archive again")
 
     def split(name, number):
         mine = [r for r in rows if r["split"] == number]
@@ -327,8 +340,8 @@ class Benchmark:
 BENCHMARKS = {
     "waterbirds": Benchmark(load_waterbirds, 2, 518, 8, "waterbird_complete95_forest2water2.tar.gz "
                             "(nlp.stanford.edu/data/dro; masks and keypoints: CUB_200_2011)", rare=(1, 2)),
-    "cub": Benchmark(load_cub, 200, 518, 8, "CUB_200_2011.tgz and segmentations.tgz "
-                     "(data.caltech.edu/records/65de6-vp158 and w9d68-gec53)"),
+    "cub": Benchmark(load_cub, 200, 518, 8, "CUB_200_2011.tgz, and segmentations.tgz "
+                     "moved into it (data.caltech.edu/records/65de6-vp158 and w9d68-gec53)"),
 }
 
 

@@ -7,6 +7,7 @@ Writes report.json and parts.png beside the checkpoint: accuracy by group, the m
 that is, each way in which the background can reach a prediction, for the early mask (stage 2) beside the late one
 (stage 1). Nothing is drawn at random: two runs write the same report. Letters: ifam.py.
 """
+import math
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -16,7 +17,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
-import figures
 from baselines import build
 from ifam import discretize, load_strictly
 from settings import UsageError, opt, parse, run_script, write_json
@@ -220,10 +220,12 @@ def mask_iou(a, b):
 
 
 def linear_probe(x, y, folds=5, penalty=0.1):
-    """Cross-validated accuracy of a linear readout of y (n,) from x (n, d): ridge regression on one-hot targets.
+    """Cross-validated accuracy of a linear readout of y (n,) from x (n, d): ridge on one-hot targets; None if n < 10.
 
     Closed form in float64, standardised features, penalty * n on the diagonal: no randomness, nothing to tune.
     """
+    if len(y) < 2 * folds:
+        return None                                      # too few to fit and to test
     x, target = x.double(), F.one_hot(y).double()
     fold = torch.arange(len(y)) % folds
     right = 0
@@ -238,19 +240,25 @@ def linear_probe(x, y, folds=5, penalty=0.1):
     return right / len(y)
 
 
-def measure_leakage(classifier, samples, backbone, device="cpu", batch=32, count=0):
+LEAKAGE_GROUP = 16         # images that lend each other backgrounds: fixed, so that --batch changes no number
+GRADIENTS = 8000           # backward passes of images, at most: many classes mean fewer images
+
+
+def measure_leakage(classifier, samples, backbone, device="cpu", count=0):
     """Five ways for the background to reach a prediction -> a dict for report.json, None without annotations.
 
     repaint and gradient hold the mask fixed: for an early, hard mask they are exactly 0. swap, admitted and probe show
     what that does not cover: the selector's own eyes, patches at the border, and the shape of the mask. Each is
     measured per image and averaged; max_* is the largest over images. count: how many images, spread evenly (0: all).
     """
-    indices = torch.linspace(0, len(samples) - 1, min(count or len(samples), len(samples))).round().long().tolist()
-    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(samples, indices), batch)
-    rows = {}
-    for number, images in enumerate(loader):
+    indices = torch.linspace(0, len(samples) - 1, min(count or len(samples), len(samples))).round().long()
+    indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]     # mixed groups
+    groups = [g.tolist() for g in indices.tensor_split(math.ceil(len(indices) / LEAKAGE_GROUP))]
+    rows, budget = {}, GRADIENTS // len(samples.classes)
+    for number, images in enumerate(torch.utils.data.DataLoader(samples, batch_sampler=groups)):
         truth = images["mask"].to(device) if "mask" in images else None
-        found = leakage_of_batch(classifier, images["image"].to(device), truth, backbone, number)
+        with_gradient = number * LEAKAGE_GROUP < budget
+        found = leakage_of_group(classifier, images["image"].to(device), truth, backbone, number, with_gradient)
         if found is None:
             return None                                  # no mask of its own and no true one: nothing to hold fixed
         for name, x in found.items():
@@ -265,11 +273,13 @@ def measure_leakage(classifier, samples, backbone, device="cpu", batch=32, count
     return {"images": len(indices), "mask": classifier.mask,
             "repaint": {"max_logit_change": row["change"].max().item(), "mean_logit_change": mean("change"),
                         "flip_rate": mean("flip")},
-            "gradient": {"max_abs": row["gradient"].max().item(), "mean_abs": mean("gradient")},
-            "swap": {"flip_rate": mean("swap"), "mask_iou": mean("iou")}, "admitted": mean("admitted"), "probe": probe}
+            "gradient": {"max_abs": row["gradient"].max().item(), "mean_max_abs": mean("gradient"),
+                         "images": len(row["gradient"])},
+            "swap": {"flip_rate": mean("swap"), "mask_iou": mean("iou") if classifier.mask == "found" else None},
+            "admitted": mean("admitted"), "probe": probe}
 
 
-def leakage_of_batch(classifier, images, truth, backbone, number):
+def leakage_of_group(classifier, images, truth, backbone, number, with_gradient):
     """Per image: what measure_leakage averages. truth: true masks (B, S, S) or None; number seeds the noise."""
     with torch.no_grad():
         keep, held = classifier.find(images, None if truth is None else data.patch_keep(truth, backbone.patch))
@@ -282,14 +292,16 @@ def leakage_of_batch(classifier, images, truth, backbone, number):
         logits = classifier.head(features)
         row["change"], row["flip"] = repaint(classifier, images, held, shown == 0, logits, noise)
         objects = shown if truth is None else truth[:, None].float()
-        swapped = swap_backgrounds(images, objects)
-        keep2, held2 = classifier.find(swapped, keep)
-        guess = classifier.head(classifier.features(swapped, held2)).argmax(1)
-        row["swap"], row["iou"] = (guess != logits.argmax(1)).float(), mask_iou(keep, keep2)
+        if len(images) > 1:                              # a single image has nobody to swap with
+            swapped = swap_backgrounds(images, objects)
+            keep2, held2 = classifier.find(swapped, keep)
+            guess = classifier.head(classifier.features(swapped, held2)).argmax(1)
+            row["swap"], row["iou"] = (guess != logits.argmax(1)).float(), mask_iou(keep, keep2)
         if truth is not None:
             area = shown.sum((1, 2, 3))
             row["admitted"] = ((shown * (1 - objects)).sum((1, 2, 3)) / area)[area > 0]
-    row["gradient"] = hidden_gradient(classifier, images, held, shown == 0)
+    if with_gradient:
+        row["gradient"] = hidden_gradient(classifier, images, held, shown == 0)
     return row
 
 
@@ -311,7 +323,7 @@ def evaluate(model, samples, train_groups=None, rare=(), device="cpu", batch=32,
                                   "background_iou": neither / max(1, neither + found + true)}
     backbone = (model.selector or model.predictor).backbone
     for _, leak, _, classifier in stages:
-        report[leak] = measure_leakage(classifier(model), samples, backbone, device, batch, leakage)
+        report[leak] = measure_leakage(classifier(model), samples, backbone, device, leakage)
     return report
 
 
@@ -340,8 +352,7 @@ def table(report, second="early, hard"):
     def value(numbers, path):
         for key in path.split("."):
             numbers = numbers.get(key) if isinstance(numbers, dict) else None
-        small = numbers is not None and 0 < abs(numbers) < 0.1
-        return "-" if numbers is None else "0" if numbers == 0 else f"{numbers:.4f}" if small else f"{numbers:.3f}"
+        return "-" if numbers is None else "0" if numbers == 0 else f"{numbers:.{3 if numbers >= 5e-4 else 5}f}"
 
     line = lambda name, values: f"  {name:<46}" + "".join(f"{v:>23}" for v in values)
     lines = [line("", columns)] + [line(name, [value(c, path) for c in columns.values()]) for name, path in ROWS]
@@ -364,16 +375,16 @@ def open_split(cfg, trained):
     if here.classes != there.classes:
         raise UsageError(f"--data {name} has {here.classes} classes, the checkpoint was trained on {trained['data']} "
                          f"with {there.classes}")
-    mini = trained["mini"] and not cfg.root
-    root = data.find_root(name, cfg.root or trained["root"], mini)
+    root = data.find_root(name, cfg.root or trained["root"], trained["mini"] and not cfg.root)
     splits = data.load(name, root, trained["size"], limit=cfg.limit or trained["limit"], splits=(cfg.split,))
     if cfg.split not in splits:
         raise UsageError(f"{name} has no split {cfg.split!r}; choose another --split")
     train = data.load(name, root, trained["size"], limit=trained["limit"], splits=("train",), check=False)["train"]
-    return name + "-mini" * mini, splits[cfg.split], train.groups
+    return name + "-mini" * trained["mini"], splits[cfg.split], train.groups
 
 
 def main(argv=None):
+    import figures                                       # here: training uses this module and needs no matplotlib
     cfg = parse(Config, __doc__, argv)
     for name, least in (("limit", 0), ("leakage", 0), ("workers", 0), ("batch", 1)):
         if getattr(cfg, name) < least:

@@ -88,7 +88,8 @@ class KeepGradient(torch.autograd.Function):
                 scores = q[:, :, part] @ k.mT                                    # (B, H, rows, T)
                 lse = (scores + log_mask).logsumexp(-1, keepdim=True)
                 gain = wide_grad[:, :, part] @ v.mT - along_out[:, :, part]      # <dL/dO_i, v_j - O_i>
-                total += ((scores - lse).exp_() * gain).sum((1, 2))
+                # a dropped key may outweigh all kept ones; beyond exp(60) its sum would overflow in float32
+                total += ((scores - lse).clamp_max_(60).exp_() * gain).sum((1, 2))
         return grad, None, None, None, total.to(mask.dtype)
 
 
@@ -493,7 +494,8 @@ def concentration(maps):
     h, w = maps.shape[2:]
     rows = torch.arange(h, device=maps.device, dtype=maps.dtype)[:, None]
     columns = torch.arange(w, device=maps.device, dtype=maps.dtype)
-    centre = lambda index: (maps * index).sum((2, 3), keepdim=True) / maps.sum((2, 3), keepdim=True)
+    area = maps.sum((2, 3), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)      # a part may be nowhere at all
+    centre = lambda index: (maps * index).sum((2, 3), keepdim=True) / area
     spread = ((rows - centre(rows)) / w).square() + ((columns - centre(columns)) / h).square()
     return (spread * maps).mean()
 
@@ -574,12 +576,12 @@ def resample_positions(pos_embed, grid, antialias, offset=0.0):
 
 
 def load_backbone(vit, state_dict):
-    """Copy official DINOv2 weights (or another ViT of ours) into vit; position embeddings are resampled to its grid.
+    """Copy official DINOv2 weights (or another ViT of ours) into vit.
 
-    Raises ValueError that names the first keys or shapes that do not fit. The mask token of pretraining is dropped.
+    Position embeddings of another number of patches come from a square grid and are resampled to vit's. Raises ValueError that names the first keys or shapes that do not fit. The mask token of pretraining is dropped.
     """
     state = {name: tensor for name, tensor in state_dict.items() if name != "mask_token"}
-    if "pos_embed" in state:
+    if "pos_embed" in state and state["pos_embed"].shape[1] != vit.pos_embed.shape[1]:
         registers = "register_tokens" in state
         state["pos_embed"] = resample_positions(state["pos_embed"], vit.grid, registers, 0.0 if registers else 0.1)
     load_strictly(vit, state)

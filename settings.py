@@ -51,7 +51,7 @@ def parse(cls, doc, argv=None, preset=None):
         elif f.type is tuple:
             kind = dict(type=type(f.default[0]), nargs=len(f.default))
         default = "required" if f.default is MISSING else f"default {f.default}"
-        known = f" [{', '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
+        known = f" [{', '.join(filter(None, f.metadata['choices']))}]" if f.metadata["choices"] else ""
         text = f"{f.metadata['help']}{known} ({default})".replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), required=f.default is MISSING, help=text, **kind)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
@@ -59,7 +59,7 @@ def parse(cls, doc, argv=None, preset=None):
         value, choices = given.get(f.name), f.metadata["choices"]
         if choices and value is not None and value not in choices:
             parser.error(f"unknown --{f.name.replace('_', '-')} {value!r}{nearest(value, choices)} "
-                         f"(one of: {', '.join(choices)})")
+                         f"(one of: {', '.join(filter(None, choices))})")
     return cls(**{**(preset(given) if preset else {}), **given})
 
 

@@ -191,21 +191,21 @@ def max_over_processes(local, world):
     return top + world * (local.detach() == top) * (local - local.detach())
 
 
-def loss_terms(out, warped_maps, labels, affine, world=1):
-    """Every loss term by its name, unweighted."""
+def loss_terms(model, out, warped_maps, labels, affine, wanted, world=1):
+    """The loss terms that this model has and that are wanted, by name, unweighted."""
     terms = {}
-    if out.logits_stage1 is not out.logits:                                      # a model that has a second stage
-        terms["class2"] = F.cross_entropy(out.logits.float(), labels)
-    if out.maps is not None:
-        terms["class1"] = F.cross_entropy(out.logits_stage1.float(), labels)
-        terms["presence"] = 1 - max_over_processes(ifam.part_peaks(out.maps), world).mean()
-        terms["background"] = ifam.background_presence(out.maps)
-        terms["orthogonality"] = ifam.orthogonality(out.part_features)
-        terms["equivariance"] = ifam.equivariance(out.maps, warped_maps, affine)
-        terms["variation"] = ifam.total_variation(out.maps)
-        terms["entropy"] = ifam.entropy(out.maps)
-        terms["concentration"] = ifam.concentration(out.maps)
-    return terms
+    if model.predictor is not None:
+        terms["class2"] = lambda: F.cross_entropy(out.logits.float(), labels)
+    if model.selector is not None:
+        terms["class1"] = lambda: F.cross_entropy(out.logits_stage1.float(), labels)
+        terms["presence"] = lambda: 1 - max_over_processes(ifam.part_peaks(out.maps), world).mean()
+        terms["background"] = lambda: ifam.background_presence(out.maps)
+        terms["orthogonality"] = lambda: ifam.orthogonality(out.part_features)
+        terms["equivariance"] = lambda: ifam.equivariance(out.maps, warped_maps, affine)
+        terms["variation"] = lambda: ifam.total_variation(out.maps)
+        terms["entropy"] = lambda: ifam.entropy(out.maps)
+        terms["concentration"] = lambda: ifam.concentration(out.maps)
+    return {name: term() for name, term in terms.items() if name in wanted}
 
 
 def average_over_processes(tensors, world):
@@ -225,8 +225,10 @@ def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None
     """Forward and backward of one step -> every loss term by its name, averaged; p.grad holds the mean gradient.
 
     batch: this process's share of the global batch, as the loader gives it. All randomness is a function of
-    (seed, step, position in the global batch): one process, many, or accumulation compute the same step.
+    (seed, step, position in the global batch): one process, many, or accumulation compute the same step, except that
+    under accumulation the presence loss takes its maximum within each portion.
     """
+    wanted = {name: weight for name, weight in weights(cfg).items() if weight}
     share = len(batch["label"])
     affine = ifam.Affine.draw((cfg.size, cfg.size), generator(cfg.seed, step))    # one for the whole global batch
     sums = {}
@@ -235,9 +237,8 @@ def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None
         noise = draw_noise(model, cfg, step, (rank * share + part).tolist())
         with torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext():
             out, warped_maps = model.forward_pair(images, ifam.warp(images, affine), noise and noise.to(device))
-        terms = loss_terms(out, warped_maps, labels, affine, world)
-        loss = sum(weight * terms[name] for name, weight in weights(cfg).items() if weight and name in terms)
-        loss = loss * (len(part) / share)
+        terms = loss_terms(model, out, warped_maps, labels, affine, wanted, world)
+        loss = sum(wanted[name] * value for name, value in terms.items()) * (len(part) / share)
         (scaler.scale(loss) if scaler else loss).backward()
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value.detach().float() * (len(part) / share)
@@ -246,17 +247,16 @@ def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None
 
 
 def weights(cfg):
-    """{name of a loss term: its weight}."""
+    """-> {name of a loss term: its weight}."""
     return {f.name[len("weight_"):]: getattr(cfg, f.name) for f in fields(Config)
             if f.name.startswith("weight_") and f.name != "weight_decay"}
 
 
-def refuse_non_finite(sums, step):
-    """Stop before the optimizer sees it, naming the first term that is not finite."""
-    if not torch.stack(list(sums.values())).isfinite().all():
-        name = next(n for n, v in sums.items() if not v.isfinite())
-        raise RunError(f"step {step}: the loss term {name!r} is {sums[name].item()}; this step changed no weights. "
-                       "Lower --lr, --lr-prototypes or --lr-heads, or try --amp off; last.pt holds the last saved step")
+def refuse_non_finite(values, step):
+    """Stop before the optimizer sees it, naming the first value that is not finite."""
+    if not torch.stack(list(values.values())).isfinite().all():
+        name = next(n for n, v in values.items() if not v.isfinite())
+        raise RunError(f"step {step}: {name} is {values[name].item()}; this step changed no weights. Lower --lr, --lr-prototypes or --lr-heads, or try --amp off; last.pt holds the last saved step")
 
 
 # ---------------------------------------------------------------- files of a run
@@ -271,11 +271,13 @@ def open_run(cfg, rank):
     if cfg.resume:
         if not folder.is_dir():
             raise UsageError(f"--resume: no run at {folder} (name it with --out)")
-        if not (folder / "last.pt").is_file():
-            return None                                                          # killed before its first save
-        state = read_checkpoint(folder / "last.pt")
+        state = read_checkpoint(folder / "last.pt") if (folder / "last.pt").is_file() else None
+        try:                                             # without last.pt it was killed before its first save
+            config = state["config"] if state else json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError):
+            raise UsageError(f"--resume: no run at {folder}, it has neither last.pt nor config.json") from None
         for f in fields(Config):
-            then, now = state["config"].get(f.name), plain(getattr(cfg, f.name))
+            then, now = config.get(f.name), plain(getattr(cfg, f.name))
             if f.name not in FREE and then != now:
                 raise UsageError(f"--resume: {folder} was started with --{f.name.replace('_', '-')} {then}, not {now}"
                                  "; use the old value, or another --out")
@@ -291,6 +293,14 @@ def open_run(cfg, rank):
             raise UsageError(f"--out {folder}: cannot make this folder ({error})") from None
         write_json(folder / "config.json", asdict(cfg))
     return None
+
+
+def save(path, rank, cfg, step, best, parts):
+    """Rank 0 writes a checkpoint, whole or not at all. parts: {name: what has a state_dict, or None}."""
+    if rank == 0:
+        state = dict(config=plain(asdict(cfg)), step=step, best=best,
+                     **{name: part.state_dict() for name, part in parts.items() if part is not None})
+        write_whole(path, lambda temporary: torch.save(state, temporary))
 
 
 class Log:
@@ -316,6 +326,8 @@ def start_processes(cfg):
     """-> rank, number of processes, device, as torchrun set them."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                    # collectives of Python objects use the current device
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
         if cfg.batch % world:
@@ -325,12 +337,11 @@ def start_processes(cfg):
 
 def check(cfg):
     """Settings that no part of the program could use."""
-    for name in ("k", "size", "epochs", "batch", "save_every", "log_every"):
-        if getattr(cfg, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
-    for name in ("limit", "micro", "workers", "registers", "warmup", "seed", "lr", "clip"):
-        if getattr(cfg, name) < 0:
-            raise UsageError(f"--{name} must not be negative, not {getattr(cfg, name)}")
+    for f in fields(Config):
+        value, flag = getattr(cfg, f.name), f"--{f.name.replace('_', '-')}"
+        least = int(f.name in ("k", "size", "epochs", "batch", "save_every", "log_every"))
+        if f.type in (int, float) and not (math.isfinite(value) and value >= least):
+            raise UsageError(f"{flag} must be a number of at least {least}, not {value}")
     for name in ("part_dropout1", "part_dropout2", "ema"):
         if not 0 <= getattr(cfg, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be in [0, 1), not {getattr(cfg, name)}")
@@ -389,10 +400,11 @@ def train(cfg):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg, steps), fused=device.type == "cuda")
     averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": averaged}
     start, best = 0, {"split": "val" if val else "none, this is the last epoch", "epoch": 0, "accuracy": None}
     if state := open_run(cfg, rank):
         start, best = state["step"], state["best"]
-        for name, part in (("model", model), ("optimizer", optimizer), ("scaler", scaler), ("ema", averaged)):
+        for name, part in parts.items():
             if part is not None:
                 part.load_state_dict(state[name])
     folder = Path(cfg.out)
@@ -400,14 +412,6 @@ def train(cfg):
     log({"step": start, "command": sys.argv, "config": asdict(cfg), "torch": torch.__version__, "processes": world},
         f"{describe(samples)}\n{cfg.method}: {sum(p.numel() for p in trained):,} trained parameters, steps {start} to "
         f"{steps} ({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
-
-    def save(name):
-        if rank == 0:
-            state = dict(config=plain(asdict(cfg)), step=step + 1, best=best, model=model.state_dict(),
-                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            if averaged:
-                state["ema"] = averaged.state_dict()
-            write_whole(folder / name, lambda temporary: torch.save(state, temporary))
 
     plan = data.Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world)
     loader = torch.utils.data.DataLoader(samples, batch_sampler=plan, num_workers=cfg.workers,
@@ -418,9 +422,11 @@ def train(cfg):
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_at(step, steps, cfg.warmup)
         terms = gradients(model, cfg, batch, step, rank, world, device, dtype, scaler)
-        refuse_non_finite(terms, step)
+        refuse_non_finite({f"the loss term {name!r}": value for name, value in terms.items()}, step)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(trained, cfg.clip)
+        if not scaler.is_enabled():                      # the scaler of fp16 skips such a step by itself
+            refuse_non_finite({"the gradient norm": norm}, step)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -436,13 +442,14 @@ def train(cfg):
             clock, since = time.perf_counter(), done
             loss = sum(weights(cfg)[name] * value for name, value in values.items())
             log({"step": done, "epoch": done / per_epoch, "lr_factor": lr_at(step, steps, cfg.warmup), "loss": loss,
-                 **values, "gradient_norm": norm.item(), "images_per_second": speed},
+                 **values, "gradient_norm": norm.item() if norm.isfinite() else None, "images_per_second": speed},
                 f"step {done}/{steps}  loss {loss:.3f}  {'  '.join(f'{n} {v:.3f}' for n, v in values.items())}  "
                 f"{speed:.0f} images/s")
         if end_of_epoch:
             now = {"split": best["split"], "epoch": done // per_epoch, "accuracy": None}
             if val:
-                score = accuracies(predict(averaged or model, val, cfg.batch, device, cfg.workers), val)
+                result = predict(averaged or model, val, cfg.micro or cfg.batch // world, device, cfg.workers)
+                score = accuracies(result, val)
                 now["accuracy"] = score["aa"]
                 log({"step": done, "epoch": now["epoch"], "val": score},
                     f"epoch {now['epoch']}: validation accuracy {score['aa']:.3f}, "
@@ -450,9 +457,9 @@ def train(cfg):
                 model.train()
             if not val or best["accuracy"] is None or now["accuracy"] > best["accuracy"]:
                 best = now
-                save("best.pt")
+                save(folder / "best.pt", rank, cfg, done, best, parts)
         if end_of_epoch or done % cfg.save_every == 0:
-            save("last.pt")
+            save(folder / "last.pt", rank, cfg, done, best, parts)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -215,6 +215,28 @@ def test_a_row_whose_image_is_missing_or_does_not_decode_is_named(birds, tmp_pat
         samples[2]
 
 
+def test_a_mask_or_a_keypoint_row_that_is_missing_is_named_not_forgotten(birds, tmp_path):
+    import shutil
+    shutil.copytree(birds, tmp_path / "birds")
+    cub = tmp_path / "birds" / "CUB_200_2011"
+    locations = (cub / "parts" / "part_locs.txt").read_text()
+    (cub / "parts" / "part_locs.txt").write_text("".join(x for x in locations.splitlines(True) if not x.startswith("7 ")))
+    with pytest.raises(UsageError, match="no rows of image 7"):
+        data.load("cub", tmp_path / "birds", 32)
+    (cub / "parts" / "part_locs.txt").write_text(locations)
+    (cub / "segmentations/001.Black_footed_Albatross/Bird_0004_4.png").unlink()
+    with pytest.raises(UsageError, match="mask of sample 4 .*Bird_0004_4.png"):
+        data.load("cub", tmp_path / "birds", 32)
+
+
+def test_a_metadata_cell_that_is_no_group_is_refused_with_its_line(birds, tmp_path):
+    folder = tmp_path / "waterbird_complete95_forest2water2"
+    folder.mkdir()
+    (folder / "metadata.csv").write_text("img_id,img_filename,y,split,place\n1,a.jpg,0,0,1\n2,b.jpg,7,0,1\n")
+    with pytest.raises(UsageError, match="line 3: y is '7'"):
+        data.load("waterbirds", tmp_path, 32)
+
+
 def test_a_metadata_file_without_a_column_is_refused(birds, tmp_path):
     folder = tmp_path / "waterbird_complete95_forest2water2"
     folder.mkdir()

@@ -57,7 +57,7 @@ def test_a_group_without_images_counts_nowhere():
 def test_early_hard_masks_leak_exactly_nothing_and_the_late_one_leaks(report):
     early, late = report["leakage"], report["leakage_stage1"]
     assert early["repaint"] == {"max_logit_change": 0.0, "mean_logit_change": 0.0, "flip_rate": 0.0}
-    assert early["gradient"] == {"max_abs": 0.0, "mean_abs": 0.0}
+    assert early["gradient"] == {"max_abs": 0.0, "mean_max_abs": 0.0, "images": 64}
     assert late["repaint"]["max_logit_change"] > 0 and late["gradient"]["max_abs"] > 0
     for block in (early, late):                          # the honest three: there, and fractions
         values = [*block["swap"].values(), block["admitted"], *block["probe"].values()]
@@ -79,6 +79,21 @@ def test_two_evaluations_write_the_same_report(trained):
     evaluate.main(["--ckpt", str(trained / "best.pt")])
     assert (trained / "report.json").read_bytes() == before
     assert (trained / "parts.png").stat().st_size > 10_000
+
+
+def test_the_batch_size_of_the_evaluation_changes_no_leakage(trained, report, tmp_path):
+    (tmp_path / "best.pt").write_bytes((trained / "best.pt").read_bytes())
+    evaluate.main(["--ckpt", str(tmp_path / "best.pt"), "--batch", "3"])
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert all(again[leak] == report[leak] for leak in ("leakage", "leakage_stage1"))
+
+
+def test_one_image_has_no_swap_and_no_probe_but_a_report(trained, tmp_path):
+    (tmp_path / "best.pt").write_bytes((trained / "best.pt").read_bytes())
+    evaluate.main(["--ckpt", str(tmp_path / "best.pt"), "--limit", "1"])
+    leakage = json.loads((tmp_path / "report.json").read_text())["leakage"]
+    assert leakage["swap"]["flip_rate"] is None and leakage["probe"]["mask"] is None
+    assert leakage["repaint"]["max_logit_change"] == 0
 
 
 def test_the_batch_size_of_the_evaluation_changes_no_prediction(trained, test_split):
