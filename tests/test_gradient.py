@@ -231,3 +231,12 @@ def test_the_gradient_of_a_given_mask_is_what_softening_it_measures():
             inside = keep - nudge if kept else keep + nudge                      # towards the inside of [0, 1]
             change = (loss(soft, inside) - loss(soft, keep)) * (-1 if kept else 1)
             assert gradient[b, j].item() == pytest.approx(change.item() / 1e-6, rel=1e-3, abs=1e-8)
+
+
+def test_a_dropped_key_that_outweighs_every_kept_one_gives_a_large_but_finite_gradient():
+    q, k, v = torch.zeros(3, 1, 4, 1, 2).unbind()
+    k = k.clone()
+    k[0, 3], q = 1000.0, q + 1.0                         # its score exceeds the others by far more than exp can hold
+    mask = torch.tensor([[1.0, 1, 1, 0]], requires_grad=True)
+    (attend_masked(q, k, v + torch.arange(4.0).view(1, 4, 1, 1), mask)).sum().backward()
+    assert mask.grad.isfinite().all() and mask.grad[0, 3] > 1e20

@@ -634,3 +634,13 @@ def test_a_training_step_is_a_function_of_its_noise():
     for i in range(3):
         for all_of_it, alone in zip(whole, model(x[i:i + 1], noise=Noise(*(n[i:i + 1] for n in noise)))):
             agrees(alone[0], all_of_it[i])
+
+
+def test_every_part_loss_stays_finite_when_a_part_is_nowhere():
+    maps = torch.zeros(2, 3, 6, 6)
+    maps[:, 0, :, :3], maps[:, 2, :, 3:] = 1.0, 1.0      # part 1 has no mass at all
+    maps.requires_grad_()
+    for loss in (ifam.presence, ifam.background_presence, ifam.total_variation, ifam.entropy, ifam.concentration):
+        value = loss(maps)
+        gradient, = torch.autograd.grad(value, maps)
+        assert value.isfinite() and gradient.isfinite().all(), loss.__name__
