@@ -274,7 +274,7 @@ def annotations(cub, ids, files):
     masks, points = cub / "segmentations", read_points(cub)
     for i in ids:
         if points and i not in points:
-            raise UsageError(f"{cub / 'parts' / 'part_locs.txt'} has no rows of image {i}; unpack CUB_200_2011.tgz again")
+            raise UsageError(f"{cub / 'parts' / 'part_locs.txt'} has no rows of image {i}; unpack CUB again")
     return ([masks / Path(f).with_suffix(".png") for f in files] if masks.is_dir() else None,
             [points[i] for i in ids] if points else None)
 

@@ -578,7 +578,8 @@ def resample_positions(pos_embed, grid, antialias, offset=0.0):
 def load_backbone(vit, state_dict):
     """Copy official DINOv2 weights (or another ViT of ours) into vit.
 
-    Position embeddings of another number of patches come from a square grid and are resampled to vit's. Raises ValueError that names the first keys or shapes that do not fit. The mask token of pretraining is dropped.
+    A position embedding of another number of patches must be of a square grid and is resampled to vit's. The mask
+    token of pretraining is dropped. Raises ValueError that names the first keys or shapes that do not fit.
     """
     state = {name: tensor for name, tensor in state_dict.items() if name != "mask_token"}
     if "pos_embed" in state and state["pos_embed"].shape[1] != vit.pos_embed.shape[1]:
@@ -654,7 +655,7 @@ def _official_names(state, stage):
 
 
 def _describe(state, stage, heads):
-    """The ViT under prefix `stage` -> (arguments of ViT, image size (height, width) if its grid is as square as can be)."""
+    """The ViT under prefix `stage` -> (arguments of ViT, (height, width) of images if its grid is nearest to square)."""
     vit = {name[len(stage):]: tensor for name, tensor in state.items() if name.startswith(stage)}
     width, _, patch, _ = vit["patch_embed.proj.weight"].shape
     if heads is None and width % 64:

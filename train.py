@@ -256,7 +256,8 @@ def refuse_non_finite(values, step):
     """Stop before the optimizer sees it, naming the first value that is not finite."""
     if not torch.stack(list(values.values())).isfinite().all():
         name = next(n for n, v in values.items() if not v.isfinite())
-        raise RunError(f"step {step}: {name} is {values[name].item()}; this step changed no weights. Lower --lr, --lr-prototypes or --lr-heads, or try --amp off; last.pt holds the last saved step")
+        raise RunError(f"step {step}: {name} is {values[name].item()}; this step changed no weights. Lower --lr, "
+                       "--lr-prototypes or --lr-heads, or try --amp off; last.pt holds the last saved step")
 
 
 # ---------------------------------------------------------------- files of a run
