@@ -269,9 +269,12 @@ def read_points(cub):
     return points
 
 
-def annotations(cub, ids, files):
-    """(mask paths, keypoints) of CUB images; None where CUB's folder or file of them is not there at all."""
-    masks, points = cub / "segmentations", read_points(cub)
+def annotations(cub, points, ids, files):
+    """(mask paths, keypoints) of CUB images; None where CUB's folder or file of them is not there at all.
+
+    points: what read_points returned.
+    """
+    masks = cub / "segmentations"
     for i in ids:
         if points and i not in points:
             raise UsageError(f"{cub / 'parts' / 'part_locs.txt'} has no rows of image {i}; unpack CUB again")
@@ -284,11 +287,11 @@ def load_cub(root, size, seed):
     cub = root / "CUB_200_2011"
     files, classes = read_table(cub / "images.txt"), read_table(cub / "classes.txt")
     labels, is_train = read_table(cub / "image_class_labels.txt"), read_table(cub / "train_test_split.txt")
-    index = {c: i for i, c in enumerate(sorted(classes, key=int))}
+    index, locations = {c: i for i, c in enumerate(sorted(classes, key=int))}, read_points(cub)
 
     def split(name, flag):
         ids = [i for i in files if is_train[i] == flag]
-        masks, points = annotations(cub, ids, [files[i] for i in ids])
+        masks, points = annotations(cub, locations, ids, [files[i] for i in ids])
         return Samples("cub", name, size, [classes[c] for c in index], ids, [cub / "images" / files[i] for i in ids],
                        [index[labels[i]] for i in ids], masks=masks, points=points, seed=seed)
     return {"train": split("train", "1"), "test": split("test", "0")}
@@ -316,10 +319,11 @@ def load_waterbirds(root, size, seed):
             if row[column] is None or row[column] not in tuple(known):
                 raise UsageError(f"{base / 'metadata.csv'}, line {number}: {column} is {row[column]!r}, "
                                  f"not one of {', '.join(known)}; unpack the archive again")
+    locations = read_points(cub)
 
     def split(name, number):
         mine = [r for r in rows if r["split"] == number]
-        masks, points = annotations(cub, [r["img_id"] for r in mine], [r["img_filename"] for r in mine])
+        masks, points = annotations(cub, locations, [r["img_id"] for r in mine], [r["img_filename"] for r in mine])
         return Samples("waterbirds", name, size, ("landbird", "waterbird"), [r["img_id"] for r in mine],
                        [base / r["img_filename"] for r in mine], [int(r["y"]) for r in mine], ("land", "water"),
                        [2 * int(r["y"]) + int(r["place"]) for r in mine], masks, points, seed=seed)

@@ -376,11 +376,13 @@ def open_split(cfg, trained):
         raise UsageError(f"--data {name} has {here.classes} classes, the checkpoint was trained on {trained['data']} "
                          f"with {there.classes}")
     root = data.find_root(name, cfg.root or trained["root"], trained["mini"] and not cfg.root)
-    splits = data.load(name, root, trained["size"], limit=cfg.limit or trained["limit"], splits=(cfg.split,))
+    splits = data.load(name, root, trained["size"], check=False)         # images of other splits need not be there
     if cfg.split not in splits:
         raise UsageError(f"{name} has no split {cfg.split!r}; choose another --split")
-    train = data.load(name, root, trained["size"], limit=trained["limit"], splits=("train",), check=False)["train"]
-    return name + "-mini" * trained["mini"], splits[cfg.split], train.groups
+    train_groups = splits["train"].groups[:trained["limit"] or None]
+    samples = splits[cfg.split].first(cfg.limit or trained["limit"])
+    samples.check()
+    return name + "-mini" * trained["mini"], samples, train_groups
 
 
 def main(argv=None):

@@ -437,14 +437,12 @@ def build_vit(arch, size, registers=4):
 
 
 # ---------------------------------------------------------------- part losses
-def presence(maps):
-    """Every foreground part appears somewhere in the batch: 1 - mean of part_peaks. maps (B, K+1, h, w) -> scalar."""
-    return 1 - part_peaks(maps).mean()
+def presence(maps, gather=lambda peaks: peaks):
+    """Every foreground part appears somewhere in the batch: 1 - mean over parts of the largest 3x3 average of its map.
 
-
-def part_peaks(maps):
-    """Largest 3x3 average of each foreground part, over batch and positions. maps (B, K+1, h, w) -> (K,)."""
-    return F.avg_pool2d(maps[:, :-1], 3, stride=1).amax((0, 2, 3))
+    maps (B, K+1, h, w) -> scalar. gather: peaks (K,) -> (K,), where a batch is spread over processes.
+    """
+    return 1 - gather(F.avg_pool2d(maps[:, :-1], 3, stride=1).amax((0, 2, 3))).mean()
 
 
 def background_presence(maps):

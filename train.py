@@ -198,7 +198,7 @@ def loss_terms(model, out, warped_maps, labels, affine, wanted, world=1):
         terms["class2"] = lambda: F.cross_entropy(out.logits.float(), labels)
     if model.selector is not None:
         terms["class1"] = lambda: F.cross_entropy(out.logits_stage1.float(), labels)
-        terms["presence"] = lambda: 1 - max_over_processes(ifam.part_peaks(out.maps), world).mean()
+        terms["presence"] = lambda: ifam.presence(out.maps, lambda peaks: max_over_processes(peaks, world))
         terms["background"] = lambda: ifam.background_presence(out.maps)
         terms["orthogonality"] = lambda: ifam.orthogonality(out.part_features)
         terms["equivariance"] = lambda: ifam.equivariance(out.maps, warped_maps, affine)

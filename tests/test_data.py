@@ -229,17 +229,12 @@ def test_a_mask_or_a_keypoint_row_that_is_missing_is_named_not_forgotten(birds, 
         data.load("cub", tmp_path / "birds", 32)
 
 
-def test_a_metadata_cell_that_is_no_group_is_refused_with_its_line(birds, tmp_path):
+@pytest.mark.parametrize("rows, words", [
+    ("img_id,img_filename,y\n1,a.jpg,0\n", "no column split"),
+    ("img_id,img_filename,y,split,place\n1,a.jpg,0,0,1\n2,b.jpg,7,0,1\n", "line 3: y is '7'")], ids=("column", "cell"))
+def test_a_metadata_file_without_a_column_or_with_a_cell_that_is_no_group_is_refused(rows, words, tmp_path):
     folder = tmp_path / "waterbird_complete95_forest2water2"
     folder.mkdir()
-    (folder / "metadata.csv").write_text("img_id,img_filename,y,split,place\n1,a.jpg,0,0,1\n2,b.jpg,7,0,1\n")
-    with pytest.raises(UsageError, match="line 3: y is '7'"):
-        data.load("waterbirds", tmp_path, 32)
-
-
-def test_a_metadata_file_without_a_column_is_refused(birds, tmp_path):
-    folder = tmp_path / "waterbird_complete95_forest2water2"
-    folder.mkdir()
-    (folder / "metadata.csv").write_text("img_id,img_filename,y\n1,a.jpg,0\n")
-    with pytest.raises(UsageError, match="no column split"):
+    (folder / "metadata.csv").write_text(rows)
+    with pytest.raises(UsageError, match=words):
         data.load("waterbirds", tmp_path, 32)
