@@ -68,7 +68,7 @@ def test_the_layout_is_that_of_cub_and_waterbirds_and_its_files_agree(root):
 
 @pytest.mark.parametrize("agreement", [0.5, 0.95, 1.0])
 def test_counts_and_agreement_are_exact(agreement):
-    rows = miniature.Waterbirds(agreement=agreement).rows()
+    rows = miniature.Waterbirds(agreement=agreement, train=2000).rows()
     groups = [[sum(r.split == s and r.group == g for r in rows) for g in range(4)] for s in range(3)]
     agree = round(1000 * agreement)
     assert groups == [[agree, 1000 - agree, 1000 - agree, agree], [100] * 4, [200] * 4]
@@ -120,8 +120,8 @@ def test_the_mask_is_exact(monkeypatch):
     rng = np.random.default_rng(0)
     look, frame = miniature.bird_look(rng, 0), miniature.pose(rng, (.2, .2), .1)
     nothing = lambda rng: []
-    one, two = (miniature.compose(np.random.default_rng(s), 96, look, frame, nothing) for s in (1, 2))
-    away = miniature.compose(np.random.default_rng(1), 96, look, frame._replace(centre=(9, 9)), nothing)
+    one, two = (miniature.compose(np.random.default_rng(s), 96, look, frame, 0.8, nothing) for s in (1, 2))
+    away = miniature.compose(np.random.default_rng(1), 96, look, frame._replace(centre=(9, 9)), 0.8, nothing)
     assert (one.mask == two.mask).all() and not away.mask.any()
     same = (one.image == two.image).all(-1)
     assert same[one.mask == 1].all() and not same[one.mask == 0].any()
