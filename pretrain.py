@@ -1,0 +1,358 @@
+"""pretrain.py: the small backbone of the miniatures, from unlabelled scenes: dense bags of visual words.
+
+    OMP_NUM_THREADS=1 python pretrain.py   # 15 minutes on one core -> runs/pretrain/mini.pt, made weights/mini.pt
+    python pretrain.py --resume            # go on after a stop
+
+The scenes show one creature of any kind among things of any kind, drawn independently. No class, place or mask is used.
+
+Words. A patch's texture is four numbers: how strong its grey levels vary at two fine scales, as the logarithm of a mean and
+as the mean of a logarithm (high where texture is everywhere, low where it is a few edges). k-means of many patches gives
+the words (as in MaskFeat, Wei et al. 2022, a target that needs no teacher). Task: from a view whose colours are
+changed at random, tell every patch's own word and the bag of words around it (Gidaris et al., CVPR 2020); and say the same of
+one scene point in two views that are turned, mirrored, scaled and shifted independently, which leaves no
+use for position. At the end the mean patch is subtracted and the scale set, inside the last LayerNorm.
+
+Letters: B scenes a step, V side of a view, g = V / 8 patches a side, N = g*g, D width, W words, F = 4 texture numbers.
+"""
+import itertools
+import json
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+import data
+import ifam
+import miniature
+from evaluate import pick_device, read_file
+from settings import UsageError, opt, parse, run_script, write_json, write_whole
+
+MEAN, STD = (torch.tensor(x)[:, None, None] for x in data.IMAGENET)
+
+
+@dataclass
+class Config:
+    scenes: int = opt(12000, "scenes to learn from")
+    steps: int = opt(1500, "training steps")
+    batch: int = opt(24, "scenes a step, two views of each")
+    view: int = opt(64, "side of a view in pixels, a multiple of 8, at most 96")
+    words: int = opt(32, "visual words")
+    weight_invariance: float = opt(0.6, "loss weight: one scene point says the same in two views")
+    shift: float = opt(0.0, "standard deviation of the distance of the two points, in pixels of a 96-pixel scene")
+    clouds: float = opt(0.0, "strength of smooth noise that is added to views")
+    lr: float = opt(2e-3, "learning rate")
+    weight_decay: float = opt(0.05, "of matrices")
+    warmup: int = opt(40, "steps of linear warm-up before the cosine")
+    spread: float = opt(0.28, "standard deviation of a feature channel after the final scaling")
+    seed: int = opt(0, "decides scenes, initial weights, views and words")
+    every: int = opt(300, "steps between measures and saves")
+    device: str = opt("auto", "auto, cpu, cuda or mps")
+    out: str = opt("runs/pretrain", "folder of the run")
+    resume: bool = opt(False, "go on from last.pt of this run")
+
+
+# ---------------------------------------------------------------- views
+def uniform(count, low, high):
+    return torch.empty(count).uniform_(low, high)
+
+
+def draw_view(B, view, near=None):
+    """View -> scene, both in [-1, 1]: affine maps (B, 2, 3) and their centres (B, 2); near: rather around these centres."""
+    half = (view / 96 * uniform(B, -.3, .3).exp()).clamp(max=1)
+    aim = torch.stack([uniform(B, -1, 1), uniform(B, -1, 1)], 1)
+    centre = aim * (1 - half)[:, None] if near is None else near + .5 * aim
+    centre = torch.minimum(torch.maximum(centre, (half - 1)[:, None]), (1 - half)[:, None])
+    angle = uniform(B, -180, 180).deg2rad()
+    mirror, over = (torch.randint(2, (B,)) * 2. - 1 for _ in range(2))
+    c, s = half * angle.cos(), half * angle.sin()
+    linear = torch.stack([torch.stack([c * mirror, -s * over], 1), torch.stack([s * mirror, c * over], 1)], 1)
+    return torch.cat([linear, centre[..., None]], 2), centre
+
+
+def look(scenes, affine, view):
+    """scenes (B, 3, S, S) through views -> (B, 3, V, V)."""
+    grid = F.affine_grid(affine, (len(scenes), 3, view, view), align_corners=False)
+    return F.grid_sample(scenes, grid, padding_mode="reflection", align_corners=False)
+
+
+def recolour(x, clouds=0.0):
+    """x (B, 3, V, V) in [0, 1] -> channels mixed and often permuted, or colour space turned; light changed; normalised."""
+    B = len(x)
+    mix = torch.eye(3) + .2 * torch.randn(B, 3, 3)
+    mix = mix / mix.sum(2, keepdim=True).clamp_min(.3)
+    permuted = mix @ torch.eye(3)[torch.stack([torch.randperm(3) for _ in range(B)])]
+    mix = torch.where((torch.rand(B) < .5)[:, None, None], permuted, mix)
+    rotation = torch.linalg.qr(torch.randn(B, 3, 3))[0]
+    turned = torch.einsum("bij,bjhw->bihw", rotation, x - x.mean((2, 3), keepdim=True))
+    turned = turned + .5 + .15 * torch.randn(B, 3, 1, 1)
+    x = torch.where((torch.rand(B) < .2)[:, None, None, None], turned, torch.einsum("bij,bjhw->bihw", mix, x))
+    grey = x.mean((1, 2, 3), keepdim=True)
+    x = (x - grey) * (.3 * torch.randn(B, 1, 1, 1)).exp().clamp(.4, 2) + grey + .12 * torch.randn(B, 1, 1, 1)
+    x = x * (.15 * torch.randn(B, 3, 1, 1)).exp()
+    for cells, strength in ((3, 1.3), (6, .8), (12, .5)):
+        noise = .7 * torch.randn(B, 1, cells, cells) + .3 * torch.randn(B, 3, cells, cells)
+        strength = clouds * strength * torch.rand(B, 1, 1, 1)
+        x = x + strength * F.interpolate(noise, size=x.shape[-1], mode="bicubic")
+    return ((x + .02 * torch.randn_like(x)).clamp(0, 1) - MEAN) / STD
+
+
+def partners(a, b, g, shift=0.0):
+    """Patch centres of view a, moved a little -> where they lie in view b (B, N, 2), and which lie inside (B, N)."""
+    line = (torch.arange(g) + .5) / g * 2 - 1
+    centres = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(1, -1, 2)
+    scene = centres @ a[:, :, :2].mT + a[:, None, :, 2]
+    scene = scene + shift * 2 / 96 * torch.randn_like(scene)
+    there = (scene - b[:, None, :, 2]) @ torch.linalg.inv(b[:, :, :2]).mT
+    return there, (there.abs() < 1 - .5 / g).all(-1)
+
+
+# ---------------------------------------------------------------- words
+def blur(x, sigma):
+    """Gaussian blur of (B, c, V, V), borders reflected."""
+    r = round(3 * sigma)
+    kernel = torch.exp(-torch.arange(-r, r + 1.) ** 2 / (2 * sigma ** 2))
+    kernel = (kernel / kernel.sum()).expand(x.shape[1], 1, 1, -1)
+    x = F.conv2d(F.pad(x, (r, r, r, r), mode="reflect"), kernel, groups=x.shape[1])
+    return F.conv2d(x, kernel.mT, groups=x.shape[1])
+
+
+def texture(x):
+    """x (B, 3, V, V) in [0, 1] -> texture of its patches (B, N, F)."""
+    grey = x.mean(1, keepdim=True)
+    levels = [grey, blur(grey, .8), blur(grey, 1.6)]
+    energy = torch.cat([(fine - coarse).square() for fine, coarse in zip(levels, levels[1:])], 1)
+    log_of_mean = (blur(energy, 2) + 1e-4).log()
+    mean_of_log = blur((blur(energy, .7) + 1e-4).log(), 2)
+    return F.avg_pool2d(torch.cat([log_of_mean, mean_of_log], 1), 8).flatten(2).mT
+
+
+def k_means(x, k, generator, rounds=25):
+    """Centres (k, d) of x (n, d): k-means++ start, then Lloyd's steps."""
+    centres = x[torch.randperm(len(x), generator=generator)[:1]]
+    while len(centres) < k:
+        distance = torch.cdist(x, centres).amin(1) ** 2 + 1e-9
+        centres = torch.cat([centres, x[torch.multinomial(distance, 1, generator=generator)]])
+    for _ in range(rounds):
+        nearest = torch.cdist(x, centres).argmin(1)
+        centres = torch.stack([x[nearest == j].mean(0) if (nearest == j).any() else centres[j] for j in range(k)])
+    return centres
+
+
+class Words:
+    """Visual words found in unlabelled views, and what a view says in them."""
+
+    def __init__(self, scenes, cfg):
+        batches = (draw_scenes(scenes, 2 * cfg.batch) for _ in range(15))
+        x = torch.cat([texture(look(some, draw_view(len(some), cfg.view)[0], cfg.view)) for some in batches]).flatten(0, 1)
+        self.mean, self.scale = x.mean(0), x.std()
+        x, draw = (x - self.mean) / self.scale, torch.Generator().manual_seed(cfg.seed)
+        self.centres = k_means(x[torch.randperm(len(x), generator=draw)[:10000]], cfg.words, draw)
+        share = torch.bincount(torch.cdist(x, self.centres).argmin(1), minlength=cfg.words) / len(x)
+        weight = share.clamp_min(1e-3) ** -.3                    # rare words count a little more
+        self.weight = weight / (weight * share).sum()
+
+    def __call__(self, views):
+        """-> each patch's own word, one-hot, and the bag of the 3x3 words around it, (B, N, W) both."""
+        nearest = torch.cdist((texture(views) - self.mean) / self.scale, self.centres).argmin(-1)
+        own = F.one_hot(nearest, len(self.centres)).float()
+        g = math.isqrt(own.shape[1])
+        around = F.avg_pool2d(own.mT.unflatten(2, (g, g)), 3, 1, 1, count_include_pad=False)
+        return own, around.flatten(2).mT
+
+
+# ---------------------------------------------------------------- the step
+class Reader(nn.Module):
+    """The ViT, and two linear heads that read words from its patches. Only the ViT is kept."""
+
+    def __init__(self, words):
+        super().__init__()
+        self.vit = ifam.build_vit("mini", 96)
+        self.own, self.bag = nn.Linear(self.vit.width, words), nn.Linear(self.vit.width, words)
+        frequency = 10000 ** (-torch.arange(self.vit.width // 4) / (self.vit.width // 4))
+        rows, columns = torch.meshgrid(*(torch.arange(float(n)) for n in self.vit.grid), indexing="ij")
+        waves = [f(x.reshape(-1, 1) * frequency) for x in (rows, columns) for f in (torch.sin, torch.cos)]
+        self.vit.pos_embed.data = F.pad(.05 * torch.cat(waves, 1), (0, 0, 1, 0))[None]
+
+    def patches(self, views):
+        """views (B, 3, V, V), smaller than the ViT's images -> (B, N, D); each view gets a random window of positions."""
+        vit, (B, g) = self.vit, (len(views), views.shape[-1] // self.vit.patch)
+        first = torch.randint(0, vit.grid[0] - g + 1, (B, 2))
+        rows, columns = (first[:, i:i + 1] + torch.arange(g) for i in (0, 1))
+        window = (rows[:, :, None] * vit.grid[1] + columns[:, None]).flatten(1).to(views.device)
+        x = vit.patch_embed(views) + vit.pos_embed[0, 1:][window]
+        prefix = torch.cat([vit.cls_token + vit.pos_embed[:, :1], vit.register_tokens], 1).expand(B, -1, -1)
+        return vit._run(torch.cat([prefix, x], 1), ifam.attend_all)[:, vit.prefix:]
+
+
+def draw_scenes(scenes, count):
+    """A random batch of scenes (n, S, S, 3) uint8 -> (count, 3, S, S) in [0, 1]."""
+    return to_images(scenes[torch.randint(len(scenes), (count,)).sort().values.numpy()])
+
+
+def loss_terms(model, words, scenes, cfg, step, device):
+    """The three terms of a step. All random numbers are drawn on the CPU."""
+    a, centre = draw_view(len(scenes), cfg.view)
+    b, _ = draw_view(len(scenes), cfg.view, near=centre)
+    clean = torch.cat([look(scenes, a, cfg.view), look(scenes, b, cfg.view)])
+    own, bag = (target * words.weight for target in words(clean))
+    z = model.patches(recolour(clean, cfg.clouds).to(device))
+    there, inside = partners(a, b, cfg.view // 8, cfg.shift)
+    own, bag, there, inside = (x.to(device) for x in (own, bag, there, inside))
+    cross_entropy = lambda scores, target: -(target * scores.log_softmax(-1)).sum() / target.sum()
+    first, second = z.chunk(2)
+    g = math.isqrt(z.shape[1])
+    second = F.grid_sample(second.mT.unflatten(2, (g, g)), there[:, :, None], align_corners=False,
+                           padding_mode="border")[..., 0].mT
+    apart = (first - second)[inside].square().mean() / (z - z.mean((0, 1))).square().mean()
+    ramp = min(1, step / 200)                # constant features agree best: first there must be something to agree on
+    return {"invariance": cfg.weight_invariance * ramp * apart, "own": cross_entropy(model.own(z), own),
+            "bag": cross_entropy(model.bag(z), bag)}
+
+
+# ---------------------------------------------------------------- measures: masks are used here and nowhere else
+@torch.no_grad()
+def features(vit, images):
+    """Normalised images (n, 3, 96, 96) -> patch features (n, N, D) on the CPU."""
+    device = vit.pos_embed.device
+    return torch.cat([vit(part.to(device))[:, vit.prefix:].cpu() for part in images.split(64)])
+
+
+def iou(a, b):
+    return (a & b).sum().item() / max(1, (a | b).sum().item())
+
+
+def measures(vit, images, objects):
+    """How much of the features is position, and how well they tell objects (n, N) bool; fitted on one half, measured on the other.
+
+    position: share of variance that the position of a patch explains. k_means: IoU of the best union of 5
+    clusters. linear: IoU of a ridge regression, cut at its best threshold.
+    """
+    x, half = features(vit, images), len(images) // 2
+    fit, test = x[:half].flatten(0, 1), x[half:].flatten(0, 1)
+    true_fit, true_test = objects[:half].flatten(), objects[half:].flatten()
+    draw = torch.Generator().manual_seed(0)
+    centres = k_means(fit[torch.randperm(len(fit), generator=draw)[:8000]], 5, draw)
+    cluster_fit, cluster_test = (torch.cdist(part, centres).argmin(1) for part in (fit, test))
+    unions = [torch.tensor(some) for n in range(1, 5) for some in itertools.combinations(range(5), n)]
+    union = max(unions, key=lambda some: iou(torch.isin(cluster_fit, some), true_fit))
+    mean, std = fit.mean(0), fit.std(0).clamp_min(1e-6)
+    with_one = lambda part: F.pad((part - mean) / std, (0, 1), value=1.0).double()
+    a = with_one(fit)
+    ridge = 1e-3 * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
+    w = torch.linalg.solve(a.T @ a + ridge, a.T @ true_fit.double())
+    cut = max(torch.linspace(.2, .7, 26).tolist(), key=lambda c: iou(a @ w > c, true_fit))
+    return {"position": (x.mean(0).var(0).sum() / x.flatten(0, 1).var(0).sum()).item(),
+            "k_means": iou(torch.isin(cluster_test, union), true_test), "linear": iou(with_one(test) @ w > cut, true_test)}
+
+
+# ---------------------------------------------------------------- the end: origin and scale
+def centre_features(vit, scenes, spread, seed):
+    """Move the mean patch of augmented scenes to the origin and set the channels' mean deviation, in the last LayerNorm.
+
+    Part prototypes start near the origin and are compared by distance: features with a common offset would all be
+    nearest to one of them. The mean is that of images as the selector meets them in training.
+    """
+    images = []
+    for i, scene in enumerate(scenes):
+        view = data.View(Image.fromarray(scene.permute(1, 2, 0).mul(255).round().byte().numpy()))
+        data.augment(view, 96, np.random.default_rng([seed, i]))
+        images.append(data.to_tensor(view.image))
+    x = features(vit, torch.stack(images)).flatten(0, 1).to(vit.norm.bias.device)
+    scale = spread / x.var(0).mean().sqrt()
+    with torch.no_grad():
+        vit.norm.bias.copy_((vit.norm.bias - x.mean(0)) * scale)
+        vit.norm.weight.mul_(scale)
+
+
+# ---------------------------------------------------------------- the loop
+def lr_at(step, cfg):
+    """Factor of the learning rate: linear warm-up, then cosine from 1 to 0.02."""
+    if step < cfg.warmup:
+        return (step + 1) / cfg.warmup
+    return max(.02, .5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))))
+
+
+def to_images(scenes):
+    return torch.from_numpy(scenes).permute(0, 3, 1, 2).float() / 255
+
+
+def pretrain(cfg):
+    if cfg.view % 8 or not 24 <= cfg.view <= 96:
+        raise UsageError(f"--view must be a multiple of 8 from 24 to 96, not {cfg.view}")
+    for name in ("scenes", "steps", "batch", "words", "every"):
+        if getattr(cfg, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
+    folder, device = Path(cfg.out), pick_device(cfg.device)
+    state = None
+    if cfg.resume:
+        state = read_file(folder / "last.pt", "last.pt of a run of pretrain.py")
+        free = {"resume", "device", "out", "every"}
+        if odd := [k for k, v in asdict(cfg).items() if k not in free and v != state["config"][k]]:
+            raise UsageError(f"--resume: {folder} was started with --{odd[0].replace('_', '-')} {state['config'][odd[0]]}")
+    elif (folder / "last.pt").is_file():
+        raise UsageError(f"{folder} holds a run: go on with --resume, or choose another --out")
+    scenes, _ = miniature.pretraining_scenes(cfg.scenes, cfg.seed, size=128)
+    unseen, masks = miniature.pretraining_scenes(400, cfg.seed + 1, size=96)
+    unseen, objects = (to_images(unseen) - MEAN) / STD, data.patch_keep(torch.from_numpy(masks > 127), 8).bool()
+
+    torch.manual_seed(cfg.seed)
+    model = Reader(cfg.words)
+    words = Words(scenes, cfg)
+    model.to(device)
+    wide, narrow = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
+    optimizer = torch.optim.AdamW([dict(params=wide, weight_decay=cfg.weight_decay), dict(params=narrow, weight_decay=0.0)],
+                                  lr=cfg.lr, betas=(.9, .95))
+    start, seconds = 0, 0.0
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, seconds = state["step"], state["seconds"]
+        torch.set_rng_state(state["random"])
+    folder.mkdir(parents=True, exist_ok=True)
+    clock = time.perf_counter()
+    for step in tqdm(range(start, cfg.steps), "pretrain", cfg.steps, initial=start, disable=None):
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * lr_at(step, cfg)
+        terms = loss_terms(model, words, draw_scenes(scenes, cfg.batch), cfg, step, device)
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        done = step + 1
+        if done % cfg.every == 0 or done == cfg.steps:
+            seconds, clock = seconds + time.perf_counter() - clock, time.perf_counter()
+            record = {"step": done, "seconds": round(seconds), **{name: x.item() for name, x in terms.items()},
+                      **measures(model.vit, unseen, objects)}
+            tqdm.write("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
+            with open(folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+            saved = dict(config=asdict(cfg), step=done, seconds=seconds, model=model.state_dict(),
+                         optimizer=optimizer.state_dict(), random=torch.get_rng_state())
+            write_whole(folder / "last.pt", lambda temporary: torch.save(saved, temporary))
+            clock = time.perf_counter()
+    centre_features(model.vit, to_images(scenes[:512]), cfg.spread, cfg.seed)
+    weights = {name: x.detach().cpu().half() for name, x in model.vit.state_dict().items()}
+    write_whole(folder / "mini.pt", lambda temporary: torch.save(weights, temporary))
+    made = {"command": " ".join(["python", *sys.argv]), "seed": cfg.seed, "seconds": round(seconds),
+            "machine": f"{os.cpu_count()} x {platform.machine()}, {torch.get_num_threads()} threads, {device.type}",
+            "torch": torch.__version__, **measures(model.vit, unseen, objects)}
+    write_json(folder / "mini.json", made)
+    print(f"wrote {folder / 'mini.pt'} and mini.json; to use it in all runs, copy both to weights/")
+
+
+def main(argv=None):
+    pretrain(parse(Config, __doc__, argv))
+
+
+if __name__ == "__main__":
+    run_script(main)

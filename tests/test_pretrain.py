@@ -1,0 +1,124 @@
+"""pretrain.py: correspondences and words against brute force, a run that resumes bit for bit, the committed file."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import evaluate
+import ifam
+import miniature
+import pretrain
+from settings import parse
+from tiny import ROOT, fails
+
+TINY = ["--scenes", "40", "--steps", "4", "--batch", "4", "--words", "6", "--every", "2", "--device", "cpu"]
+
+
+def test_the_same_scene_point_is_found_in_both_views():
+    torch.manual_seed(0)
+    ramps = torch.stack(torch.meshgrid(*(torch.linspace(-1, 1, 256),) * 2, indexing="xy"))        # x and y of a scene point
+    scenes = torch.cat([ramps, torch.zeros(1, 256, 256)])[None].expand(6, -1, -1, -1)
+    a, centre = pretrain.draw_view(6, 64)
+    b, _ = pretrain.draw_view(6, 64, near=centre)
+    there, inside = pretrain.partners(a, b, 8)
+    first = torch.nn.functional.avg_pool2d(pretrain.look(scenes, a, 64), 8).flatten(2).mT         # patch centres of a, in the scene
+    again = torch.nn.functional.grid_sample(pretrain.look(scenes, b, 64), there[:, :, None], align_corners=False)[..., 0].mT
+    assert 0.2 < inside.float().mean() < 0.95
+    assert (first - again)[inside].abs().max() < 0.03                                             # of a scene 2 wide
+
+
+def test_blur_is_the_gaussian_average_with_reflected_borders():
+    x, sigma = torch.randn(1, 1, 9, 9, dtype=torch.float64), 0.8
+    weight = [math.exp(-d * d / (2 * sigma ** 2)) for d in range(-2, 3)]
+    mirror = lambda i: abs(i) if i < 9 else 16 - i
+    expected = [[sum(weight[u + 2] * weight[v + 2] * x[0, 0, mirror(i + u), mirror(j + v)].item() for u in range(-2, 3)
+                     for v in range(-2, 3)) / sum(weight) ** 2 for j in range(9)] for i in range(9)]
+    torch.testing.assert_close(pretrain.blur(x.float(), sigma)[0, 0].double(), torch.tensor(expected, dtype=torch.float64),
+                               atol=1e-5, rtol=1e-5)
+
+
+def test_flat_patches_have_the_least_texture_and_grain_more_than_an_edge_in_the_mean_logarithm():
+    flat = torch.full((1, 3, 32, 32), 0.5)
+    edge, grain = flat.clone(), flat + 0.2 * torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    edge[..., 16:] = 1.0
+    flat, edge, grain = (pretrain.texture(x)[0].mean(0) for x in (flat, edge, grain))
+    torch.testing.assert_close(flat, torch.full((4,), math.log(1e-4)))
+    assert (edge > flat).all() and (grain[2:] - flat[2:] > 2 * (edge[2:] - flat[2:])).all()
+
+
+def test_k_means_finds_clusters_that_are_apart():
+    draw = torch.Generator().manual_seed(0)
+    true = torch.tensor([[0., 0], [10, 0], [0, 10]])
+    x = (true[:, None] + 0.1 * torch.randn(3, 50, 2, generator=draw)).flatten(0, 1)
+    found = pretrain.k_means(x, 3, draw)
+    torch.testing.assert_close(found[found.sum(1).argsort()][[0]], true[[0]], atol=0.1, rtol=0)
+    assert sorted(torch.cdist(true, found).argmin(1).tolist()) == [0, 1, 2]
+
+
+def test_the_measures_are_1_for_features_that_are_only_position_or_only_the_mask():
+    class Given(torch.nn.Module):
+        prefix, pos_embed = 0, torch.zeros(1)
+
+        def __init__(self, x):
+            super().__init__()
+            self.rows = iter(x.split(64))
+
+        def forward(self, images):
+            return next(self.rows)
+    draw = torch.Generator().manual_seed(0)
+    objects = torch.rand(40, 144, generator=draw) < 0.2
+    position = torch.randn(1, 144, 8, generator=draw).expand(40, -1, -1)
+    mask = objects[..., None] * torch.ones(8) + 0.01 * torch.randn(40, 144, 8, generator=draw)
+    images = torch.zeros(40, 1)
+    assert pretrain.measures(Given(position), images, objects)["position"] == pytest.approx(1, abs=0.02)
+    found = pretrain.measures(Given(mask), images, objects)
+    assert found["linear"] == 1 and found["k_means"] == 1 and found["position"] < 0.1
+
+
+def test_afterwards_the_mean_patch_of_augmented_scenes_is_the_origin():
+    scenes, _ = miniature.pretraining_scenes(6, 0, size=96)
+    vit = ifam.build_vit("mini", 96)
+    pretrain.centre_features(vit, pretrain.to_images(scenes), 0.32, 5)
+    views = [data.View(miniature.Image.fromarray(s)) for s in scenes]
+    for i, view in enumerate(views):
+        data.augment(view, 96, np.random.default_rng([5, i]))
+    x = pretrain.features(vit, torch.stack([data.to_tensor(v.image) for v in views])).flatten(0, 1)
+    assert x.mean(0).abs().max() < 1e-4 and x.var(0).mean().sqrt() == pytest.approx(0.32, rel=1e-3)
+
+
+def test_a_run_that_was_stopped_resumes_to_the_same_weights(tmp_path, monkeypatch, capsys):
+    run = lambda out, *flags: pretrain.main([*TINY, "--out", str(tmp_path / out), *flags])
+    run("whole")
+    step, original = iter(range(10)), pretrain.loss_terms
+
+    def stop_at_the_third(*arguments):
+        if next(step) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+    monkeypatch.setattr(pretrain, "loss_terms", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts")
+    monkeypatch.setattr(pretrain, "loss_terms", original)
+    assert not (tmp_path / "parts" / "mini.pt").exists()
+    assert "--resume" in fails(pretrain.main, *TINY, "--out", tmp_path / "parts")(capsys)
+    assert "--words 6" in fails(pretrain.main, *TINY, "--words", 7, "--resume", "--out", tmp_path / "parts")(capsys)
+    run("parts", "--resume")
+    whole, parts = (torch.load(tmp_path / out / "mini.pt", weights_only=True) for out in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_committed_file_is_small_and_measures_as_written_beside_it():
+    path = ROOT / "weights" / "mini.pt"
+    made = json.loads((ROOT / "weights" / "mini.json").read_text())
+    assert path.stat().st_size < 4e6 and made["command"].startswith("python pretrain.py")
+    vit = ifam.build_vit("mini", 96)
+    ifam.load_backbone(vit, evaluate.read_file(path, "weights"))
+    cfg = parse(pretrain.Config, "", [])
+    images, masks = miniature.pretraining_scenes(400, cfg.seed + 1, size=96)
+    images = (pretrain.to_images(images) - pretrain.MEAN) / pretrain.STD
+    found = pretrain.measures(vit, images, data.patch_keep(torch.from_numpy(masks > 127), 8).bool())
+    for name, value in found.items():
+        assert value == pytest.approx(made[name], abs=0.02), name
