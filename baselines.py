@@ -14,16 +14,33 @@ class ERM(nn.Module):
     It is iFAM's second stage without a mask. keep (B, N) hides patches from it; only measurements use that.
     """
     selector = None
+    needs_truth = False
 
-    def __init__(self, classes, arch="b", size=518, registers=4):
+    def __init__(self, classes, arch="b", size=518, registers=4, **choices):
         super().__init__()
-        self.predictor = Predictor(build_vit(arch, size, registers), classes)
+        self.predictor = Predictor(build_vit(arch, size, registers), classes, **choices)
 
     def forward(self, images, keep=None, noise=None):
         return Output(self.predictor(images, keep))
 
-    def forward_pair(self, images, warped, noise):
-        return self(images), None
+    def forward_pair(self, images, warped, noise, keep=None):
+        return self(images, keep), None
+
+
+class TrueMask(ERM):
+    """iFAM's second stage under the true mask, in training and in evaluation: what a perfect first stage would give.
+
+    masking="early": the mask comes before attention, class token. "late": full attention, mean of the kept patches.
+    """
+    needs_truth = True
+
+    def __init__(self, classes, masking, **shared):
+        super().__init__(classes, **shared, masking=masking, pooling={"early": "cls", "late": "mean"}[masking])
+
+    def forward(self, images, keep=None, noise=None):
+        if keep is None:
+            raise ValueError("this model is told where the object is: pass keep")
+        return super().forward(images, keep)
 
 
 class PDiscoFormer(IFAM):
@@ -43,7 +60,7 @@ class PDiscoFormer(IFAM):
         return Output(first.logits, first.logits, first.maps, keep, first.part_logits, first.part_features)
 
 
-METHODS = {"ifam": IFAM, "erm": ERM, "pdiscoformer": PDiscoFormer}
+METHODS = ("ifam", "erm", "pdiscoformer", "early-truth", "late-truth")
 
 
 def build(settings, classes):
@@ -52,6 +69,8 @@ def build(settings, classes):
     parts = dict(k=settings["k"], tau=settings["tau"], dropout1=settings["part_dropout1"])
     if settings["method"] == "erm":
         return ERM(**shared)
+    if settings["method"] in ("early-truth", "late-truth"):
+        return TrueMask(**shared, masking=settings["method"].split("-")[0])
     if settings["method"] == "pdiscoformer":
         return PDiscoFormer(**shared, **parts)
     return IFAM(**shared, **parts, dropout2=settings["part_dropout2"], joint=settings["joint"],

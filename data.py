@@ -136,8 +136,10 @@ class Samples(torch.utils.data.Dataset):
     """One split of a benchmark. groups[i] = label * len(places) + place; places is () where there are none.
 
     samples[epoch, i] is sample i as augmented in that epoch; samples[i] the evaluation view, with
-    "mask" (S, S) uint8 and "points" (P, 3) where the benchmark has them. Raises UsageError for an unreadable file.
+    "mask" (S, S) uint8 and "points" (P, 3) where the benchmark has them. train_masks: True adds the mask to
+    augmented samples too. Raises UsageError for an unreadable file.
     """
+    train_masks = False
 
     def __init__(self, name, split, size, classes, ids, paths, labels, places=(), groups=None, masks=None,
                  points=None, normalisation=IMAGENET, seed=0):
@@ -174,21 +176,20 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (None, key)
         sample = {"label": int(self.labels[i]), "group": int(self.groups[i]), "id": self.ids[i]}
+        annotated = epoch is None or self.train_masks    # most methods train on images and labels alone
+        view = View(read_image(self.paths[i], "RGB"), read_image(self.masks[i], "L") if self.masks and annotated else None,
+                    self.points[i] if self.points and epoch is None else None)
+        if view.mask and view.mask.size != view.image.size:
+            raise UsageError(f"mask {self.masks[i]} is {view.mask.size}, its image {view.image.size}; unpack both again")
         if epoch is not None:
-            view = View(read_image(self.paths[i], "RGB"))
             augment(view, self.size, np.random.default_rng([self.seed, epoch, zlib.crc32(self.ids[i].encode())]))
         else:
-            view = View(read_image(self.paths[i], "RGB"), self.masks and read_image(self.masks[i], "L"),
-                        self.points and self.points[i])
-            if view.mask and view.mask.size != view.image.size:
-                raise UsageError(f"mask {self.masks[i]} is {view.mask.size}, its image {view.image.size}; "
-                                 "unpack both again")
             centre(view, self.size)
-            if view.mask:
-                # CUB's masks are soft (how many annotators agree): any agreement is object, as published
-                sample["mask"] = torch.from_numpy((np.asarray(view.mask) > 0).astype(np.uint8))
-            if view.points is not None:
-                sample["points"] = torch.from_numpy(view.points).float()
+        if view.mask:
+            # CUB's masks are soft (how many annotators agree): any agreement is object, as published
+            sample["mask"] = torch.from_numpy((np.asarray(view.mask) > 0).astype(np.uint8))
+        if view.points is not None:
+            sample["points"] = torch.from_numpy(view.points).float()
         sample["image"] = to_tensor(view.image, self.normalisation)
         return sample
 

@@ -90,7 +90,8 @@ def predict(model, samples, batch=32, device="cpu", workers=0):
     loader = torch.utils.data.DataLoader(torch.utils.data.Subset(samples, mine), batch, num_workers=workers)
     found = []
     for images in loader:
-        out = model(images["image"].to(device))
+        truth = data.patch_keep(images["mask"].to(device), model.predictor.backbone.patch) if model.needs_truth else None
+        out = model(images["image"].to(device), truth)
         one = {"logits": out.logits.float()}
         if out.maps is not None:
             one |= {"logits_stage1": out.logits_stage1.float(), "keep": discretize(out.part_logits)}
@@ -151,6 +152,8 @@ class Classifier(NamedTuple):
 
 def stage2_classifier(model):
     """Stage 2 with its mask held fixed. A model without a mask (erm) is measured under the true one."""
+    if model.needs_truth:
+        return Classifier(lambda images, truth: (truth, truth), model.predictor.features, model.predictor.head, "truth")
     if model.selector is None:
         return Classifier(lambda images, truth: (truth, None), lambda images, held: model.predictor.features(images),
                           model.predictor.head, "truth, the model has none")
@@ -219,24 +222,28 @@ def mask_iou(a, b):
     return torch.where(either > 0, both / either.clamp_min(1), torch.ones_like(both))
 
 
-def linear_probe(x, y, folds=5, penalty=0.1):
-    """Cross-validated accuracy of a linear readout of y (n,) from x (n, d): ridge on one-hot targets; None if n < 10.
+def linear_head(x, y, classes, penalty=0.1):
+    """Fit a linear classifier of y (n,) on x (n, d): ridge on one-hot targets -> function from (m, d) to scores (m, C).
 
     Closed form in float64, standardised features, penalty * n on the diagonal: no randomness, nothing to tune.
     """
+    x, target = x.double(), F.one_hot(y, classes).double()
+    mean, std, centre = x.mean(0), x.std(0).clamp_min(1e-6), target.mean(0)
+    a = (x - mean) / std
+    ridge = penalty * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
+    w = torch.linalg.solve(a.T @ a + ridge, a.T @ (target - centre))
+    return lambda other: (other.double() - mean) / std @ w + centre
+
+
+def linear_probe(x, y, folds=5):
+    """Cross-validated accuracy of linear_head at reading y (n,) from x (n, d); None if n < 10: too few to fit and test."""
     if len(y) < 2 * folds:
-        return None                                      # too few to fit and to test
-    x, target = x.double(), F.one_hot(y).double()
-    fold = torch.arange(len(y)) % folds
-    right = 0
+        return None
+    fold, right = torch.arange(len(y)) % folds, 0
     for f in range(folds):
         fit, test = fold != f, fold == f
-        mean, std = x[fit].mean(0), x[fit].std(0).clamp_min(1e-6)
-        a, b = (x[fit] - mean) / std, (x[test] - mean) / std
-        centre = target[fit].mean(0)
-        ridge = penalty * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
-        w = torch.linalg.solve(a.T @ a + ridge, a.T @ (target[fit] - centre))
-        right += ((b @ w + centre).argmax(1) == y[test]).sum().item()
+        scores = linear_head(x[fit], y[fit], int(y.max()) + 1)(x[test])
+        right += (scores.argmax(1) == y[test]).sum().item()
     return right / len(y)
 
 
@@ -305,9 +312,47 @@ def leakage_of_group(classifier, images, truth, backbone, number, with_gradient)
     return row
 
 
+# ---------------------------------------------------------------- the clean contrast
+@torch.no_grad()
+def pool_by_place(backbone, samples, device="cpu", batch=32, workers=0):
+    """Mean patch feature of each image, {"none", "late", "early"}: (n, D), by where the true mask acts.
+
+    none: nowhere. late: on the pooling alone, after full attention. early: on attention and pooling.
+    """
+    found = {place: [] for place in ("none", "late", "early")}
+    for part in torch.utils.data.DataLoader(samples, batch, num_workers=workers):
+        images, keep = part["image"].to(device), data.patch_keep(part["mask"].to(device), backbone.patch)
+        whole, masked = (backbone(images, k)[:, backbone.prefix:] for k in (None, keep))
+        for place, patches, weight in (("none", whole, torch.ones_like(keep)), ("late", whole, keep),
+                                       ("early", masked, keep)):
+            mean = (weight[:, None] @ patches)[:, 0] / weight.sum(1, keepdim=True).clamp_min(1)
+            found[place].append(mean.cpu())
+    return {place: torch.cat(x) for place, x in found.items()}
+
+
+def place_of_mask(model, train, samples, device="cpu", batch=32, workers=0):
+    """What the place of the mask does, all else equal -> dict for report.json, None without true masks.
+
+    Frozen weights, true masks, the mean of the patches, a linear head in closed form fitted on the training split; only
+    the place of the mask moves. Worst-group accuracy where the benchmark has places, else accuracy. The weights
+    are those that never trained under a mask: stage 1's where there is one.
+    """
+    if train.masks is None or samples.masks is None:
+        return None
+    backbone = (model.selector or model.predictor).backbone
+    fit, test = (pool_by_place(backbone, s, device, batch, workers) for s in (train, samples))
+    measure = "worst_group" if samples.places else "aa"
+    out = {"measure": measure, "weights": "stage 1" if model.selector else "stage 2"}
+    for place in fit:
+        scores = linear_head(fit[place], train.labels, len(samples.classes))(test[place])
+        out[place] = accuracies({"logits": scores}, samples)[measure]
+    return out
+
+
 # ---------------------------------------------------------------- the report
-def evaluate(model, samples, train_groups=None, rare=(), device="cpu", batch=32, leakage=500, workers=0):
-    """Everything report.json says about a model on a split -> dict."""
+def evaluate(model, samples, train=None, rare=(), device="cpu", batch=32, leakage=500, workers=0):
+    """Everything report.json says about a model on a split -> dict. train: the training split, where there is one."""
+    train_groups = None if train is None else train.groups
     result = predict(model, samples, batch, device, workers)
     report = {"split": samples.split, "images": len(samples)}
     stages = [("stage2", "leakage", "logits", stage2_classifier)] if model.predictor else []
@@ -324,6 +369,8 @@ def evaluate(model, samples, train_groups=None, rare=(), device="cpu", batch=32,
     backbone = (model.selector or model.predictor).backbone
     for _, leak, _, classifier in stages:
         report[leak] = measure_leakage(classifier(model), samples, backbone, device, leakage)
+    if report["leakage"] and train is not None and train.paths[0].is_file():      # else only this split was unpacked
+        report["leakage"]["place_of_mask"] = place_of_mask(model, train, samples, device, batch, workers)
     return report
 
 
@@ -347,7 +394,8 @@ def table(report, second="early, hard"):
         leak = report["leakage_stage1" if "stage2" in report else "leakage"]
         columns["stage 1: late, soft"] = {**report["stage1"], "leak": leak}
     if "stage2" in report:
-        columns[f"stage 2: {second}" if columns else "no mask"] = {**report["stage2"], "leak": report["leakage"]}
+        name = f"stage 2: {second}" if columns else {"truth": "true mask"}.get((report["leakage"] or {}).get("mask"), "no mask")
+        columns[name] = {**report["stage2"], "leak": report["leakage"]}
 
     def value(numbers, path):
         for key in path.split("."):
@@ -365,11 +413,15 @@ def table(report, second="early, hard"):
         lines.append(line("images without any", [report["mask"]["empty"]]))
     if "localisation" in report:
         lines.append(line("foreground IoU", [f"{report['localisation']['foreground_iou']:.3f}"]))
+    if place := (report["leakage"] or {}).get("place_of_mask"):
+        name = {"aa": "accuracy", "worst_group": "worst group"}[place["measure"]]
+        lines.append(f"  true mask on frozen weights of {place['weights']}, linear head, {name}: "
+                     + ", ".join(f"{place[p]:.3f} {p}" for p in ("none", "late", "early")))
     return "\n".join(lines)
 
 
 def open_split(cfg, trained):
-    """-> (name for the report, the split to measure on, groups of the training set)."""
+    """-> (name for the report, the split to measure on, the training split)."""
     name = cfg.data or trained["data"]
     here, there = (data.BENCHMARKS[n] for n in (name, trained["data"]))
     if here.classes != there.classes:
@@ -379,10 +431,10 @@ def open_split(cfg, trained):
     splits = data.load(name, root, trained["size"], check=False)         # images of other splits need not be there
     if cfg.split not in splits:
         raise UsageError(f"{name} has no split {cfg.split!r}; choose another --split")
-    train_groups = splits["train"].groups[:trained["limit"] or None]
+    train = splits["train"].first(trained["limit"])
     samples = splits[cfg.split].first(cfg.limit or trained["limit"])
     samples.check()
-    return name + "-mini" * trained["mini"], samples, train_groups
+    return name + "-mini" * trained["mini"], samples, train
 
 
 def main(argv=None):
@@ -394,11 +446,11 @@ def main(argv=None):
     device = pick_device(cfg.device)
     model, state = load_model(cfg.ckpt, device)
     trained = state["config"]
-    name, samples, train_groups = open_split(cfg, trained)
+    name, samples, train = open_split(cfg, trained)
     rare = data.BENCHMARKS[samples.name].rare
     report = {"data": name, "method": trained["method"], "seed": trained["seed"], "step": state["step"],
               "selection": state["best"],
-              **evaluate(model, samples, train_groups, rare, device, cfg.batch, cfg.leakage, cfg.workers)}
+              **evaluate(model, samples, train, rare, device, cfg.batch, cfg.leakage, cfg.workers)}
     print(f"{cfg.ckpt}: {trained['method']}, epoch {state['best']['epoch']}, chosen on {state['best']['split']}; "
           f"{name} {cfg.split}, {len(samples)} images")
     print(table(report, f"{trained['masking']}, {trained['hardness']}"))

@@ -379,6 +379,8 @@ class IFAM(nn.Module):
     not fit.
     """
 
+    needs_truth = False      # True for the baselines that are given the true mask
+
     def __init__(self, classes, k=8, arch="b", size=518, registers=4, masking="early", hardness="hard", pooling="cls",
                  joint=True, tau=1.0, dropout1=0.3, dropout2=0.3):
         super().__init__()
@@ -395,7 +397,7 @@ class IFAM(nn.Module):
         noise = noise or self.draw_noise(len(images))
         return self.second_stage(images, self.selector(images, noise), noise, keep)
 
-    def forward_pair(self, images, warped, noise):
+    def forward_pair(self, images, warped, noise, keep=None):
         """Training: (Output of images, part maps of the warped images), stage 1 on both in one doubled batch.
 
         noise holds 2B samples. Stage 2 never runs on warped images (the published code runs it there and throws the
@@ -404,7 +406,7 @@ class IFAM(nn.Module):
         B = len(images)
         both = self.selector(torch.cat([images, warped]), noise)
         first, noise = Selection(*(x[:B] for x in both)), Noise(*(x if x is None else x[:B] for x in noise))
-        return self.second_stage(images, first, noise), both.maps[B:]
+        return self.second_stage(images, first, noise, keep), both.maps[B:]
 
     def second_stage(self, images, first, noise=Noise(), keep=None):
         """Mask (discovered from the stage-1 Selection, or given) and prediction -> Output."""

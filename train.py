@@ -42,13 +42,15 @@ class Config:
     method: str = opt("ifam", "ifam, or a baseline", choices=tuple(METHODS))
     arch: str = opt("b", "size of the vision transformers", choices=tuple(ifam.ARCHS))
     registers: int = opt(4, "register tokens; 0 for weights without registers")
-    weights: str = opt("dinov2", "start of all backbones: dinov2 (downloaded once), a file with its names, or none")
+    weights: str = opt("dinov2", "start of all backbones: dinov2 (downloaded once), mini (weights/mini.pt, for --arch "
+                                 "mini), a file with DINOv2's names, or none")
     size: int = opt(518, "image side in pixels, a multiple of the patch")
     k: int = opt(8, "foreground parts")
     masking: str = opt("early", "where the mask acts", choices=("early", "late"))
     hardness: str = opt("hard", "binary mask, or any weight in [0, 1]", choices=("hard", "soft"))
     pooling: str = opt("cls", "what stage 2 classifies from: class token or kept patches", choices=("cls", "mean"))
     joint: bool = opt(True, "let the stage-2 loss reach stage 1 through the mask, as in the paper")
+    train_tokens: bool = opt(True, "train class token, registers and positions of a pretrained stage 1, as in the paper")
     tau: float = opt(1.0, "temperature of the part assignment")
     part_dropout1: float = opt(0.3, "share of parts dropped before the stage-1 classifier")
     part_dropout2: float = opt(0.3, "share of parts dropped in the mask of stage 2")
@@ -57,10 +59,11 @@ class Config:
     batch: int = opt(16, "images per step over all processes and accumulation steps")
     micro: int = opt(0, "most images at once in a process; more are accumulated, and the presence loss takes its "
                         "maximum within each portion (0: no limit)")
-    lr: float = opt(1e-6, "learning rate at batch 16 of tokens and stage 2, scaled by sqrt(batch / 16)")
+    lr: float = opt(1e-6, "learning rate at batch 16 of the backbone that trains, scaled by sqrt(batch / 16)")
+    lr_tokens: float = opt(1e-6, "the same for the tokens of a frozen stage 1")
     lr_prototypes: float = opt(1e-3, "the same for the prototypes")
     lr_heads: float = opt(1e-2, "the same for modulation, fc_norm and classifiers")
-    warmup: int = opt(0, "steps of linear warm-up before the cosine to 0")
+    warmup: int = opt(0, "steps of linear warm-up of stage 2, so that it learns little before there are parts")
     weight_decay: float = opt(0.05, "multiplied by sqrt(1 / steps); matrices only")
     clip: float = opt(2.0, "largest gradient norm")
     ema: float = opt(0.0, "decay of an exponential moving average of the weights, which is then evaluated (0: none)")
@@ -92,8 +95,9 @@ class Config:
 
 
 # Config's defaults are the paper's (appendix A.1); data.BENCHMARKS says what differs by benchmark, this by miniature.
-MINI = dict(arch="mini", size=96, weights="none", k=4, epochs=3, batch=32, lr=3e-4, lr_prototypes=3e-3, lr_heads=3e-3,
-            warmup=30, workers=0)
+MINI = dict(arch="mini", size=96, weights="mini", k=4, epochs=1, batch=32, lr=5e-4, lr_tokens=1e-5, lr_prototypes=5e-3,
+            lr_heads=1e-2, warmup=60, weight_presence=3.0, workers=0)
+MINI_WEIGHTS = Path(__file__).resolve().parent / "weights" / "mini.pt"      # by pretrain.py
 FREE = {"root", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}   # may change on --resume
 
 
@@ -129,10 +133,10 @@ def draw_noise(model, cfg, step, positions):
 
 
 # ---------------------------------------------------------------- parameters
-def freeze_backbone(model):
+def freeze_backbone(model, train_tokens=True):
     """Pretrained blocks of stage 1 stay; its class token, registers and positions train (paper, appendix A.1)."""
     if model.selector is not None:
-        tokens = {id(t) for t in model.selector.backbone.tokens()}
+        tokens = {id(t) for t in model.selector.backbone.tokens() if train_tokens}
         for p in model.selector.backbone.parameters():
             p.requires_grad_(id(p) in tokens)
 
@@ -144,12 +148,15 @@ def parameter_groups(model, cfg, steps):
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        role = ("prototypes" if "prototypes" in name else "backbone" if ".backbone." in name else "heads")
+        role = ("prototypes" if "prototypes" in name else "heads" if ".backbone." not in name else
+                "tokens" if cfg.weights != "none" and name.startswith("selector.") else "backbone")
         token = name.endswith(("cls_token", "register_tokens", "pos_embed"))
         decays = p.ndim > 1 and not token and role != "prototypes" and "modulation" not in name
-        lr = {"backbone": cfg.lr, "prototypes": cfg.lr_prototypes, "heads": cfg.lr_heads}[role] * scale
+        lr = {"backbone": cfg.lr, "tokens": cfg.lr_tokens, "prototypes": cfg.lr_prototypes, "heads": cfg.lr_heads}[role] * scale
         wd = cfg.weight_decay * math.sqrt(1 / steps) if decays else 0.0
-        groups.setdefault((role, decays), dict(params=[], lr=lr, base_lr=lr, weight_decay=wd))["params"].append(p)
+        warmup = cfg.warmup if name.startswith("predictor.") else 0
+        group = dict(params=[], lr=lr, base_lr=lr, weight_decay=wd, warmup=warmup)
+        groups.setdefault((role, decays, warmup), group)["params"].append(p)
     return list(groups.values())
 
 
@@ -167,7 +174,7 @@ def load_weights(model, cfg):
         except Exception as error:                       # urllib and torch raise many kinds here
             raise UsageError(f"cannot get {url} ({error}); download it by hand to {cached}") from None
     else:
-        state = read_file(cfg.weights, "a file of backbone weights")
+        state = read_file(MINI_WEIGHTS if cfg.weights == "mini" else cfg.weights, "a file of backbone weights")
         if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
             raise UsageError(f"--weights {cfg.weights}: expected a dict of tensors under DINOv2's names")
     for stage in (model.selector, model.predictor):
@@ -235,8 +242,10 @@ def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None
     for part in torch.arange(share).split(cfg.micro or share):
         images, labels = (batch[key][part].to(device, non_blocking=True) for key in ("image", "label"))
         noise = draw_noise(model, cfg, step, (rank * share + part).tolist())
+        keep = data.patch_keep(batch["mask"][part].to(device), model.predictor.backbone.patch) \
+            if model.needs_truth else None
         with torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext():
-            out, warped_maps = model.forward_pair(images, ifam.warp(images, affine), noise and noise.to(device))
+            out, warped_maps = model.forward_pair(images, ifam.warp(images, affine), noise and noise.to(device), keep)
         terms = loss_terms(model, out, warped_maps, labels, affine, wanted, world)
         loss = sum(wanted[name] * value for name, value in terms.items()) * (len(part) / share)
         (scaler.scale(loss) if scaler else loss).backward()
@@ -360,7 +369,7 @@ def build_model(cfg, device):
         raise UsageError(f"these settings make no model: {error}") from None
     load_weights(model, cfg)
     if cfg.weights != "none":
-        freeze_backbone(model)
+        freeze_backbone(model, cfg.train_tokens)
     model.to(device)
     if cfg.compile:
         for stage in filter(None, (model.selector, model.predictor)):
@@ -396,6 +405,11 @@ def train(cfg):
     dtype, scaler = autocast_of(cfg, device)
     samples, val = open_data(cfg, rank, world)
     model = build_model(cfg, device)
+    if model.needs_truth:
+        if samples.masks is None:
+            raise UsageError(f"--method {cfg.method} needs true masks, and {cfg.data} has none here; "
+                             "unpack its segmentations, or choose another --method")
+        samples.train_masks = True
     per_epoch = len(samples) // cfg.batch
     steps = per_epoch * cfg.epochs
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -421,7 +435,7 @@ def train(cfg):
     model.train()
     for step, batch in enumerate(tqdm(loader, cfg.method, unit="step", disable=None if rank == 0 else True), start):
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * lr_at(step, steps, cfg.warmup)
+            group["lr"] = group["base_lr"] * lr_at(step, steps, group["warmup"])
         terms = gradients(model, cfg, batch, step, rank, world, device, dtype, scaler)
         refuse_non_finite({f"the loss term {name!r}": value for name, value in terms.items()}, step)
         scaler.unscale_(optimizer)
@@ -442,7 +456,7 @@ def train(cfg):
             speed = (done - since) * cfg.batch / (time.perf_counter() - clock)
             clock, since = time.perf_counter(), done
             loss = sum(weights(cfg)[name] * value for name, value in values.items())
-            log({"step": done, "epoch": done / per_epoch, "lr_factor": lr_at(step, steps, cfg.warmup), "loss": loss,
+            log({"step": done, "epoch": done / per_epoch, "lr_factor": lr_at(step, steps), "loss": loss,
                  **values, "gradient_norm": norm.item() if norm.isfinite() else None, "images_per_second": speed},
                 f"step {done}/{steps}  loss {loss:.3f}  {'  '.join(f'{n} {v:.3f}' for n, v in values.items())}  "
                 f"{speed:.0f} images/s")

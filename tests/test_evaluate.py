@@ -1,5 +1,6 @@
 """Accuracies by hand, leakage as equalities, and the report."""
 import json
+import math
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 
 import data
 import evaluate
+import ifam
 import train
 from settings import parse
 from tiny import TINY, fails
@@ -207,6 +209,36 @@ def test_a_checkpoint_that_is_none_is_one_line_and_no_report(spoil, words, train
 def test_bad_flags_of_the_evaluation_are_one_line(flags, words, trained, capsys):
     line = fails(evaluate.main, "--ckpt", trained / "best.pt", *flags)(capsys)
     assert all(w in line for w in words), line
+
+
+def test_only_the_place_of_the_mask_moves_between_the_pooled_features(test_split):
+    vit = ifam.build_vit("mini", 96).eval()
+    found = evaluate.pool_by_place(vit, test_split)
+    batch = torch.utils.data.default_collate([test_split[i] for i in range(4)])
+    keep = data.patch_keep(batch["mask"], 8)
+    with torch.no_grad():
+        whole = vit(batch["image"])[:, 5:]
+        dense = vit(batch["image"], keep, hard=False)[:, 5:]          # the dense path: attention weighted by the mask
+    for i in range(4):
+        kept = keep[i].bool()
+        for place, expected in (("none", whole[i].mean(0)), ("late", whole[i, kept].mean(0)), ("early", dense[i, kept].mean(0))):
+            torch.testing.assert_close(found[place][i], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_the_linear_head_solves_the_normal_equations():
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(50, 4, generator=draw, dtype=torch.float64), torch.randint(3, (50,), generator=draw)
+    z = (x - x.mean(0)) / x.std(0)
+    target = F.one_hot(y, 3).double()
+    augmented = torch.cat([z, math.sqrt(0.1 * 50) * torch.eye(4, dtype=torch.float64)])       # ridge as least squares
+    w = torch.linalg.lstsq(augmented, torch.cat([target - target.mean(0), torch.zeros(4, 3, dtype=torch.float64)])).solution
+    torch.testing.assert_close(evaluate.linear_head(x, y, 3)(x), z @ w + target.mean(0))
+
+
+def test_the_report_has_the_clean_contrast(report):
+    place = report["leakage"]["place_of_mask"]
+    assert place["measure"] == "worst_group" and place["weights"] == "stage 1"
+    assert all(0 <= place[p] <= 1 for p in ("none", "late", "early")) and "place_of_mask" not in report["leakage_stage1"]
 
 
 def test_a_checkpoint_whose_weights_do_not_fit_its_settings_is_refused(trained, tmp_path, capsys):

@@ -15,6 +15,7 @@ import data
 import evaluate
 import ifam
 import train
+from baselines import METHODS
 from settings import parse
 from tiny import ROOT, TINY, fails, torchrun
 from tiny import train as run
@@ -156,7 +157,8 @@ def test_presets_are_the_papers_settings_and_the_command_line_wins():
     assert not parse(train.Config, "", ["--no-joint"], train.preset).joint
 
 
-@pytest.mark.parametrize("flags", [("--method", "erm"), ("--method", "pdiscoformer"), ("--no-joint",), ("--amp", "bf16"),
+@pytest.mark.parametrize("flags", [("--method", "erm"), ("--method", "pdiscoformer"), ("--method", "early-truth"),
+                                   ("--method", "late-truth"), ("--no-joint",), ("--weights", "none"), ("--no-train-tokens",), ("--amp", "bf16"),
                                    ("--ema", "0.5", "--micro", "5"), ("--hardness", "soft"), ("--masking", "late", "--pooling", "mean")],
                          ids=lambda f: "".join(f))
 def test_every_method_and_setting_trains_and_evaluates(flags, tmp_path):
@@ -177,6 +179,37 @@ def test_pretrained_backbones_start_equal_and_only_tokens_of_stage_1_move(tmp_pa
         # nobody reads the class token of stage 1 but its own patches, through attention: it moves too
         assert moved == name.endswith(("cls_token", "register_tokens", "pos_embed")), name
     assert not torch.equal(trained["predictor.backbone.blocks.0.attn.qkv.weight"], vit.state_dict()["blocks.0.attn.qkv.weight"])
+
+
+def test_without_train_tokens_nothing_of_the_backbone_of_stage_1_moves(tmp_path):
+    folder = run(tmp_path / "run", "--limit", 16, "--no-train-tokens")
+    trained = evaluate.read_checkpoint(folder / "last.pt")["model"]
+    for name, before in evaluate.read_file(train.MINI_WEIGHTS, "weights").items():
+        assert torch.equal(trained[f"selector.backbone.{name}"], before.float()), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_starts_every_backbone_from_the_same_file(method):
+    model = train.build_model(config("--method", method), torch.device("cpu"))
+    backbones = [stage.backbone for stage in (model.selector, model.predictor) if stage]
+    for name, x in evaluate.read_file(train.MINI_WEIGHTS, "weights").items():
+        assert all(torch.equal(backbone.state_dict()[name], x.float()) for backbone in backbones), name
+
+
+def test_stage_2_warms_up_and_stage_1_does_not():
+    model = train.build_model(config(), torch.device("cpu"))
+    warmup = {id(p): group["warmup"] for group in train.parameter_groups(model, config("--warmup", 7), 100) for p in group["params"]}
+    assert all(warmup[id(p)] == (7 if name.startswith("predictor.") else 0) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_the_true_mask_of_an_augmented_image_moves_with_it():
+    samples = data.load("waterbirds", data.find_root("waterbirds", "", True), 96, limit=8)["train"]
+    assert "mask" not in samples[0, 3]
+    samples.train_masks = True
+    sample, place = samples[0, 3], samples.masks
+    samples.paths = samples.masks                        # now the "image" is the mask: both must agree after the same steps
+    white = samples[0, 3]["image"][0] > samples[0, 3]["image"].min()
+    assert ((white == sample["mask"].bool()).float().mean() > 0.99) and 0.02 < sample["mask"].float().mean() < 0.5 and place
 
 
 def test_a_run_that_is_already_there_is_moved_aside_not_lost(tmp_path):
