@@ -10,7 +10,7 @@ as the mean of a logarithm (high where texture is everywhere, low where it is a 
 the words (as in MaskFeat, Wei et al. 2022, a target that needs no teacher). Task: from a view whose colours are
 changed at random, tell every patch's own word and the bag of words around it (Gidaris et al., CVPR 2020); and say the same of
 one scene point in two views that are turned, mirrored, scaled and shifted independently, which leaves no
-use for position. At the end the mean patch is subtracted and the scale set, inside the last LayerNorm.
+use for position. At the end origin and scale of the features are set, inside the last LayerNorm.
 
 Letters: B scenes a step, V side of a view, g = V / 8 patches a side, N = g*g, D width, W words, F = 4 texture numbers.
 """
@@ -53,7 +53,7 @@ class Config:
     lr: float = opt(2e-3, "learning rate")
     weight_decay: float = opt(0.05, "of matrices")
     warmup: int = opt(40, "steps of linear warm-up before the cosine")
-    spread: float = opt(0.28, "standard deviation of a feature channel after the final scaling")
+    spread: float = opt(0.24, "standard deviation of a feature channel after the final scaling")
     seed: int = opt(0, "decides scenes, initial weights, views and words")
     every: int = opt(300, "steps between measures and saves")
     device: str = opt("auto", "auto, cpu, cuda or mps")
@@ -257,20 +257,24 @@ def measures(vit, images, objects):
 
 # ---------------------------------------------------------------- the end: origin and scale
 def centre_features(vit, scenes, spread, seed):
-    """Move the mean patch of augmented scenes to the origin and set the channels' mean deviation, in the last LayerNorm.
+    """Set the origin and the channels' mean deviation of the features, in the last LayerNorm.
 
     Part prototypes start near the origin and are compared by distance: features with a common offset would all be
-    nearest to one of them. The mean is that of images as the selector meets them in training.
+    nearest to one of them. The origin is the mean of five k-means centres, so that every kind of patch counts once, not
+    every patch: with the mean patch, which is nearly backdrop, parts vanish or take the backdrop with some seeds. Views
+    are augmented as those that the selector meets in training.
     """
     images = []
     for i, scene in enumerate(scenes):
         view = data.View(Image.fromarray(scene.permute(1, 2, 0).mul(255).round().byte().numpy()))
         data.augment(view, 96, np.random.default_rng([seed, i]))
         images.append(data.to_tensor(view.image))
-    x = features(vit, torch.stack(images)).flatten(0, 1).to(vit.norm.bias.device)
-    scale = spread / x.var(0).mean().sqrt()
+    x = features(vit, torch.stack(images)).flatten(0, 1)
+    draw = torch.Generator().manual_seed(seed)
+    origin = k_means(x[torch.randperm(len(x), generator=draw)[:8000]], 5, draw).mean(0).to(vit.norm.bias.device)
+    scale = (spread / x.var(0).mean().sqrt()).item()
     with torch.no_grad():
-        vit.norm.bias.copy_((vit.norm.bias - x.mean(0)) * scale)
+        vit.norm.bias.copy_((vit.norm.bias - origin) * scale)
         vit.norm.weight.mul_(scale)
 
 
@@ -302,7 +306,7 @@ def pretrain(cfg):
     elif (folder / "last.pt").is_file():
         raise UsageError(f"{folder} holds a run: go on with --resume, or choose another --out")
     scenes, _ = miniature.pretraining_scenes(cfg.scenes, cfg.seed, size=128)
-    unseen, masks = miniature.pretraining_scenes(400, cfg.seed + 1, size=96)
+    unseen, masks = miniature.pretraining_scenes(min(400, cfg.scenes), cfg.seed + 1, size=96)
     unseen, objects = (to_images(unseen) - MEAN) / STD, data.patch_keep(torch.from_numpy(masks > 127), 8).bool()
 
     torch.manual_seed(cfg.seed)
