@@ -15,7 +15,7 @@ import miniature
 from settings import UsageError
 
 REPOSITORY = Path(miniature.__file__).parent
-TINY = dict(train=40, val=8, test=12, size=48)
+TINY = dict(train=40, val=8, test=12, size=48, things=(10, 16))
 WATERBIRDS = "waterbird_complete95_forest2water2"
 
 
@@ -120,12 +120,15 @@ def test_the_mask_is_exact(monkeypatch):
     rng = np.random.default_rng(0)
     look, frame = miniature.bird_look(rng, 0), miniature.pose(rng, (.2, .2), .1)
     nothing = lambda rng: []
-    one, two = (miniature.compose(np.random.default_rng(s), 96, look, frame, 0.8, nothing) for s in (1, 2))
-    away = miniature.compose(np.random.default_rng(1), 96, look, frame._replace(centre=(9, 9)), 0.8, nothing)
+    one, two = (miniature.compose(np.random.default_rng(s), 96, look, frame, 0, nothing) for s in (1, 2))
+    away = miniature.compose(np.random.default_rng(1), 96, look, frame._replace(centre=(9, 9)), 0, nothing)
     assert (one.mask == two.mask).all() and not away.mask.any()
     same = (one.image == two.image).all(-1)
     assert same[one.mask == 1].all() and not same[one.mask == 0].any()
     assert ((one.image == away.image).all(-1) | (one.mask > 0)).all()
+    coated = miniature.compose(np.random.default_rng(1), 96, look, frame, 0.8, nothing)
+    change = np.abs(coated.image.astype(int) - one.image).max(-1)
+    assert not change[one.mask == 0].any() and change[one.mask == 1].mean() > 20         # the coat is the creature's alone
 
 
 def test_bird_and_backdrop_do_not_depend_on_the_place():
@@ -164,7 +167,7 @@ def test_what_is_cached_is_not_rendered_again(root, monkeypatch):
 
 def test_a_half_written_cache_is_never_used(tmp_path):
     """Killed in the middle, with workers: nothing usable is left, and the next render is whole and tidy."""
-    knobs = dict(TINY, train=600)
+    knobs = dict(train=600, val=8, test=12, size=48)
     flags = [word for name, value in knobs.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, REPOSITORY / "miniature.py", "--out", tmp_path / "killed", *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -118,7 +118,7 @@ def test_groups_of_the_optimizer_are_the_published_ones():
     sd = {k[3:]: v for k, v in golden("ifam_small").items() if k.startswith("sd/")}
     model = ifam.load_published(sd, heads=3)
     train.freeze_backbone(model)
-    cfg = config("--lr", 2.828e-6, "--lr-prototypes", 2.828e-3, "--lr-heads", 2.828e-2, "--weight-decay", 0.01)
+    cfg = config("--lr", 2.828e-6, "--lr-tokens", 2.828e-6, "--lr-prototypes", 2.828e-3, "--lr-heads", 2.828e-2, "--weight-decay", 0.01)
     ours = {id(p): (g["lr"], g["weight_decay"]) for g in train.parameter_groups(model, cfg, 1) for p in g["params"]}
     names = {"stage_1.fc_landmarks.weight": "selector.prototypes", "stage_1.modulation.weight": "selector.modulation.weight",
              "stage_1.fc_class_landmarks.weight": "selector.classifier.weight", "stage_2.head.weight": "predictor.head.weight",
