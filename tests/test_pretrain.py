@@ -119,7 +119,7 @@ def test_a_run_that_was_stopped_resumes_to_the_same_weights_on_one_thread(tmp_pa
 def test_the_committed_file_is_small_and_measures_as_written_beside_it():
     path = ROOT / "weights" / "mini.pt"
     made = json.loads((ROOT / "weights" / "mini.json").read_text())
-    assert path.stat().st_size < 4e6 and made["command"].startswith("python pretrain.py")
+    assert path.stat().st_size < 4e6 and "python pretrain.py" in made["command"]
     vit = ifam.build_vit("mini", 96)
     ifam.load_backbone(vit, evaluate.read_file(path, "weights"))
     cfg = parse(pretrain.Config, "", [])
