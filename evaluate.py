@@ -394,7 +394,8 @@ def table(report, second="early, hard"):
         leak = report["leakage_stage1" if "stage2" in report else "leakage"]
         columns["stage 1: late, soft"] = {**report["stage1"], "leak": leak}
     if "stage2" in report:
-        name = f"stage 2: {second}" if columns else {"truth": "true mask"}.get((report["leakage"] or {}).get("mask"), "no mask")
+        given = (report["leakage"] or {}).get("mask") == "truth"
+        name = f"stage 2: {second}" if columns else "true mask" if given else "no mask"
         columns[name] = {**report["stage2"], "leak": report["leakage"]}
 
     def value(numbers, path):

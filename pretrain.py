@@ -67,7 +67,7 @@ def uniform(count, low, high):
 
 
 def draw_view(B, view, near=None):
-    """View -> scene, both in [-1, 1]: affine maps (B, 2, 3) and their centres (B, 2); near: rather around these centres."""
+    """View -> scene, both in [-1, 1]: affine maps (B, 2, 3), centres (B, 2); near: rather around these centres."""
     half = (view / 96 * uniform(B, -.3, .3).exp()).clamp(max=1)
     aim = torch.stack([uniform(B, -1, 1), uniform(B, -1, 1)], 1)
     centre = aim * (1 - half)[:, None] if near is None else near + .5 * aim
@@ -86,7 +86,7 @@ def look(scenes, affine, view):
 
 
 def recolour(x, clouds=0.0):
-    """x (B, 3, V, V) in [0, 1] -> channels mixed and often permuted, or colour space turned; light changed; normalised."""
+    """x (B, 3, V, V) in [0, 1] -> channels mixed, often permuted, or colour space turned; light changed; normalised."""
     B = len(x)
     mix = torch.eye(3) + .2 * torch.randn(B, 3, 3)
     mix = mix / mix.sum(2, keepdim=True).clamp_min(.3)
@@ -153,7 +153,8 @@ class Words:
 
     def __init__(self, scenes, cfg):
         batches = (draw_scenes(scenes, 2 * cfg.batch) for _ in range(15))
-        x = torch.cat([texture(look(some, draw_view(len(some), cfg.view)[0], cfg.view)) for some in batches]).flatten(0, 1)
+        views = (look(some, draw_view(len(some), cfg.view)[0], cfg.view) for some in batches)
+        x = torch.cat([texture(some) for some in views]).flatten(0, 1)
         self.mean, self.scale = x.mean(0), x.std()
         x, draw = (x - self.mean) / self.scale, torch.Generator().manual_seed(cfg.seed)
         self.centres = k_means(x[torch.randperm(len(x), generator=draw)[:10000]], cfg.words, draw)
@@ -184,7 +185,7 @@ class Reader(nn.Module):
         self.vit.pos_embed.data = F.pad(.05 * torch.cat(waves, 1), (0, 0, 1, 0))[None]
 
     def patches(self, views):
-        """views (B, 3, V, V), smaller than the ViT's images -> (B, N, D); each view gets a random window of positions."""
+        """views (B, 3, V, V), not larger than the ViT's images -> (B, N, D); each gets a random window of positions."""
         vit, (B, g) = self.vit, (len(views), views.shape[-1] // self.vit.patch)
         first = torch.randint(0, vit.grid[0] - g + 1, (B, 2))
         rows, columns = (first[:, i:i + 1] + torch.arange(g) for i in (0, 1))
@@ -232,8 +233,9 @@ def iou(a, b):
 
 
 def measures(vit, images, objects):
-    """How much of the features is position, and how well they tell objects (n, N) bool; fitted on one half, measured on the other.
+    """How much of the features is position, and how well they tell objects (n, N) bool.
 
+    Fitted on one half of the images, measured on the other.
     position: share of variance that the position of a patch explains. k_means: IoU of the best union of 5
     clusters. linear: IoU of a ridge regression, cut at its best threshold.
     """
@@ -252,7 +254,8 @@ def measures(vit, images, objects):
     w = torch.linalg.solve(a.T @ a + ridge, a.T @ true_fit.double())
     cut = max(torch.linspace(.2, .7, 26).tolist(), key=lambda c: iou(a @ w > c, true_fit))
     return {"position": (x.mean(0).var(0).sum() / x.flatten(0, 1).var(0).sum()).item(),
-            "k_means": iou(torch.isin(cluster_test, union), true_test), "linear": iou(with_one(test) @ w > cut, true_test)}
+            "k_means": iou(torch.isin(cluster_test, union), true_test),
+            "linear": iou(with_one(test) @ w > cut, true_test)}
 
 
 # ---------------------------------------------------------------- the end: origin and scale
