@@ -36,6 +36,7 @@ import ifam
 import miniature
 from evaluate import pick_device, read_file
 from settings import UsageError, opt, parse, run_script, write_json, write_whole
+from train import lr_at
 
 MEAN, STD = (torch.tensor(x)[:, None, None] for x in data.IMAGENET)
 
@@ -282,13 +283,6 @@ def centre_features(vit, scenes, spread, seed):
 
 
 # ---------------------------------------------------------------- the loop
-def lr_at(step, cfg):
-    """Factor of the learning rate: linear warm-up, then cosine from 1 to 0.02."""
-    if step < cfg.warmup:
-        return (step + 1) / cfg.warmup
-    return max(.02, .5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))))
-
-
 def to_images(scenes):
     return torch.from_numpy(scenes).permute(0, 3, 1, 2).float() / 255
 
@@ -329,7 +323,7 @@ def pretrain(cfg):
     clock = time.perf_counter()
     for step in tqdm(range(start, cfg.steps), "pretrain", cfg.steps, initial=start, disable=None):
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * lr_at(step, cfg)
+            group["lr"] = cfg.lr * lr_at(step, cfg.steps, cfg.warmup, least=.02)
         terms = loss_terms(model, words, draw_scenes(scenes, cfg.batch), cfg, step, device)
         optimizer.zero_grad()
         sum(terms.values()).backward()

@@ -108,11 +108,11 @@ def preset(given):
 
 
 # ---------------------------------------------------------------- functions of the step
-def lr_at(step, steps, warmup=0):
-    """Factor of the learning rate: linear warm-up, then cosine from 1 to 0."""
+def lr_at(step, steps, warmup=0, least=0.0):
+    """Factor of the learning rate: linear warm-up, then cosine from 1 to 0, but not below `least`."""
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return max(least, 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
 def generator(*numbers):
