@@ -77,6 +77,11 @@ def load_model(path, device="cpu"):
 
 
 # ---------------------------------------------------------------- predictions and accuracy
+def given_mask(model, batch, device):
+    """True mask of a batch's images as patches (B, N), for the baselines that are given it; None for all others."""
+    return data.patch_keep(batch["mask"].to(device), model.predictor.backbone.patch) if model.needs_truth else None
+
+
 @torch.no_grad()
 def predict(model, samples, batch=32, device="cpu", workers=0):
     """Run a model over a split -> tensors by name, a row a sample, in the order of the samples.
@@ -90,8 +95,7 @@ def predict(model, samples, batch=32, device="cpu", workers=0):
     loader = torch.utils.data.DataLoader(torch.utils.data.Subset(samples, mine), batch, num_workers=workers)
     found = []
     for images in loader:
-        truth = data.patch_keep(images["mask"].to(device), model.predictor.backbone.patch) if model.needs_truth else None
-        out = model(images["image"].to(device), truth)
+        out = model(images["image"].to(device), given_mask(model, images, device))
         one = {"logits": out.logits.float()}
         if out.maps is not None:
             one |= {"logits_stage1": out.logits_stage1.float(), "keep": discretize(out.part_logits)}

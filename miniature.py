@@ -431,15 +431,15 @@ class Waterbirds:
 
     The defaults pose the benchmark's problem to a small network; they were chosen on validation (README, The miniature).
     """
-    train: int = opt(4600, "training examples, half of them of each class")
+    train: int = opt(2200, "training examples, half of them of each class")
     val: int = opt(400, "validation examples, balanced over the four groups")
     test: int = opt(800, "test examples, balanced over the four groups")
     size: int = opt(96, "side of a picture in pixels, a multiple of 8")
     agreement: float = opt(0.95, "share of each class's training examples whose place agrees with the class")
-    things: tuple = opt((5, 8), "fewest and most things that mark the place, at most 25")
-    thing_radius: tuple = opt((0.055, 0.095), "smallest and largest thing, as a share of the side")
+    things: tuple = opt((7, 11), "fewest and most things that mark the place, at most 25")
+    thing_radius: tuple = opt((0.06, 0.1), "smallest and largest thing, as a share of the side")
     bird: tuple = opt((0.19, 0.24), "smallest and largest bird: half a body, as a share of the side")
-    cue: float = opt(1.0, "how much the classes differ in shape and head hue; 0 = not at all")
+    cue: float = opt(0.5, "how much the classes differ in shape and head hue; 0 = not at all")
     coat: float = opt(COAT, "strength of the fine grain that a bird's feathers have and nothing else has, 0..1")
     hue_noise: float = opt(0.03, "standard deviation of head hues within a class; 1 = the full circle")
     seed: int = opt(0, "a scene depends on (seed, split, index) only")

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import ifam
 from baselines import METHODS, build
-from evaluate import accuracies, pick_device, predict, read_checkpoint, read_file
+from evaluate import accuracies, given_mask, pick_device, predict, read_checkpoint, read_file
 from settings import RunError, UsageError, opt, parse, run_script, write_json, write_whole
 
 
@@ -95,8 +95,8 @@ class Config:
 
 
 # Config's defaults are the paper's (appendix A.1); data.BENCHMARKS says what differs by benchmark, this by miniature.
-MINI = dict(arch="mini", size=96, weights="mini", k=4, epochs=1, batch=32, lr=5e-4, lr_tokens=1e-5, lr_prototypes=5e-3,
-            lr_heads=1e-2, warmup=60, weight_presence=3.0, workers=0)
+MINI = dict(arch="mini", size=96, weights="mini", k=4, epochs=2, batch=8, lr=5e-4, lr_tokens=1e-5, lr_prototypes=2.5e-3,
+            lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, weight_variation=0.33, workers=0)
 MINI_WEIGHTS = Path(__file__).resolve().parent / "weights" / "mini.pt"      # by pretrain.py
 FREE = {"root", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}   # may change on --resume
 
@@ -239,13 +239,13 @@ def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None
     share = len(batch["label"])
     affine = ifam.Affine.draw((cfg.size, cfg.size), generator(cfg.seed, step))    # one for the whole global batch
     sums = {}
+    keep = given_mask(model, batch, device)
     for part in torch.arange(share).split(cfg.micro or share):
         images, labels = (batch[key][part].to(device, non_blocking=True) for key in ("image", "label"))
         noise = draw_noise(model, cfg, step, (rank * share + part).tolist())
-        keep = data.patch_keep(batch["mask"][part].to(device), model.predictor.backbone.patch) \
-            if model.needs_truth else None
         with torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext():
-            out, warped_maps = model.forward_pair(images, ifam.warp(images, affine), noise and noise.to(device), keep)
+            out, warped_maps = model.forward_pair(images, ifam.warp(images, affine), noise and noise.to(device),
+                                                  None if keep is None else keep[part])
         terms = loss_terms(model, out, warped_maps, labels, affine, wanted, world)
         loss = sum(wanted[name] * value for name, value in terms.items()) * (len(part) / share)
         (scaler.scale(loss) if scaler else loss).backward()
