@@ -439,7 +439,7 @@ class Waterbirds:
     things: tuple = opt((7, 11), "fewest and most things that mark the place, at most 25")
     thing_radius: tuple = opt((0.06, 0.1), "smallest and largest thing, as a share of the side")
     bird: tuple = opt((0.19, 0.24), "smallest and largest bird: half a body, as a share of the side")
-    cue: float = opt(0.65, "how much the classes differ in shape and head hue; 0 = not at all")
+    cue: float = opt(1.0, "how much the classes differ in shape and head hue; 0 = not at all")
     coat: float = opt(COAT, "strength of the fine grain that a bird's feathers have and nothing else has, 0..1")
     hue_noise: float = opt(0.03, "standard deviation of head hues within a class; 1 = the full circle")
     seed: int = opt(0, "a scene depends on (seed, split, index) only")
