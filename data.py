@@ -35,22 +35,27 @@ PLANCKIAN = np.array([
 class View:
     """An image on its way to the model, with what is annotated on it. Each step changes all of them alike.
 
-    image: PIL RGB; mask: PIL L, 0 = background, or None; points (P, 3): x, y, visible, or None.
-    Points are continuous coordinates: 0 is the left edge of the first pixel, the width the right edge of the last.
+    image: PIL RGB; mask: PIL L, 0 = background, or None; points (P, 3): x, y, visible, or None; box (4,): x, y, width,
+    height, or None. Coordinates are continuous: 0 is the left edge of the first pixel, the width the right edge of
+    the last.
     """
 
-    def __init__(self, image, mask=None, points=None):
+    def __init__(self, image, mask=None, points=None, box=None):
         self.image, self.mask = image, mask
-        self.points = None if points is None else np.array(points, dtype=np.float64)     # a copy
+        self.points, self.box = (None if x is None else np.array(x, dtype=np.float64) for x in (points, box))  # copies
 
     def each(self, step):
         self.image = step(self.image)
         self.mask = self.mask and step(self.mask)
 
     def move(self, matrix):
-        """Move the points by a 2x3 matrix."""
+        """Move the points by a 2x3 matrix, and the box to the smallest one around its moved corners."""
         if self.points is not None:
             self.points[:, :2] = self.points[:, :2] @ matrix[:, :2].T + matrix[:, 2]
+        if self.box is not None:
+            corners = self.box[:2] + self.box[2:] * np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
+            corners = corners @ matrix[:, :2].T + matrix[:, 2]
+            self.box = np.concatenate([corners.min(0), np.ptp(corners, axis=0)])
 
     def resize(self, size):
         """Shorter side to `size`: bilinear with antialiasing for the image, nearest for the mask."""
@@ -85,12 +90,17 @@ class View:
         self.move(forward)
 
     def crop(self, left, top, size):
-        """Cut a square; points outside it become invisible and are moved onto its edge."""
+        """Cut a square; points outside it become invisible and are moved onto its edge, as is the corner of the box.
+
+        The box keeps its width and height, as in the published keypoint evaluation, which divides by them.
+        """
         self.each(lambda x: x.crop((left, top, left + size, top + size)))
         if self.points is not None:
             at = self.points[:, :2] - (left, top)
             self.points[:, 2] *= ((at >= 0) & (at <= size)).all(1)
             self.points[:, :2] = at.clip(0, size)
+        if self.box is not None:
+            self.box[:2] = (self.box[:2] - (left, top)).clip(0, size)
 
 
 def augment(view, size, rng):
@@ -136,16 +146,17 @@ class Samples(torch.utils.data.Dataset):
     """One split of a benchmark. groups[i] = label * len(places) + place; places is () where there are none.
 
     samples[epoch, i] is sample i as augmented in that epoch; samples[i] the evaluation view, with
-    "mask" (S, S) uint8 and "points" (P, 3) where the benchmark has them. train_masks: True adds the mask to
-    augmented samples too. Raises UsageError for an unreadable file.
+    "mask" (S, S) uint8, "points" (P, 3) and "box" (4,) where the benchmark has them. train_masks: True adds the mask
+    to augmented samples too. Raises UsageError for an unreadable file.
     """
     train_masks = False
 
     def __init__(self, name, split, size, classes, ids, paths, labels, places=(), groups=None, masks=None,
-                 points=None, normalisation=IMAGENET, seed=0):
+                 points=None, normalisation=IMAGENET, seed=0, boxes=None):
         self.name, self.split, self.size, self.seed, self.normalisation = name, split, size, seed, normalisation
         self.classes, self.places = tuple(classes), tuple(places)
-        self.ids, self.paths, self.masks, self.points = list(ids), list(paths), masks, points
+        self.ids, self.paths, self.masks = list(ids), list(paths), masks
+        self.points, self.boxes = points, boxes
         self.labels = torch.tensor(labels, dtype=torch.long)
         self.groups = torch.tensor(labels if groups is None else groups, dtype=torch.long)
         self.group_names = [f"{c} on {p}" for c in self.classes for p in self.places] or list(self.classes)
@@ -156,7 +167,7 @@ class Samples(torch.utils.data.Dataset):
     def first(self, n):
         """The first n samples only; all of them if n is 0."""
         if n:
-            for key in ("ids", "paths", "labels", "groups", "masks", "points"):
+            for key in ("ids", "paths", "labels", "groups", "masks", "points", "boxes"):
                 value = getattr(self, key)
                 setattr(self, key, None if value is None else value[:n])
         return self
@@ -178,7 +189,7 @@ class Samples(torch.utils.data.Dataset):
         sample = {"label": int(self.labels[i]), "group": int(self.groups[i]), "id": self.ids[i]}
         annotated = epoch is None or self.train_masks    # most methods train on images and labels alone
         view = View(read_image(self.paths[i], "RGB"), read_image(self.masks[i], "L") if self.masks and annotated else None,
-                    self.points[i] if self.points and epoch is None else None)
+                    *(x[i] if x and epoch is None else None for x in (self.points, self.boxes)))
         if view.mask and view.mask.size != view.image.size:
             raise UsageError(f"mask {self.masks[i]} is {view.mask.size}, its image {view.image.size}; unpack both again")
         if epoch is not None:
@@ -188,8 +199,9 @@ class Samples(torch.utils.data.Dataset):
         if view.mask:
             # CUB's masks are soft (how many annotators agree): any agreement is object, as published
             sample["mask"] = torch.from_numpy((np.asarray(view.mask) > 0).astype(np.uint8))
-        if view.points is not None:
-            sample["points"] = torch.from_numpy(view.points).float()
+        for name, at in (("points", view.points), ("box", view.box)):
+            if at is not None:
+                sample[name] = torch.from_numpy(at).float()
         sample["image"] = to_tensor(view.image, self.normalisation)
         return sample
 
@@ -270,6 +282,16 @@ def read_points(cub):
     return points
 
 
+def read_boxes(cub, ids):
+    """[x, y, width, height] of each CUB image from bounding_boxes.txt, or None when it is not there."""
+    if not (cub / "bounding_boxes.txt").is_file():
+        return None
+    boxes = read_table(cub / "bounding_boxes.txt")
+    if absent := [i for i in ids if i not in boxes]:
+        raise UsageError(f"{cub / 'bounding_boxes.txt'} has no row of image {absent[0]}; unpack CUB again")
+    return [[float(x) for x in boxes[i].split()] for i in ids]
+
+
 def annotations(cub, points, ids, files):
     """(mask paths, keypoints) of CUB images; None where CUB's folder or file of them is not there at all.
 
@@ -294,7 +316,8 @@ def load_cub(root, size, seed):
         ids = [i for i in files if is_train[i] == flag]
         masks, points = annotations(cub, locations, ids, [files[i] for i in ids])
         return Samples("cub", name, size, [classes[c] for c in index], ids, [cub / "images" / files[i] for i in ids],
-                       [index[labels[i]] for i in ids], masks=masks, points=points, seed=seed)
+                       [index[labels[i]] for i in ids], masks=masks, points=points, seed=seed,
+                       boxes=read_boxes(cub, ids))
     return {"train": split("train", "1"), "test": split("test", "0")}
 
 
@@ -327,7 +350,8 @@ def load_waterbirds(root, size, seed):
         masks, points = annotations(cub, locations, [r["img_id"] for r in mine], [r["img_filename"] for r in mine])
         return Samples("waterbirds", name, size, ("landbird", "waterbird"), [r["img_id"] for r in mine],
                        [base / r["img_filename"] for r in mine], [int(r["y"]) for r in mine], ("land", "water"),
-                       [2 * int(r["y"]) + int(r["place"]) for r in mine], masks, points, seed=seed)
+                       [2 * int(r["y"]) + int(r["place"]) for r in mine], masks, points, seed=seed,
+                       boxes=read_boxes(cub, [r["img_id"] for r in mine]))
     return {"train": split("train", "0"), "val": split("val", "1"), "test": split("test", "2")}
 
 

@@ -2,10 +2,11 @@
 
     python evaluate.py --ckpt runs/waterbirds-mini/best.pt
     python evaluate.py --ckpt runs/waterbirds/best.pt --root /data --split val
+    python evaluate.py --ckpt snapshot_best.pt --data cub               # written by the published two-stage code
 
-Writes report.json and parts.png beside the checkpoint: accuracy by group, the mask against the true one, and leakage,
-that is, each way in which the background can reach a prediction, for the early mask (stage 2) beside the late one
-(stage 1). Nothing is drawn at random: two runs write the same report. Letters: ifam.py.
+Writes report.json and parts.png beside the checkpoint: accuracy by group, the parts against true masks and keypoints,
+and leakage, that is, each way in which the background can reach a prediction, for the early mask (stage 2) beside the
+late one (stage 1). Nothing is drawn at random: two runs write the same report. Letters: ifam.py.
 """
 import math
 from dataclasses import MISSING, dataclass
@@ -18,19 +19,24 @@ import torch.nn.functional as F
 
 import data
 from baselines import build
-from ifam import discretize, load_strictly
+from ifam import discretize
+from metrics import ari, foreground_counts, foreground_ious, keypoint_error, landmarks, nmi
 from settings import UsageError, opt, parse, run_script, write_json
+from weights import find_published, load_strictly, read_file, rename_published
 
 
 @dataclass
 class Config:
-    ckpt: str = opt(MISSING, "checkpoint written by train.py: best.pt or last.pt")
-    data: str = opt("", "another benchmark with the same classes; if not given, the one it was trained on",
+    ckpt: str = opt(MISSING, "checkpoint of train.py (best.pt or last.pt), or snapshot of the published code")
+    data: str = opt("", "another benchmark with the same classes; if not given, the one it was trained on, which a "
+                       "published snapshot does not say",
                     choices=("", *data.BENCHMARKS))
     root: str = opt("", "folder of the benchmarks, if they moved since training")
     split: str = opt("test", "which images to measure on", choices=("test", "val", "train"))
     limit: int = opt(0, "use only the first N images (0: as in training)")
     leakage: int = opt(500, "images that leakage is measured on, spread evenly over the split (0: all)")
+    kp_normalise: bool = opt(False, "keypoint metrics: normalise images as in training; the published ones are taken "
+                             "without")
     batch: int = opt(32, "images at once")
     workers: int = opt(0, "processes that load data")
     device: str = opt("auto", "auto, cpu, cuda or mps")
@@ -47,27 +53,50 @@ def pick_device(name="auto", local_rank=0):
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
-def read_file(path, what):
-    """What torch.save wrote, plain types and tensors only; UsageError if the file is not there or damaged."""
-    if not Path(path).is_file():
-        raise UsageError(f"{path}: no such file; expected {what}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                           # a damaged file can fail in many ways
-        raise UsageError(f"{path} is damaged, or not {what} ({type(error).__name__}); make it again") from None
-
-
 def read_checkpoint(path):
     """The dict that train.py saved: config, step, best, model, optimizer, ... UsageError if it is not one."""
-    state = read_file(path, "a checkpoint of train.py, such as runs/<name>/best.pt")
+    return checked(path, read_file(path, "a checkpoint of train.py, such as runs/<name>/best.pt"))
+
+
+def checked(path, state):
     if not isinstance(state, dict) or not {"config", "step", "best", "model"} <= state.keys():
         raise UsageError(f"{path} is not a checkpoint of train.py: no config, step, best and model in it")
     return state
 
 
-def load_model(path, device="cpu"):
-    """-> (model in evaluation mode, its checkpoint). The moving average of the weights is used where there is one."""
-    state = read_checkpoint(path)
+def from_published(path, state_dict, name):
+    """A snapshot of the published two-stage code -> a checkpoint like train.py's, under benchmark `name`.
+
+    It carries no settings: sizes come from the tensors, everything else from the benchmark's preset.
+    """
+    import train                                         # here: train.py imports this module
+    if not name:
+        raise UsageError(f"{path} is a published snapshot and does not say what it was trained on: add --data")
+    try:
+        model, sizes = rename_published(state_dict)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from None
+    classes, (height, width) = sizes.pop("classes"), sizes.pop("size")
+    if classes != data.BENCHMARKS[name].classes:
+        raise UsageError(f"{path} is a published snapshot with {classes} classes, --data {name} has "
+                         f"{data.BENCHMARKS[name].classes}")
+    if height != width:
+        raise UsageError(f"{path}: its position embedding is not that of square images, which --data {name} has")
+    preset = vars(train.Config(**{**train.preset({"data": name}), "data": name}))
+    config = {**preset, **sizes, "size": height, "registers": sizes["arch"]["registers"], "weights": str(path),
+              "method": "ifam", "seed": None}
+    best = {"split": "unknown", "epoch": None, "accuracy": None}
+    return {"config": config, "step": None, "best": best, "model": model}
+
+
+def load_model(path, device="cpu", name=""):
+    """-> (model in evaluation mode, its checkpoint). The moving average of the weights is used where there is one.
+
+    path: a checkpoint of train.py, or a snapshot of the published two-stage code, for which `name` is its benchmark.
+    """
+    state = read_file(path, "a checkpoint of train.py, such as runs/<name>/best.pt")
+    published = find_published(state)
+    state = from_published(path, published, name) if published else checked(path, state)
     try:
         model = build(state["config"], data.BENCHMARKS[state["config"]["data"]].classes)
         load_strictly(model, state.get("ema") or state["model"])
@@ -109,18 +138,6 @@ def predict(model, samples, batch=32, device="cpu", workers=0):
         pieces = [p for p in gathered if p[0]]
     order = torch.tensor([i for indices, _ in pieces for i in indices]).argsort()
     return {name: torch.cat([p[name] for _, p in pieces])[order] for name in pieces[0][1]}
-
-
-def foreground_counts(maps, masks):
-    """Pixels that are foreground (in both, as found only, in truth only, in neither) -> (B, 4).
-
-    maps (B, K+1, h, w), masks (B, S, S). As in PDiscoFormer's foreground IoU: maps upsampled
-    bilinearly (align_corners), arg-max over parts, not background.
-    """
-    maps = F.interpolate(maps.float(), masks.shape[1:], mode="bilinear", align_corners=True)
-    found, true = maps.argmax(1) < maps.shape[1] - 1, masks.bool()
-    cells = (found & true, found & ~true, ~found & true, ~found & ~true)
-    return torch.stack([c.flatten(1).sum(1) for c in cells], 1)
 
 
 def accuracies(result, samples, key="logits", rare=(), train_groups=None):
@@ -353,8 +370,37 @@ def place_of_mask(model, train, samples, device="cpu", batch=32, workers=0):
     return out
 
 
+# ---------------------------------------------------------------- localisation
+def localisation(model, result, samples, train=None, kp_normalise=False, **loading):
+    """The parts against what is annotated -> dict, empty without annotations or parts. result: what predict returned.
+
+    Masks: the IoUs. Keypoints: nmi and ari (the part under a keypoint against its name), and kp, which is fitted on
+    the training split; where that cannot be done kp is None and "kp_skipped" says why. Protocols: metrics.py.
+    """
+    out = foreground_ious(result["foreground"]) if "foreground" in result else {}
+    if model.selector is None or not samples.points:
+        return out
+    test = landmarks(model.selector, samples, kp_normalise, **loading)
+    visible = test.points[..., 2] > 0
+    names = torch.arange(visible.shape[1]).expand_as(visible)[visible]
+    both = (names, test.clusters[visible])
+    out |= {"kp": None, "nmi": nmi(*both) if len(names) else None, "ari": ari(*both) if len(names) else None,
+            "kp_normalise": kp_normalise}
+    if train is None or not train.points or not all(path.is_file() for path in train.paths):
+        out["kp_skipped"] = "the training images or their keypoints are not on disk"
+    elif samples.boxes is None or train.boxes is None:
+        out["kp_skipped"] = "bounding_boxes.txt is not there"
+    else:
+        fit = landmarks(model.selector, train, kp_normalise, **loading)
+        try:
+            out["kp"] = keypoint_error(fit, test)
+        except ValueError as reason:                     # few images may not show every landmark
+            out["kp_skipped"] = str(reason)
+    return out
+
+
 # ---------------------------------------------------------------- the report
-def evaluate(model, samples, train=None, rare=(), device="cpu", batch=32, leakage=500, workers=0):
+def evaluate(model, samples, train=None, rare=(), device="cpu", batch=32, leakage=500, workers=0, kp_normalise=False):
     """Everything report.json says about a model on a split -> dict. train: the training split, where there is one."""
     train_groups = None if train is None else train.groups
     result = predict(model, samples, batch, device, workers)
@@ -366,10 +412,8 @@ def evaluate(model, samples, train=None, rare=(), device="cpu", batch=32, leakag
         report["mask"] = {"kept_share": kept.mean().item() / result["keep"].shape[1], "empty": int((kept == 0).sum())}
     for stage, _, key, _ in stages:
         report[stage] = accuracies(result, samples, key, rare, train_groups)
-    if "foreground" in result:
-        both, found, true, neither = result["foreground"].double().sum(0).tolist()
-        report["localisation"] = {"foreground_iou": both / max(1, both + found + true),
-                                  "background_iou": neither / max(1, neither + found + true)}
+    if found := localisation(model, result, samples, train, kp_normalise, device=device, batch=batch, workers=workers):
+        report["localisation"] = found
     backbone = (model.selector or model.predictor).backbone
     for _, leak, _, classifier in stages:
         report[leak] = measure_leakage(classifier(model), samples, backbone, device, leakage)
@@ -389,6 +433,9 @@ ROWS = (  # of the table: where a number stands in the report, and what it is
     ("admitted: background in kept patches", "leak.admitted"),
     ("probe: place from the representation", "leak.probe.representation"),
     ("probe: place from the mask alone", "leak.probe.mask"), ("probe: chance", "leak.probe.chance"))
+LOCALISATION = (("foreground IoU", "foreground_iou"), ("foreground IoU, mean over images", "foreground_iou_mean"),
+                ("background IoU", "background_iou"), ("keypoint regression: error, in boxes", "kp"),
+                ("keypoints: NMI of part and name", "nmi"), ("keypoints: ARI of part and name", "ari"))
 
 
 def table(report, second="early, hard"):
@@ -416,8 +463,10 @@ def table(report, second="early, hard"):
     if "mask" in report:
         lines.append(line("patches kept", [f"{report['mask']['kept_share']:.1%}"]))
         lines.append(line("images without any", [report["mask"]["empty"]]))
-    if "localisation" in report:
-        lines.append(line("foreground IoU", [f"{report['localisation']['foreground_iou']:.3f}"]))
+    if found := report.get("localisation"):
+        lines += [line(name, [value(found, key)]) for name, key in LOCALISATION if key in found]
+        if "kp_skipped" in found:
+            lines.append(f"  no keypoint regression: {found['kp_skipped']}")
     if place := (report["leakage"] or {}).get("place_of_mask"):
         name = {"aa": "accuracy", "worst_group": "worst group"}[place["measure"]]
         lines.append(f"  true mask on frozen weights of {place['weights']}, linear head, {name}: "
@@ -449,15 +498,16 @@ def main(argv=None):
         if getattr(cfg, name) < least:
             raise UsageError(f"--{name} must be at least {least}, not {getattr(cfg, name)}")
     device = pick_device(cfg.device)
-    model, state = load_model(cfg.ckpt, device)
+    model, state = load_model(cfg.ckpt, device, cfg.data)
     trained = state["config"]
     name, samples, train = open_split(cfg, trained)
     rare = data.BENCHMARKS[samples.name].rare
-    report = {"data": name, "method": trained["method"], "seed": trained["seed"], "step": state["step"],
-              "selection": state["best"],
-              **evaluate(model, samples, train, rare, device, cfg.batch, cfg.leakage, cfg.workers)}
-    print(f"{cfg.ckpt}: {trained['method']}, epoch {state['best']['epoch']}, chosen on {state['best']['split']}; "
-          f"{name} {cfg.split}, {len(samples)} images")
+    source = "published snapshot" if state["step"] is None else "train.py"
+    report = {"data": name, "method": trained["method"], "source": source, "seed": trained["seed"],
+              "step": state["step"], "selection": state["best"],
+              **evaluate(model, samples, train, rare, device, cfg.batch, cfg.leakage, cfg.workers, cfg.kp_normalise)}
+    chosen = f"epoch {state['best']['epoch']}, chosen on {state['best']['split']}" if source == "train.py" else source
+    print(f"{cfg.ckpt}: {trained['method']}, {chosen}; {name} {cfg.split}, {len(samples)} images")
     print(table(report, f"{trained['masking']}, {trained['hardness']}"))
     suffix = f"-{samples.name}" * (samples.name != trained["data"]) + f"-{cfg.split}" * (cfg.split != "test")
     written = [Path(cfg.ckpt).with_name(f"report{suffix}.json")]

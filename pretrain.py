@@ -34,9 +34,10 @@ from tqdm import tqdm
 import data
 import ifam
 import miniature
-from evaluate import linear_head, pick_device, read_file
+from evaluate import linear_head, pick_device
 from settings import UsageError, opt, parse, run_script, write_json, write_whole
 from train import lr_at
+from weights import read_file
 
 MEAN, STD = (torch.tensor(x)[:, None, None] for x in data.IMAGENET)
 

@@ -28,8 +28,9 @@ from tqdm import tqdm
 import data
 import ifam
 from baselines import METHODS, build
-from evaluate import accuracies, given_mask, pick_device, predict, read_checkpoint, read_file
+from evaluate import accuracies, given_mask, pick_device, predict, read_checkpoint
 from settings import RunError, UsageError, opt, parse, run_script, write_json, write_whole
+from weights import load_pretrained
 
 
 @dataclass
@@ -42,8 +43,8 @@ class Config:
     method: str = opt("ifam", "ifam, or a baseline", choices=tuple(METHODS))
     arch: str = opt("b", "size of the vision transformers", choices=tuple(ifam.ARCHS))
     registers: int = opt(4, "register tokens; 0 for weights without registers")
-    weights: str = opt("dinov2", "start of all backbones: dinov2 (downloaded once), mini (weights/mini.pt, for --arch "
-                                 "mini), a file with DINOv2's names, or none")
+    weights: str = opt("dinov2", "start of all backbones: dinov2 or rad-dino (downloaded once), mini (weights/mini.pt, "
+                                 "for --arch mini), a file of DINOv2, timm or Hugging Face, or none")
     size: int = opt(518, "image side in pixels, a multiple of the patch")
     k: int = opt(8, "foreground parts")
     masking: str = opt("early", "where the mask acts", choices=("early", "late"))
@@ -97,7 +98,6 @@ class Config:
 # Config's defaults are the paper's (appendix A.1); data.BENCHMARKS says what differs by benchmark, this by miniature.
 MINI = dict(arch="mini", size=96, weights="mini", k=4, epochs=2, batch=8, lr=1e-3, lr_tokens=1e-5, lr_prototypes=2.5e-3,
             lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, weight_variation=0.33, workers=0)
-MINI_WEIGHTS = Path(__file__).resolve().parent / "weights" / "mini.pt"      # by pretrain.py
 FREE = {"root", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}   # may change on --resume
 
 
@@ -158,31 +158,6 @@ def parameter_groups(model, cfg, steps):
         group = dict(params=[], lr=lr, base_lr=lr, weight_decay=wd, warmup=warmup)
         groups.setdefault((role, decays, warmup), group)["params"].append(p)
     return list(groups.values())
-
-
-def load_weights(model, cfg):
-    """Start every backbone from the same file; raise UsageError when it is not there or does not fit."""
-    url = ifam.dinov2_url(cfg.arch, cfg.registers)
-    if cfg.weights == "none":
-        return
-    if cfg.weights == "dinov2":
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-        if cfg.arch == "mini":
-            raise UsageError("--weights dinov2 has no mini architecture: choose another --arch, or --weights none")
-        try:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, progress=False)
-        except Exception as error:                       # urllib and torch raise many kinds here
-            raise UsageError(f"cannot get {url} ({error}); download it by hand to {cached}") from None
-    else:
-        state = read_file(MINI_WEIGHTS if cfg.weights == "mini" else cfg.weights, "a file of backbone weights")
-        if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
-            raise UsageError(f"--weights {cfg.weights}: expected a dict of tensors under DINOv2's names")
-    for stage in (model.selector, model.predictor):
-        if stage is not None:
-            try:
-                ifam.load_backbone(stage.backbone, state)
-            except ValueError as error:
-                raise UsageError(f"--weights {cfg.weights} with --arch {cfg.arch}: {error}") from None
 
 
 # ---------------------------------------------------------------- losses over processes
@@ -367,7 +342,7 @@ def build_model(cfg, device):
         model = build(asdict(cfg), data.BENCHMARKS[cfg.data].classes)
     except ValueError as error:
         raise UsageError(f"these settings make no model: {error}") from None
-    load_weights(model, cfg)
+    load_pretrained(model, cfg.weights, cfg.arch, cfg.registers)
     if cfg.weights != "none":
         freeze_backbone(model, cfg.train_tokens)
     model.to(device)

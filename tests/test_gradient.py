@@ -3,11 +3,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import agrees, below, golden
+from models import pictures, their_layout, their_name, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ifam
-from ifam import KeepGradient, Noise, attend_all, attend_masked, load_published
-from test_ifam import pictures, their_layout, their_name, tiny
+from ifam import KeepGradient, Noise, attend_all, attend_masked
+from weights import load_published
 
 B, T, H, D = 3, 13, 2, 5
 PREFIX = 3                                                                       # class token and registers: always readable

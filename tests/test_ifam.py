@@ -5,66 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import agrees, below, golden
+from models import TINY, pictures, published_model, their_layout, their_name, tiny
 
 import ifam
-from ifam import IFAM, Affine, Noise, Predictor, ViT, build_vit, discretize, load_backbone, load_published, warp
-
-TINY = dict(patch=14, width=32, depth=2, heads=2, layer_scale=1.0)
-
-
-def published_model(**settings):
-    return load_published(below("sd/", golden("ifam_small")), heads=3, **settings).eval()
-
-
-def tiny(size=70, classes=3, k=4, seed=0, **settings):
-    """A small random model whose parts differ: prototypes lie where the features are."""
-    torch.manual_seed(seed)
-    model = IFAM(classes, k, settings.pop("arch", TINY), size, **settings).eval()
-    torch.nn.init.normal_(model.selector.prototypes, std=0.5)
-    return model
-
-
-def pictures(count=3, height=70, width=None, seed=1):
-    return torch.randn(count, 3, height, width or height, generator=torch.Generator().manual_seed(seed))
-
-
-# ---------------------------------------------------------------- the published names and ours
-RENAMED = {  # ours: theirs; blocks, norms and patch embedding are called the same in both
-    "selector.prototypes": "stage_1.fc_landmarks.weight",
-    "selector.modulation.": "stage_1.modulation.",
-    "selector.classifier.": "stage_1.fc_class_landmarks.",
-    "selector.backbone.register_tokens": "stage_1.reg_token",
-    "predictor.backbone.register_tokens": "stage_2.reg_token",
-    "selector.backbone.": "stage_1.",
-    "predictor.backbone.": "stage_2.",
-    "predictor.": "stage_2.",
-}
-
-
-def their_name(name):
-    ours = next(prefix for prefix in RENAMED if name.startswith(prefix))
-    name = RENAMED[ours] + name[len(ours):]
-    return name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
-
-
-def their_layout(name, tensor, registers=True):
-    """A parameter, or its gradient, as the published code holds it."""
-    if name == "selector.prototypes":
-        return tensor[..., None, None]                                           # a 1x1 convolution
-    if "modulation" in name:
-        return tensor.mT
-    return tensor[:, 1:] if registers and name.endswith("pos_embed") else tensor
-
-
-def as_published(model):
-    """The state dict that the published code would have written for this model (the inverse of load_published)."""
-    state = model.state_dict()
-    registers = model.selector.backbone.register_tokens is not None
-    theirs = {their_name(name): their_layout(name, tensor, registers) for name, tensor in state.items()}
-    for stage, vit in (("stage_1", "selector.backbone"), ("stage_2", "predictor.backbone")):
-        if registers:                                                            # timm adds the position to the token
-            theirs[f"{stage}.cls_token"] = state[f"{vit}.cls_token"] + state[f"{vit}.pos_embed"][:, :1]
-    return {**theirs, "stage_2.prefix_attn_mask": torch.ones(1, model.predictor.backbone.prefix)}
+from ifam import IFAM, Affine, Noise, Predictor, ViT, build_vit, discretize, warp
 
 
 # ---------------------------------------------------------------- outputs of the published code
@@ -118,118 +62,11 @@ def test_evaluating_twice_gives_the_same_bits_in_both_stages():
     assert not torch.equal(model(x).maps, model(x).maps)
 
 
-# ---------------------------------------------------------------- loading
-def test_sizes_are_read_from_the_tensors():
-    model = published_model()
-    vit = model.selector.backbone
-    assert (model.selector.k, model.predictor.head.out_features) == (4, 5)
-    assert (vit.patch, vit.width, vit.grid, len(vit.blocks), vit.prefix) == (14, 48, (5, 5), 3, 5)
-    with pytest.raises(ValueError, match="width 48: pass heads="):
-        load_published(below("sd/", golden("ifam_small")))
-
-
 def test_layer_norms_have_the_published_eps():
     model = tiny()                                                               # too small a difference for the outputs to show
     eps = {name: m.eps for name, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm)}
     assert {name for name, value in eps.items() if value == 1e-5} == {"selector.modulation", "predictor.fc_norm"}
     assert sorted(set(eps.values())) == [1e-6, 1e-5] and len(eps) == 2 * 5 + 2
-
-
-@pytest.mark.parametrize("settings", [
-    dict(size=70, k=1), dict(size=(70, 98), k=3), dict(size=(98, 70), k=1, classes=7), dict(size=(56, 70), registers=0),
-    dict(size=28, arch=dict(patch=7, width=64, depth=1, heads=1, ffn="swiglu")),
-    dict(size=(14, 42), registers=2, arch=dict(patch=14, width=24, depth=3, heads=4, hidden=40))], ids=str)
-def test_snapshots_of_any_grid_width_and_number_of_parts_load(settings):
-    model = tiny(**settings)
-    size = settings["size"] if isinstance(settings["size"], tuple) else (settings["size"],) * 2
-    heads = model.selector.backbone.blocks[0].attn.heads
-    loaded = load_published(as_published(model), heads=None if model.selector.backbone.width == 64 else heads).eval()
-    x = pictures(2, *size)
-    for ours, again in zip(model(x), loaded(x)):
-        agrees(again, ours)
-    assert loaded.selector.backbone.grid == model.selector.backbone.grid
-
-
-def test_images_with_another_number_of_patches_than_the_snapshot_are_refused():
-    loaded = load_published(as_published(tiny(size=(70, 98))), heads=2)
-    with pytest.raises(ValueError, match="images are 70x70 pixels"):
-        loaded(pictures(1, 70))
-
-
-def test_every_missing_key_of_a_snapshot_is_named():
-    state = as_published(tiny(arch=dict(TINY, depth=1)))
-    ours = {their_name(name): name for name in tiny(arch=dict(TINY, depth=1)).state_dict()}
-    unnamed = []
-    for name in ours:
-        try:
-            load_published({key: tensor for key, tensor in state.items() if key != name}, heads=2)
-            unnamed.append(f"{name}: accepted")
-        except ValueError as error:
-            words = (name, name.split(".", 1)[1], ours[name].split("backbone.")[-1])
-            if not any(word in str(error) for word in words):
-                unnamed.append(f"{name}: {error}")
-        except Exception as error:
-            unnamed.append(f"{name}: {error!r}")
-    assert not unnamed, "\n".join(unnamed)
-
-
-@pytest.mark.parametrize("name", [
-    "stage_1.blocks.1.attn.qkv.scale", "stage_2.head.bias", "stage_2.blocks.2.norm1.weight", "stage_3.head.weight", "optimizer",
-    "stage_1.fc_landmarks.bias", "stage_1.fc_class_landmarks.bias", "stage_1.head.weight", "stage_1.fc_norm.weight",
-    "stage_2.fc_landmarks.weight", "stage_2.modulation.weight"])
-def test_an_unexpected_key_of_a_snapshot_is_named(name):
-    state = {**as_published(tiny()), name: torch.zeros(32)}
-    named = name.replace("stage_1.fc_class_landmarks", "selector.classifier").split(".", 1)[-1]
-    with pytest.raises(ValueError, match=named.replace(".", r"\.")):
-        load_published(state, heads=2)
-
-
-@pytest.mark.parametrize("name", [
-    "stage_1.blocks.1.attn.qkv.weight", "stage_1.modulation.bias", "stage_1.fc_class_landmarks.weight", "stage_2.cls_token",
-    "stage_2.pos_embed", "stage_2.blocks.0.ls1.gamma", "stage_2.fc_norm.bias"])
-def test_a_tensor_of_another_shape_is_named_with_both_shapes(name):
-    state = as_published(tiny())
-    odd = torch.zeros([n + 1 for n in state[name].shape])
-    ours = {their_name(key): key for key in tiny().state_dict()}[name]
-    with pytest.raises(ValueError, match=ours + r" is \(.*\), the model has \("):
-        load_published({**state, name: odd}, heads=2)
-
-
-VARIANTS = {"reg_mlp": dict(registers=4), "reg_swiglu": dict(registers=4, ffn="swiglu"), "noreg_mlp": dict(registers=0)}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("height, width", [(70, 70), (98, 84)])
-def test_official_dinov2_weights_give_the_official_tokens(variant, height, width):
-    z = golden("dinov2_small")
-    vit = ViT((height, width), 14, 48, 3, 3, layer_scale=1.0, **VARIANTS[variant])
-    load_backbone(vit, below(f"sd/{variant}/", z))
-    theirs = below(f"{variant}/{height}x{width}/x_norm_", z)
-    tokens = vit(z[f"x/{height}x{width}"])
-    agrees(tokens[:, 0], theirs["clstoken"])
-    agrees(tokens[:, vit.prefix:], theirs["patchtokens"])
-    if vit.register_tokens is not None:
-        agrees(tokens[:, 1:vit.prefix], theirs["regtokens"])
-
-
-@pytest.mark.parametrize("antialias, offset", [(True, 0.0), (False, 0.1), (False, 0.0)])
-@pytest.mark.parametrize("grid", [(5, 5), (7, 6), (3, 4), (10, 10)], ids=str)
-def test_position_embeddings_are_resampled_as_officially(grid, antialias, offset):
-    z = golden("dinov2_small")
-    theirs = z[f"posinterp/aa{int(antialias)}_off{offset}/{grid[0] * 14}x{grid[1] * 14}"]
-    ours = ifam.resample_positions(z["sd/reg_mlp/pos_embed"], grid, antialias, offset)
-    agrees(ours, theirs)
-
-
-def test_backbone_weights_that_do_not_fit_are_named():
-    state = below("sd/reg_mlp/", golden("dinov2_small"))
-    fresh = lambda **other: ViT(70, 14, 48, 3, 3, layer_scale=1.0, **other)
-    with pytest.raises(ValueError, match="missing norm.bias"):
-        load_backbone(fresh(), {name: tensor for name, tensor in state.items() if name != "norm.bias"})
-    with pytest.raises(ValueError, match="unexpected register_tokens"):
-        load_backbone(fresh(registers=0), state)
-    with pytest.raises(ValueError, match=r"cls_token is \(1, 1, 48\), the model has \(1, 1, 24\)"):
-        load_backbone(ViT(70, 14, 24, 3, 3), state)
 
 
 # ---------------------------------------------------------------- part losses

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import data
-import evaluate
 import ifam
 import miniature
 import pretrain
 from settings import parse
 from tiny import ROOT, fails
+from weights import load_backbone, read_file
 
 TINY = ["--scenes", "40", "--steps", "4", "--batch", "4", "--words", "6", "--every", "2", "--device", "cpu"]
 
@@ -121,7 +121,7 @@ def test_the_committed_file_is_small_and_measures_as_written_beside_it():
     made = json.loads((ROOT / "weights" / "mini.json").read_text())
     assert path.stat().st_size < 4e6 and "python pretrain.py" in made["command"]
     vit = ifam.build_vit("mini", 96)
-    ifam.load_backbone(vit, evaluate.read_file(path, "weights"))
+    load_backbone(vit, read_file(path, "weights"))
     cfg = parse(pretrain.Config, "", [])
     images, masks = miniature.pretraining_scenes(400, cfg.seed + 1, size=96)
     images = (pretrain.to_images(images) - pretrain.MEAN) / pretrain.STD

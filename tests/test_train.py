@@ -19,6 +19,7 @@ from baselines import METHODS
 from settings import parse
 from tiny import ROOT, TINY, fails, torchrun
 from tiny import train as run
+from weights import MINI, load_published, read_file
 
 
 def config(*flags):
@@ -116,7 +117,7 @@ def test_groups_of_the_optimizer_are_the_published_ones():
     from conftest import golden
     published = json.loads((ROOT / "tests/golden/param_groups.json").read_text())
     sd = {k[3:]: v for k, v in golden("ifam_small").items() if k.startswith("sd/")}
-    model = ifam.load_published(sd, heads=3)
+    model = load_published(sd, heads=3)
     train.freeze_backbone(model)
     cfg = config("--lr", 2.828e-6, "--lr-tokens", 2.828e-6, "--lr-prototypes", 2.828e-3, "--lr-heads", 2.828e-2, "--weight-decay", 0.01)
     ours = {id(p): (g["lr"], g["weight_decay"]) for g in train.parameter_groups(model, cfg, 1) for p in g["params"]}
@@ -184,7 +185,7 @@ def test_pretrained_backbones_start_equal_and_only_tokens_of_stage_1_move(tmp_pa
 def test_without_train_tokens_nothing_of_the_backbone_of_stage_1_moves(tmp_path):
     folder = run(tmp_path / "run", "--limit", 16, "--no-train-tokens")
     trained = evaluate.read_checkpoint(folder / "last.pt")["model"]
-    for name, before in evaluate.read_file(train.MINI_WEIGHTS, "weights").items():
+    for name, before in read_file(MINI, "weights").items():
         assert torch.equal(trained[f"selector.backbone.{name}"], before.float()), name
 
 
@@ -192,7 +193,7 @@ def test_without_train_tokens_nothing_of_the_backbone_of_stage_1_moves(tmp_path)
 def test_every_method_starts_every_backbone_from_the_same_file(method):
     model = train.build_model(config("--method", method), torch.device("cpu"))
     backbones = [stage.backbone for stage in (model.selector, model.predictor) if stage]
-    for name, x in evaluate.read_file(train.MINI_WEIGHTS, "weights").items():
+    for name, x in read_file(MINI, "weights").items():
         assert all(torch.equal(backbone.state_dict()[name], x.float()) for backbone in backbones), name
 
 
@@ -228,7 +229,7 @@ def test_a_run_that_is_already_there_is_moved_aside_not_lost(tmp_path):
     (("--mini", "--weights", "/nowhere.pt"), ("/nowhere.pt", "no such file")),
     (("--mini", "--weights", "dinov2"), ("mini", "--arch")),
     (("--mini", "--masking", "late"), ("mean",)),
-    (("--mini", "--limit", 8), ("--batch 32", "8 images")),
+    (("--mini", "--limit", 4), ("--batch 8", "4 images")),
     (("--mini", "--resume"), ("no run at", "--out")),
     (("--mini", "--device", "abacus"), ("abacus", "cpu")),
     (("--mini", "--tau", 0), ("--tau", "positive")),
@@ -238,16 +239,6 @@ def test_a_run_that_is_already_there_is_moved_aside_not_lost(tmp_path):
 def test_bad_settings_are_one_line_and_leave_nothing_behind(flags, words, tmp_path, capsys):
     line = fails(train.main, *flags, "--out", tmp_path / "run")(capsys)
     assert all(word in line for word in words), line
-    assert not (tmp_path / "run").exists()
-
-
-def test_weights_of_another_architecture_or_no_weights_at_all_are_refused(tmp_path, capsys):
-    torch.save(ifam.ViT(96, 8, 64, 2, 2).state_dict(), tmp_path / "narrow.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    (tmp_path / "text.pt").write_text("hello")
-    for name, words in (("narrow", ("blocks.2", "missing")), ("list", ("dict of tensors",)), ("text", ("damaged, or not a file of backbone weights",))):
-        line = fails(train.main, *TINY, "--weights", tmp_path / f"{name}.pt", "--out", tmp_path / "run")(capsys)
-        assert all(word in line for word in words), line
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,291 @@
+"""weights.py: weights of other people's files, under our names.
+
+    load_pretrained(model, "dinov2", "b")                # downloaded once; every backbone starts from it
+    load_backbone(vit, read_file("model.safetensors", "weights"))        # official, timm or Hugging Face
+    model = load_published(find_published(read_file("snapshot_best.pt", "a snapshot")))
+
+Our names are those of the official DINOv2 files. A file of another family is renamed by the small table of its family
+and must then fit exactly: what is missing, unexpected or of another shape is an error that names it. Letters: ifam.py.
+"""
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ifam import IFAM
+from settings import UsageError
+
+DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{name}/{name}{registers}_pretrain.pth"
+RAD_DINO_URL = "https://huggingface.co/microsoft/rad-dino/resolve/main/model.safetensors"
+MINI = Path(__file__).resolve().parent / "weights" / "mini.pt"                   # by pretrain.py
+
+
+# ---------------------------------------------------------------- files
+# Snapshots of the published code may hold scores as numpy scalars, which torch.load refuses unless it is told of them;
+# they are numbers and cannot run anything. Before numpy 2 their module had another name.
+NUMPY_SCALARS = [np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i8")),
+                 *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+
+
+def read_file(path, what):
+    """The content of a file of torch.save, plain types and tensors only, or of a .safetensors file.
+
+    what: what it should be, for the error. UsageError if the file is not there or damaged.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"{path}: no such file; expected {what}")
+    read_safetensors = import_safetensors(path) if Path(path).suffix == ".safetensors" else None
+    try:
+        if read_safetensors:
+            return read_safetensors(path)
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                           # a damaged file can fail in many ways
+        raise UsageError(f"{path} is damaged, or not {what} ({type(error).__name__}); make it again") from None
+
+
+def import_safetensors(path):
+    """-> safetensors.torch.load_file: a package that only such files need, so it is imported here."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UsageError(f"{path} needs a package that is not installed: pip install safetensors") from None
+    return load_file
+
+
+def fetch(url, cached):
+    """The content of the file at url, downloaded to `cached` unless it is there."""
+    if cached.suffix == ".safetensors":
+        import_safetensors(cached)                       # before the download, not after
+    try:
+        if not cached.is_file():
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(cached), progress=False)
+    except Exception as error:                           # urllib, torch and the file system raise many kinds here
+        raise UsageError(f"cannot get {cached.name} from {url} ({error}); download it by hand to {cached}") from None
+    return read_file(cached, f"the file at {url}")
+
+
+def dinov2_url(arch, registers=4):
+    """Where the official weights of a named size are: dinov2_url("b") -> ".../dinov2_vitb14_reg4_pretrain.pth"."""
+    return DINOV2_URL.format(name=f"dinov2_vit{arch}14", registers="_reg4" if registers else "")
+
+
+# ---------------------------------------------------------------- a pretrained backbone
+def load_pretrained(model, name, arch, registers=4):
+    """Start every backbone of a model from the same weights.
+
+    name: "dinov2", "rad-dino", "mini", the path of a file, or "none". UsageError when it is not there or does not fit.
+    """
+    if name == "none":
+        return
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    if name == "dinov2":
+        if arch == "mini":
+            raise UsageError("--weights dinov2 has no mini architecture: choose another --arch, or --weights none")
+        if registers not in (0, 4):
+            raise UsageError(f"--weights dinov2 has 4 registers or none: --registers {registers} fits neither")
+        url = dinov2_url(arch, registers)
+        state = fetch(url, cache / url.rsplit("/", 1)[1])
+    elif name == "rad-dino":
+        if arch != "b" or registers:
+            raise UsageError("--weights rad-dino is a ViT-B without registers: add --arch b --registers 0")
+        state = fetch(RAD_DINO_URL, cache / "rad-dino" / "model.safetensors")
+    else:
+        state = read_file(MINI if name == "mini" else name,
+                          "a file of backbone weights (or one of dinov2, rad-dino, mini, none)")
+    if find_published(state):
+        raise UsageError(f"--weights {name} is a snapshot of the published two-stage code, not a backbone; "
+                         "evaluate it with evaluate.py --ckpt")
+    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+        raise UsageError(f"--weights {name}: expected a dict of tensors, named as by DINOv2, timm or Hugging Face")
+    for stage in (model.selector, model.predictor):
+        if stage is not None:
+            try:
+                load_backbone(stage.backbone, state)
+            except ValueError as error:
+                raise UsageError(f"--weights {name} with --arch {arch}: {error}") from None
+
+
+def load_backbone(vit, state_dict):
+    """Copy the weights of a DINOv2 model into vit: official files, timm's, Hugging Face's, or another ViT of ours.
+
+    A position embedding of another number of patches must be of a square grid and is resampled to vit's, as the code
+    that wrote the file does it. Raises ValueError that names the first keys or shapes that do not fit.
+    """
+    try:
+        state = official_names(state_dict)
+    except KeyError as error:
+        raise ValueError(f"weights do not fit the model: missing {error.args[0]}") from None
+    if "pos_embed" in state and state["pos_embed"].shape[1] != vit.pos_embed.shape[1]:
+        state["pos_embed"] = resample_positions(state["pos_embed"], vit.grid, *how_resampled(state_dict))
+    load_strictly(vit, state)
+
+
+def how_resampled(state_dict):
+    """-> (antialias, offset) of resample_positions in the code that a file is from.
+
+    With registers everybody does the same. Without, the official code and Hugging Face's differ, and timm's files are
+    those under official names that have no mask token.
+    """
+    if {"register_tokens", "reg_token", "embeddings.register_tokens"} & state_dict.keys():
+        return True, 0.0
+    if is_hugging_face(state_dict):
+        return False, 0.0
+    return (False, 0.1) if "mask_token" in state_dict else (True, 0.0)
+
+
+def resample_positions(pos_embed, grid, antialias, offset=0.0):
+    """Position embedding (1, 1+N, D) of a square grid -> the same for another grid (h, w), bicubic.
+
+    offset: 0.1 in the official models without registers, a workaround for rounding that moves every sample a little.
+    Equal grids: unchanged.
+    """
+    side = math.isqrt(pos_embed.shape[1] - 1)
+    if side * side != pos_embed.shape[1] - 1:
+        raise ValueError(f"position embedding of {pos_embed.shape[1] - 1} patches is not a square grid")
+    if (side, side) == tuple(grid):
+        return pos_embed
+    patches = pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    how = dict(scale_factor=tuple((n + offset) / side for n in grid)) if offset else dict(size=tuple(grid))
+    patches = F.interpolate(patches, mode="bicubic", antialias=antialias, **how)
+    return torch.cat([pos_embed[:, :1].float(), patches.flatten(2).mT], dim=1).to(pos_embed.dtype)
+
+
+def load_strictly(module, state_dict):
+    """load_state_dict, but what does not fit is a ValueError of one line that names it."""
+    own = module.state_dict()
+    odd = [f"missing {name}" for name in own if name not in state_dict]
+    odd += [f"unexpected {name}" for name in state_dict if name not in own]
+    odd += [f"{name} is {tuple(state_dict[name].shape)}, the model has {tuple(own[name].shape)}"
+            for name in own if name in state_dict and state_dict[name].shape != own[name].shape]
+    if odd:
+        more = f" (and {len(odd) - 3} more)" if odd[3:] else ""
+        raise ValueError(f"weights do not fit the model: {'; '.join(odd[:3])}{more}")
+    module.load_state_dict(state_dict)
+
+
+# ---------------------------------------------------------------- names
+HUGGING_FACE = (  # how Dinov2Model and Dinov2WithRegistersModel name what we name otherwise; every line is applied
+    ("embeddings.position_embeddings", "pos_embed"),
+    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+    ("embeddings.", ""),
+    ("encoder.layer.", "blocks."),
+    (".attention.attention.", ".attn."),
+    (".attention.output.dense.", ".attn.proj."),
+    (".layer_scale1.lambda1", ".ls1.gamma"),
+    (".layer_scale2.lambda1", ".ls2.gamma"),
+    (".mlp.weights_in.", ".mlp.w12."),
+    (".mlp.weights_out.", ".mlp.w3."),
+    ("layernorm.", "norm."),
+)
+TIMM_SWIGLU = ((".mlp.fc1.", ".mlp.w12."), (".mlp.fc2.", ".mlp.w3."))            # gate and value in one matrix
+PUBLISHED = (  # how the published two-stage code names what is not in its ViTs; the first prefix that fits counts
+    ("stage_1.fc_landmarks.weight", "selector.prototypes"),
+    ("stage_1.modulation.", "selector.modulation."),
+    ("stage_1.fc_class_landmarks.", "selector.classifier."),
+    ("stage_1.", "selector.backbone."),
+    ("stage_2.fc_norm.", "predictor.fc_norm."),
+    ("stage_2.head.", "predictor.head."),
+    ("stage_2.", "predictor.backbone."),
+)
+
+
+def is_hugging_face(state_dict):
+    return any(name.startswith(("embeddings.", "encoder.layer.")) for name in state_dict)
+
+
+def rename(state, table):
+    """Apply every (old, new) of a table to every name."""
+    for old, new in table:
+        state = {name.replace(old, new): tensor for name, tensor in state.items()}
+    return state
+
+
+def official_names(state_dict):
+    """A ViT as timm or Hugging Face writes it -> the same under official DINOv2 names; official ones stay as they are.
+
+    The mask token of pretraining is dropped. KeyError for a missing part of a tensor that is put together here.
+    """
+    state = dict(state_dict)
+    if is_hugging_face(state):
+        state = rename(state, HUGGING_FACE)
+        apart = re.compile(r"\.attn\.(query|key|value)\.")
+        for qkv in {apart.sub(".attn.qkv.", name) for name in state if apart.search(name)}:
+            state[qkv] = torch.cat([state.pop(qkv.replace(".qkv.", f".{one}.")) for one in ("query", "key", "value")])
+    if "reg_token" in state:
+        # timm's register models keep no position for the class token: it is already added to the token
+        state["register_tokens"], state["pos_embed"] = state.pop("reg_token"), F.pad(state["pos_embed"], (0, 0, 1, 0))
+    first, second = (state.get(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2))
+    if first is not None and second is not None and len(first) != second.shape[1]:
+        state = rename(state, TIMM_SWIGLU)
+    state.pop("mask_token", None)
+    return state
+
+
+# ---------------------------------------------------------------- snapshots of the published two-stage code
+def find_published(content):
+    """The state dict of a two-stage model in what a snapshot file holds: the content itself or one of its entries.
+
+    None if there is none.
+    """
+    entries = [content, *content.values()] if isinstance(content, dict) else []
+    is_one = lambda x: isinstance(x, dict) and any(str(name).startswith(("stage_1.", "stage_2.")) for name in x)
+    return next(filter(is_one, entries), None)
+
+
+def rename_published(state_dict, heads=None):
+    """A state dict of the published two-stage code (stage_1.*, stage_2.*; its ViTs as in timm or Hugging Face).
+
+    -> (the same under the names of IFAM, {classes, k, arch, size}). Every size is read from the tensors but two that
+    they do not tell: heads (default: 64 channels each, as in all DINOv2 sizes) and the shape of the patch grid
+    (size: images whose grid is nearest to square). ValueError for a tensor that is missing.
+    """
+    state, vits = {}, {"selector.backbone.": {}, "predictor.backbone.": {}}
+    for name, tensor in state_dict.items():
+        old, new = next((pair for pair in PUBLISHED if name.startswith(pair[0])), ("", ""))
+        vits.get(new, state)[("" if new in vits else new) + name[len(old):]] = tensor
+    vits["predictor.backbone."].pop("prefix_attn_mask", None)                    # a buffer of ones
+    try:
+        for stage, vit in vits.items():
+            vits[stage] = official_names(vit)
+            state |= {stage + name: tensor for name, tensor in vits[stage].items()}
+        state["selector.prototypes"] = state["selector.prototypes"].flatten(1)   # a 1x1 convolution there
+        for name in ("selector.modulation.weight", "selector.modulation.bias"):
+            state[name] = state[name].mT                                         # (D, K+1) there
+        arch, size = describe(vits["selector.backbone."], heads)
+        classes, k = len(state["predictor.head.weight"]), len(state["selector.prototypes"]) - 1
+    except KeyError as error:
+        raise ValueError(f"not a snapshot of the published two-stage code: missing {error.args[0]}") from None
+    return state, dict(classes=classes, k=k, arch=arch, size=size)
+
+
+def load_published(state_dict, heads=None, **settings):
+    """An IFAM from a state dict of the published two-stage code; heads: rename_published.
+
+    The shape of the patch grid is that of the first images. settings: further arguments of IFAM, such as hardness.
+    Raises ValueError for anything missing, unexpected, or of another shape.
+    """
+    state, sizes = rename_published(state_dict, heads)
+    model = IFAM(**sizes, **settings)
+    model.selector.backbone.grid_is_known = model.predictor.backbone.grid_is_known = False
+    load_strictly(model, state)
+    return model
+
+
+def describe(vit, heads):
+    """A ViT's state dict -> (arguments of ViT, (height, width) of images if its grid is nearest to square)."""
+    width, _, patch, _ = vit["patch_embed.proj.weight"].shape
+    if heads is None and width % 64:
+        raise ValueError(f"the number of heads cannot be read from the tensors at width {width}: pass heads=")
+    patches = vit["pos_embed"].shape[1] - 1
+    rows = next(n for n in range(math.isqrt(patches), 0, -1) if patches % n == 0)
+    ffn, last = ("swiglu", "w3") if "blocks.0.mlp.w12.weight" in vit else ("mlp", "fc2")
+    hidden = vit[f"blocks.0.mlp.{last}.weight"].shape[1]
+    depth = 1 + max(int(name.split(".")[1]) for name in vit if name.startswith("blocks."))
+    arch = dict(patch=patch, width=width, depth=depth, heads=heads or width // 64, ffn=ffn, hidden=hidden,
+                registers=vit["register_tokens"].shape[1] if "register_tokens" in vit else 0)
+    return arch, (rows * patch, patches // rows * patch)
