@@ -53,12 +53,16 @@ def pick_device(name="auto", local_rank=0):
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
+CHECKPOINT = "a checkpoint of train.py, such as runs/<name>/best.pt"
+
+
 def read_checkpoint(path):
     """The dict that train.py saved: config, step, best, model, optimizer, ... UsageError if it is not one."""
-    return checked(path, read_file(path, "a checkpoint of train.py, such as runs/<name>/best.pt"))
+    return checked(path, read_file(path, CHECKPOINT))
 
 
 def checked(path, state):
+    """The content of a file, if it is what train.py saves; else UsageError."""
     if not isinstance(state, dict) or not {"config", "step", "best", "model"} <= state.keys():
         raise UsageError(f"{path} is not a checkpoint of train.py: no config, step, best and model in it")
     return state
@@ -94,7 +98,7 @@ def load_model(path, device="cpu", name=""):
 
     path: a checkpoint of train.py, or a snapshot of the published two-stage code, for which `name` is its benchmark.
     """
-    state = read_file(path, "a checkpoint of train.py, such as runs/<name>/best.pt")
+    state = read_file(path, CHECKPOINT)
     published = find_published(state)
     state = from_published(path, published, name) if published else checked(path, state)
     try:

@@ -40,7 +40,7 @@ class Config:
     mini: bool = opt(False, "use the miniature of the benchmark: drawn on first use, no download")
     limit: int = opt(0, "use only the first N training and evaluation samples (0: all)")
 
-    method: str = opt("ifam", "ifam, or a baseline", choices=tuple(METHODS))
+    method: str = opt("ifam", "ifam, or a baseline", choices=METHODS)
     arch: str = opt("b", "size of the vision transformers", choices=tuple(ifam.ARCHS))
     registers: int = opt(4, "register tokens; 0 for weights without registers")
     weights: str = opt("dinov2", "start of all backbones: dinov2 or rad-dino (downloaded once), mini (weights/mini.pt, "
