@@ -220,8 +220,8 @@ def load(name, root="data", size=None, seed=0, limit=0, splits=(), check=True, v
     found = benchmark.load(root, size or benchmark.size, seed)
     if val_share:
         if "val" in found or "train" not in found:
-            raise UsageError(f"--val-share: {name} has {'its own validation' if 'val' in found else 'no training'} split"
-                             "; leave it out")
+            raise UsageError(f"--val-share: {name} has {'its own validation' if 'val' in found else 'no training'} "
+                             "split; leave it out")
         train, held = stratified(found["train"].labels, val_share)
         found["val"] = copy.copy(found["train"]).keep(held)
         found["val"].split = "val"
@@ -409,7 +409,8 @@ def load_metashift(root, size, seed):
         rows.sort()
         return Samples("metashift", name, size, ("cat", "dog"), [f"{context}/{i}" for _, i, context, _ in rows],
                        [path for *_, path in rows], [label for label, *_ in rows], ("indoors", "outdoors"),
-                       [2 * label + (context in ("dog(bench)", "dog(bike)")) for label, _, context, _ in rows], seed=seed)
+                       [2 * label + (context in ("dog(bench)", "dog(bike)")) for label, _, context, _ in rows],
+                       seed=seed)
     found = {name: split(name, contexts) for name, contexts in METASHIFT.items()}
     everything = found["test"]
     for name, indices in zip(("test", "val"), stratified(everything.labels, 0.15)):
@@ -445,7 +446,7 @@ def load_siim(root, size, seed):
 
 
 def siim_raw(base):
-    """Kaggle's layout -> rows (uid, path, label, tube or None, mask). Images without a label are left out, and counted."""
+    """Kaggle's layout -> rows (uid, path, label, tube or None, mask). What has no label is left out, and counted."""
     if not (base / "train-rle.csv").is_file():
         raise missing("siim", base / "train-rle.csv")
     tables = [base / name for name in ("cxr_tube_dict.pkl", "cxr_tube_dict.csv")]
@@ -459,7 +460,8 @@ def siim_raw(base):
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"siim: {len(paths)} images; left out: {len(paths.keys() - runs)} without a row in train-rle.csv, "
               f"{len(runs.keys() - paths)} rows and {len(tubes.keys() - paths)} tube labels without an image")
-    return [(uid, path, int(bool(runs[uid].rows)), tubes.get(uid), runs[uid]) for uid, path in paths.items() if uid in runs]
+    return [(uid, path, int(bool(runs[uid].rows)), tubes.get(uid), runs[uid]) for uid, path in paths.items()
+            if uid in runs]
 
 
 def siim_prepared(base, drawn):
@@ -519,13 +521,13 @@ IN9_VARIANTS = ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg",
 IN9 = {     # class: those of ImageNet's 1000 that belong to it, first-last
     "00_dog": "151-170 173-268",
     "01_bird": "7-24 87-100 127-146",
-    "02_wheeled vehicle": "407-408 428 436 444 468 511 547 555 561 565 569 573 586 603 609 612 627 656 661 665 670-671 675 "
-                          "690 705 717 734 751 757 791 802-803 817 820 829 847 864 866-867 870 880",
+    "02_wheeled vehicle": "407-408 428 436 444 468 511 547 555 561 565 569 573 586 603 609 612 627 656 661 665 670-671 "
+                          "675 690 705 717 734 751 757 791 802-803 817 820 829 847 864 866-867 870 880",
     "03_reptile": "33-68",
     "04_carnivore": "269-280 286-299 356-362 387-388",
     "05_insect": "300-326",
-    "06_musical instrument": "401-402 420 432 486 494 513 541 546 558 566 577 579 593-594 641-642 683-684 687 699 776 822 "
-                             "875 881 889",
+    "06_musical instrument": "401-402 420 432 486 494 513 541 546 558 566 577 579 593-594 641-642 683-684 687 699 776 "
+                             "822 875 881 889",
     "07_primate": "365-384",
     "08_fish": "0-6 389-397"}
 
@@ -563,8 +565,8 @@ def load_imagenet9(root, size, seed):
             # fg_n02085620_01234_bg_n01530575_05678 stands on the mask of n02085620_01234
             stem = lambda path: re.match(r"(?:fg_)?(.*?)(?:_bg_.*)?$", path.stem)[1]
             masks = [base / "fg_mask" / "val" / p.parent.name / f"{stem(p)}.npy" for p in paths]
-        return Samples("imagenet9", name, size, [c[3:] for c in IN9], [f"{name}/{p.stem}" for p in paths], paths, labels,
-                       masks=masks, pipeline=AS_THEY_ARE, seed=seed, merge=in9_classes())
+        return Samples("imagenet9", name, size, [c[3:] for c in IN9], [f"{name}/{p.stem}" for p in paths], paths,
+                       labels, masks=masks, pipeline=AS_THEY_ARE, seed=seed, merge=in9_classes())
     found = {name: variant(name) for name in IN9_VARIANTS
              if name in IN9_VARIANTS[:3] or not drawn or (base / name).is_dir()}
     return {"test": found.pop("original"), **found}
@@ -618,12 +620,12 @@ BENCHMARKS = {
         sets=("test_and_val",)),
     "siim": Benchmark(
         load_siim, 2, 518, 8,
-        "siim/dicom-images-train/<study>/<series>/<image>.dcm, train-rle.csv and cxr_tube_dict.pkl (or .csv with columns "
-        "ImageId,chest_tube); or the published code's siim/train_set/{0,1}/, full_test_set/ and so on",
+        "siim/dicom-images-train/<study>/<series>/<image>.dcm, train-rle.csv and cxr_tube_dict.pkl (or .csv with "
+        "columns ImageId,chest_tube); or the published code's siim/train_set/{0,1}/, full_test_set/ and so on",
         "kaggle.com/datasets/jesperdramsch/siim-acr-pneumothorax-segmentation-data, and cxr_tube_dict.pkl "
         "(github.com/khaledsaab/spatial_specificity)", "Kaggle's competition rules; tube labels Apache-2.0",
-        ("auroc", "aa", "worst_group"), {8: {"auroc": 92.1, "robust": 65.9}}, rare=(1, 2), sets=("robust", "non_robust"),
-        settings={"weights": "rad-dino", "registers": 0, "weight_background": 0.0}),
+        ("auroc", "aa", "worst_group"), {8: {"auroc": 92.1, "robust": 65.9}}, rare=(1, 2),
+        sets=("robust", "non_robust"), settings={"weights": "rad-dino", "registers": 0, "weight_background": 0.0}),
     "imagenet": Benchmark(
         load_imagenet, 1000, 224, 1, "imagenet/{train,val}/<wnid>/<file>.JPEG",
         "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (image-net.org)", "registration, non-commercial research",
@@ -639,7 +641,8 @@ BENCHMARKS = {
 
 def overview():
     """For --help: every benchmark with its classes, and what is for evaluation only."""
-    return "; ".join(f"{name}: {b.classes} classes" + f", only to evaluate a model of {b.trained_on}" * bool(b.trained_on)
+    only = lambda b: f", only to evaluate a model of {b.trained_on}" * bool(b.trained_on)
+    return "; ".join(f"{name}: {b.classes} classes{only(b)}"
                      for name, b in BENCHMARKS.items())
 
 
@@ -649,8 +652,8 @@ def readme_table():
     for name, b in BENCHMARKS.items():
         paper = "; ".join(f"K={k}: " + ", ".join(f"{m} {v}" for m, v in row.items()) for k, row in b.paper.items())
         only = f" (evaluates models of `{b.trained_on}`)" * bool(b.trained_on)
-        lines.append(f"| `{name}`{only} | {b.classes} | {b.size} | {b.k} | {b.layout.replace('<', '&lt;')} | {b.source} | "
-                     f"{b.licence} | {paper} |")
+        lines.append(f"| `{name}`{only} | {b.classes} | {b.size} | {b.k} | {b.layout.replace('<', '&lt;')} | "
+                     f"{b.source} | {b.licence} | {paper} |")
     return "\n".join(lines)
 
 

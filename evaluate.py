@@ -256,7 +256,7 @@ def linear_head(x, y, classes, penalty=0.1):
 
 
 def linear_probe(x, y, folds=5):
-    """Cross-validated accuracy of linear_head at reading y (n,) from x (n, d); None if n < 10: too few to fit and test."""
+    """Cross-validated accuracy of linear_head at reading y (n,) from x (n, d); None if n < 10: too few."""
     if len(y) < 2 * folds:
         return None
     fold, right = torch.arange(len(y)) % folds, 0
@@ -513,8 +513,9 @@ def table(report, second="early, hard"):
     extra = [(f"{part} (n = {numbers['images']})", part) for part, numbers in report.get("sets", {}).items()]
     stages = [stage for stage in ("stage1", "stage2") if stage in report]
     for metric, title in (("aa", "accuracy"), ("worst_group", "worst group"), ("auroc", "AUROC, times 100")):
-        lines[after:after] = [line(f"  {title}: {name}", [value(report["sets"][part][stage], metric) for stage in stages])
-                              for name, part in extra if metric in report["sets"][part][stages[0]]]
+        each = lambda part: [value(report["sets"][part][stage], metric) for stage in stages]
+        lines[after:after] = [line(f"  {title}: {name}", each(part)) for name, part in extra
+                              if metric in report["sets"][part][stages[0]]]
     if len(groups) <= 9:
         each = lambda name: [value(c["groups"][name], "accuracy") for c in columns.values()]
         lines[after:after] = [line(f"  {name} (n = {group['n']})", each(name)) for name, group in groups.items()]
@@ -538,8 +539,8 @@ def open_split(cfg, trained, outputs):
     here = data.BENCHMARKS[name]
     if trained["data"] not in (name, here.trained_on):
         raise UsageError(f"--data {name} has {here.classes} classes that are not those of {trained['data']} "
-                         f"({data.BENCHMARKS[trained['data']].classes}), which the checkpoint was trained on; evaluate a "
-                         f"model of {here.trained_on or name}")
+                         f"({data.BENCHMARKS[trained['data']].classes}), which the checkpoint was trained on; evaluate "
+                         f"a model of {here.trained_on or name}")
     root = data.find_root(name, cfg.root or trained["root"], trained["mini"] and not cfg.root)
     splits = data.load(name, root, trained["size"], limit=cfg.limit or trained["limit"], check=False,
                        val_share=trained.get("val_share", 0.0) * (name == trained["data"]))
@@ -547,8 +548,8 @@ def open_split(cfg, trained, outputs):
         raise UsageError(f"{name} has no split {cfg.split!r}; choose another --split: {', '.join(splits)}")
     samples = splits[cfg.split]
     if samples.outputs != outputs:
-        raise UsageError(f"--data {name} needs {samples.outputs} classes, the checkpoint has {outputs}; evaluate it on the "
-                         "data it was trained on")
+        raise UsageError(f"--data {name} needs {samples.outputs} classes, the checkpoint has {outputs}; evaluate it on "
+                         "the data it was trained on")
     sets = {n: splits[n] for n in here.sets if n in splits and cfg.split == "test"}
     for some in (samples, *sets.values()):
         some.check()                                     # images of other splits need not be there
@@ -582,8 +583,8 @@ def main(argv=None):
     if paper:
         print(f"  the paper's iFAM with K = {trained['k']}: " + ", ".join(f"{n} {v}" for n, v in paper.items()))
     if cfg.adversarial:
-        print("  adversarial backgrounds: challenge accuracy {challenge_accuracy:.1f} ({vulnerable} of {objects} objects "
-              "vulnerable)".format(**report["adversarial"]))
+        print("  adversarial backgrounds: challenge accuracy {challenge_accuracy:.1f} ({vulnerable} of {objects} "
+              "objects vulnerable)".format(**report["adversarial"]))
     suffix = f"-{samples.name}" * (samples.name != trained["data"]) + f"-{cfg.split}" * (cfg.split != "test")
     written = [Path(cfg.ckpt).with_name(f"report{suffix}.json")]
     write_json(written[0], report)

@@ -39,7 +39,7 @@ def read_dicom(path, pixels=True):
 
 
 class Runs(NamedTuple):
-    """A mask as rows of the csv: each "offset length offset length ...", offsets counted from the previous run's end."""
+    """A mask as rows of the csv: each "offset length offset length ...", offsets from the end of the run before."""
     rows: tuple
 
     def __str__(self):
@@ -109,5 +109,5 @@ def read_tubes(path):
             raise ValueError("it is no dict of str -> bool")
         return tubes
     except Exception as error:                             # a damaged pickle can fail in many ways
-        raise UsageError(f"{path}: cannot read chest tubes ({type(error).__name__}: {error}); use the published pickle, "
-                         "or a csv with columns ImageId,chest_tube and values 0 or 1") from None
+        raise UsageError(f"{path}: cannot read chest tubes ({type(error).__name__}: {error}); use the published pickle "
+                         "or a csv with the columns ImageId,chest_tube and values 0 or 1") from None

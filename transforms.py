@@ -128,7 +128,7 @@ def augment_imagenet(view, size, rng):
 
 
 def random_box(size, rng):
-    """(left, top, width, height): 8 to 100 % of the area at 3/4 to 4/3; after ten misses the largest such centre box."""
+    """(left, top, width, height): 8 to 100 % of the area at 3/4 to 4/3; after ten misses the largest, centred."""
     width, height = size
     for _ in range(10):
         area, ratio = rng.uniform(0.08, 1) * width * height, np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -158,7 +158,7 @@ FILL = (124, 116, 104)                                     # ImageNet's mean, wh
 unmoved, straight = lambda a, size: np.zeros(2), lambda a: ((1, 0), (0, 1))
 
 # Name: (what it does with an amount, amount at magnitude m in [0, 10], whether its sign is drawn).
-# "Non-increasing" set: Posterize and Solarize do *more* at a lower magnitude, the factors 0.1 + 0.18 m cross 1 at m = 5.
+# "Non-increasing" set: Posterize and Solarize do more at a lower magnitude, factors cross 1 at m = 5.
 OPERATIONS = {
     "AutoContrast": (recoloured(lambda x, a: ImageOps.autocontrast(x)), lambda m: None, False),
     "Equalize": (recoloured(lambda x, a: ImageOps.equalize(x)), lambda m: None, False),
