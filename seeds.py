@@ -65,7 +65,7 @@ def main(argv=None):
                 continue
             mean, half = interval(values)
             cells.append(f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else ""))
-        print("| " + " | ".join(cells) + f" | " + least(reports) + " |")
+        print("| " + " | ".join(cells) + " | " + least(reports) + " |")
 
 
 if __name__ == "__main__":
