@@ -37,6 +37,7 @@ class Fixed:
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     groups = torch.tensor([0, 0, 0, 1, 2, 3, 3, 3])
     group_names = ["a", "b", "c", "d"]
+    merge = None
 
 
 def test_accuracies_are_the_ones_counted_by_hand():

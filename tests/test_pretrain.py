@@ -10,6 +10,7 @@ import data
 import ifam
 import miniature
 import pretrain
+import transforms
 from settings import parse
 from tiny import ROOT, fails
 from weights import load_backbone, read_file
@@ -82,10 +83,10 @@ def test_afterwards_the_mean_of_five_clusters_of_patches_is_the_origin():
     scenes, _ = miniature.pretraining_scenes(6, 0, size=96)
     vit = ifam.build_vit("mini", 96)
     pretrain.centre_features(vit, pretrain.to_images(scenes), 0.32, 5)
-    views = [data.View(miniature.Image.fromarray(s)) for s in scenes]
+    views = [transforms.View(miniature.Image.fromarray(s)) for s in scenes]
     for i, view in enumerate(views):
-        data.augment(view, 96, np.random.default_rng([5, i]))
-    x = pretrain.features(vit, torch.stack([data.to_tensor(v.image) for v in views])).flatten(0, 1)
+        transforms.augment(view, 96, np.random.default_rng([5, i]))
+    x = pretrain.features(vit, torch.stack([transforms.to_tensor(v.image) for v in views])).flatten(0, 1)
     draw = torch.Generator().manual_seed(5)
     centres = pretrain.k_means(x[torch.randperm(len(x), generator=draw)[:8000]], 5, draw)
     assert centres.mean(0).abs().max() < 1e-3 and x.var(0).mean().sqrt() == pytest.approx(0.32, rel=1e-3)
