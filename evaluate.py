@@ -22,6 +22,7 @@ import data
 from baselines import build
 from ifam import discretize
 from metrics import ari, auroc, foreground_counts, foreground_ious, keypoint_error, landmarks, nmi
+from samples import patch_keep
 from settings import UsageError, opt, parse, run_script, write_json
 from weights import find_published, load_strictly, read_file, rename_published
 
@@ -120,7 +121,7 @@ def load_model(path, device="cpu", name=""):
 # ---------------------------------------------------------------- predictions and accuracy
 def given_mask(model, batch, device):
     """True mask of a batch's images as patches (B, N), for the baselines that are given it; None for all others."""
-    return data.patch_keep(batch["mask"].to(device), model.predictor.backbone.patch) if model.needs_truth else None
+    return patch_keep(batch["mask"].to(device), model.predictor.backbone.patch) if model.needs_truth else None
 
 
 @torch.no_grad()
@@ -332,7 +333,7 @@ def measure_leakage(classifier, samples, backbone, device="cpu", count=0):
 def leakage_of_group(classifier, images, truth, backbone, number, with_gradient):
     """Per image: what measure_leakage averages. truth: true masks (B, S, S) or None; number seeds the noise."""
     with torch.no_grad():
-        keep, held = classifier.find(images, None if truth is None else data.patch_keep(truth, backbone.patch))
+        keep, held = classifier.find(images, None if truth is None else patch_keep(truth, backbone.patch))
         if keep is None:
             return None
         shown = pixels(keep, backbone.grid, backbone.patch)
@@ -364,7 +365,7 @@ def pool_by_place(backbone, samples, device="cpu", batch=32, workers=0):
     """
     found = {place: [] for place in ("none", "late", "early")}
     for part in torch.utils.data.DataLoader(samples, batch, num_workers=workers):
-        images, keep = part["image"].to(device), data.patch_keep(part["mask"].to(device), backbone.patch)
+        images, keep = part["image"].to(device), patch_keep(part["mask"].to(device), backbone.patch)
         whole, masked = (backbone(images, k)[:, backbone.prefix:] for k in (None, keep))
         for place, patches, weight in (("none", whole, torch.ones_like(keep)), ("late", whole, keep),
                                        ("early", masked, keep)):
@@ -461,6 +462,11 @@ def only(metrics, numbers):
     return {name: value for name, value in numbers.items() if name in (*metrics, "groups")}
 
 
+def background_gap(found, stage):
+    """ImageNet-9's BG-GAP, in points: what a background of a random class costs against one of the same class."""
+    return 100 * (found["mixed_same"][stage]["aa"] - found["mixed_rand"][stage]["aa"])
+
+
 def adversarial(model, originals, backgrounds, device="cpu", batch=32, workers=0):
     """ImageNet-9's adversarial-background challenge -> {"challenge_accuracy", "vulnerable", "classes"}, in percent.
 
@@ -517,8 +523,7 @@ def evaluate(model, samples, train=None, rare=(), device="cpu", batch=32, leakag
     if sets:
         report["sets"] = found = measure_sets(model, samples, result, sets, metrics, **loading)
         if {"mixed_same", "mixed_rand"} <= found.keys():
-            report["bg_gap"] = {stage: 100 * (found["mixed_same"][stage]["aa"] - found["mixed_rand"][stage]["aa"])
-                                for stage, _ in stages_of(model)}
+            report["bg_gap"] = {stage: background_gap(found, stage) for stage, _ in stages_of(model)}
     backbone = (model.selector or model.predictor).backbone
     for _, leak, _, classifier in stages:
         report[leak] = measure_leakage(classifier(model), samples, backbone, device, leakage)

@@ -36,6 +36,7 @@ import ifam
 import miniature
 import transforms
 from evaluate import linear_head, pick_device
+from samples import patch_keep
 from settings import UsageError, opt, parse, run_script, write_json, write_whole
 from train import lr_at
 from weights import read_file
@@ -303,7 +304,7 @@ def pretrain(cfg):
         raise UsageError(f"{folder} holds a run: go on with --resume, or choose another --out")
     scenes, _ = miniature.pretraining_scenes(cfg.scenes, cfg.seed, size=128)
     unseen, masks = miniature.pretraining_scenes(min(400, cfg.scenes), cfg.seed + 1, size=96)
-    unseen, objects = (to_images(unseen) - MEAN) / STD, data.patch_keep(torch.from_numpy(masks > 127), 8).bool()
+    unseen, objects = (to_images(unseen) - MEAN) / STD, patch_keep(torch.from_numpy(masks > 127), 8).bool()
 
     torch.manual_seed(cfg.seed)
     model = Reader(cfg.words)

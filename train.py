@@ -29,6 +29,7 @@ import data
 import ifam
 from baselines import METHODS, build
 from evaluate import accuracies, given_mask, pick_device, predict, read_checkpoint
+from samples import Plan
 from settings import RunError, UsageError, opt, parse, run_script, write_json, write_whole
 from weights import load_pretrained
 
@@ -412,7 +413,7 @@ def train(cfg):
         f"{cfg.method}: {sum(p.numel() for p in trained):,} trained parameters, steps {start} to "
         f"{steps} ({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
 
-    plan = data.Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world)
+    plan = Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world)
     loader = torch.utils.data.DataLoader(samples, batch_sampler=plan, num_workers=cfg.workers,
                                          pin_memory=device.type == "cuda")
     clock, since = time.perf_counter(), start

@@ -16,6 +16,7 @@ import evaluate
 import siim
 import train
 import transforms
+from samples import Names, pick, read_image
 from settings import UsageError
 from tiny import ROOT, fails
 
@@ -176,7 +177,23 @@ def test_waterbird200_is_cubs_test_split_with_the_images_of_waterbirds(cub):
     mine = [(str(i), c - 1) for i, c, _, t in cub[1] if not t]
     assert list(zip(samples.ids, samples.labels.tolist())) == mine
     for n, (i, _) in enumerate(mine):                      # the composite of image i is painted with grey level i
-        assert np.abs(np.asarray(data.read_image(samples.paths[n], "RGB")).astype(int) - int(i)).max() <= 2
+        assert np.abs(np.asarray(read_image(samples.paths[n], "RGB")).astype(int) - int(i)).max() <= 2
+
+
+def test_waterbird200_brings_cubs_original_training_images_for_the_keypoint_regression(cub):
+    splits, original = data.load("waterbird200", cub[0], 28), data.load("cub", cub[0], 28)["train"]
+    assert splits["train"].paths == original.paths and splits["train"].name == "cub"
+    assert not set(splits["train"].ids) & set(splits["test"].ids)
+
+
+def test_a_mask_with_several_channels_is_read_as_grey_before_it_is_binarised(cub, tmp_path):
+    grey = np.zeros((30, 40), np.uint8)
+    grey[5:20, 10:30] = 51
+    Image.fromarray(np.stack([grey, grey, grey, np.full_like(grey, 255)], -1), "RGBA").save(tmp_path / "mask.png")
+    samples = data.load("cub", cub[0], 30)["test"]
+    samples.masks = [tmp_path / "mask.png"] * len(samples)
+    wide = next(i for i, path in enumerate(samples.paths) if Image.open(path).size == (40, 30))
+    assert np.array_equal(samples[wide]["mask"], grey[:, 5:35] > 0)
 
 
 def test_a_layout_with_another_number_of_classes_is_refused_unless_it_is_limited_or_drawn(cub, tmp_path):
@@ -237,14 +254,17 @@ def test_a_miniature_of_imagenet_keeps_the_real_numbers_of_its_classes(imagenet,
     samples = data.load("imagenet", tmp_path, 28)["test"]
     assert samples.labels.tolist() == [0, 10, 151] and samples.outputs == 1000
     assert data.in9_classes()[samples.labels].tolist() == [8, 1, 0]
+    (tmp_path / "miniature.json").write_text(json.dumps({"wnids": {"n01440764": 0}}))
+    with pytest.raises(UsageError, match="no class for n01530575"):
+        data.load("imagenet", tmp_path, 28)
 
 
 def test_names_are_one_block_of_bytes_and_behave_as_a_list(tmp_path):
     listed = [f"train/n{i:08d}/é{i}.JPEG" for i in range(1000)]
-    names = data.Names(tmp_path, np.array([n.encode() for n in listed]))
+    names = Names(tmp_path, np.array([n.encode() for n in listed]))
     assert list(names.ids) == listed and names[7] == tmp_path / listed[7] and len(names) == 1000
     assert list(names[3:6]) == [tmp_path / n for n in listed[3:6]]
-    assert list(data.pick(names, [4, 1]).ids) == [listed[4], listed[1]]
+    assert list(pick(names, [4, 1]).ids) == [listed[4], listed[1]]
     assert names.block.nbytes < 1000 * 40 and names.ids.block is names.block
 
 
@@ -469,10 +489,10 @@ def test_the_adversarial_challenge_pastes_every_object_on_every_background_and_s
     dogs, backgrounds = splits["test"].keep([0, 1, 3]), splits["only_bg_t"].keep(range(10))
     reds, expected = [], []
     for i in range(3):                                     # brute force, on pixels
-        image, mask = (np.asarray(data.read_image(x[i], m), np.float64) for x, m in ((dogs.paths, "RGB"), (dogs.masks, "L")))
+        image, mask = (np.asarray(read_image(x[i], m), np.float64) for x, m in ((dogs.paths, "RGB"), (dogs.masks, "L")))
         reds.append([])
         for path in backgrounds.paths:
-            mixed = np.where(mask[..., None] > 0, image, np.asarray(data.read_image(path, "RGB"), np.float64))
+            mixed = np.where(mask[..., None] > 0, image, np.asarray(read_image(path, "RGB"), np.float64))
             reds[-1].append(((mixed / 255 - transforms.IMAGENET[0]) / transforms.IMAGENET[1])[..., 0].mean())
     limit = (max(reds[0]) + max(reds[1])) / 2
     for i in range(2):
@@ -494,6 +514,7 @@ def test_the_background_gap_is_the_difference_of_two_sets_and_shared_images_are_
     for name, samples in sets.items():
         guess = torch.tensor([0 if samples[i]["image"][0].mean() <= 0 else -1 for i in range(18)])
         assert found[name]["stage2"]["aa"] == (guess == samples.labels).double().mean() and found[name]["images"] == 18
+    assert evaluate.background_gap({"mixed_same": {"stage1": {"aa": 0.935}}, "mixed_rand": {"stage1": {"aa": 0.911}}}, "stage1") == pytest.approx(2.4)
     parts = data.load("metashift", metashift, 28)
     model = Eye(0.0)
     result = evaluate.predict(model, parts["test"])
@@ -586,7 +607,7 @@ def test_both_releases_of_the_csv_give_the_same_labels_groups_and_sets(release, 
 
 
 def test_a_mask_is_the_union_of_all_rows_and_is_not_transposed(chests):
-    masks = {int(i.rsplit(".", 1)[1]): np.asarray(data.read_image(m, "L")) for s in data.load("siim", chests, 28).values() for i, m in zip(s.ids, s.masks)}
+    masks = {int(i.rsplit(".", 1)[1]): np.asarray(read_image(m, "L")) for s in data.load("siim", chests, 28).values() for i, m in zip(s.ids, s.masks)}
     for i in (1, 2, 3, 5):
         expected = np.maximum.reduce(REGIONS.get(i, [region(0, 0, 0, 0)]))
         assert np.array_equal(masks[i], 255 * expected.astype(np.uint8))
@@ -603,20 +624,31 @@ def test_radiographs_are_squashed_grey_and_normalised_and_monochrome1_is_inverte
     assert all(flipped)                                    # columns are equal: a flip changes nothing, and nothing else happens
 
 
+def test_a_radiograph_is_mirrored_half_of_the_time_and_otherwise_left_alone():
+    image, flips = smooth(), []
+    plain = np.asarray(image.resize((28, 28), Image.Resampling.BILINEAR))
+    for rng in draws(60):
+        view = transforms.View(image)
+        transforms.augment_chest(view, 28, rng)
+        flips.append(np.array_equal(np.asarray(view.image), plain[:, ::-1]))
+        assert flips[-1] or np.array_equal(np.asarray(view.image), plain)
+    assert 15 < sum(flips) < 45
+
+
 def test_a_dicom_of_more_than_eight_bits_is_refused_not_wrapped(tmp_path):
     write_dicom(tmp_path / "deep.dcm", np.full((8, 8), 300), bits=12)
     for mode in (None, "RGB"):
         with pytest.raises(UsageError, match="deep.dcm: 12 bits"):
-            data.read_image(tmp_path / "deep.dcm", mode)
+            read_image(tmp_path / "deep.dcm", mode)
     (tmp_path / "text.dcm").write_text("no DICOM at all")
     with pytest.raises(UsageError, match="cannot read image .*text.dcm"):
-        data.read_image(tmp_path / "text.dcm")
+        read_image(tmp_path / "text.dcm")
 
 
 def test_without_pydicom_the_error_names_the_command_that_installs_it(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
     with pytest.raises(UsageError, match="pip install pydicom"):
-        data.read_image(tmp_path / "a.dcm", "RGB")
+        read_image(tmp_path / "a.dcm", "RGB")
 
 
 class Evil:

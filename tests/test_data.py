@@ -8,6 +8,7 @@ from PIL import Image
 
 import data
 import transforms
+from samples import Plan, patch_keep
 from settings import UsageError
 
 SPECIES = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross")
@@ -109,15 +110,15 @@ def test_augmentation_depends_on_seed_epoch_and_id_only(birds):
 def test_batches_do_not_depend_on_the_number_of_workers(birds):
     samples = data.load("waterbirds", birds, 32)["train"]
     read = lambda workers: [b["image"] for b in torch.utils.data.DataLoader(
-        samples, batch_sampler=data.Plan(len(samples), 4, 0, 5), num_workers=workers)]
+        samples, batch_sampler=Plan(len(samples), 4, 0, 5), num_workers=workers)]
     assert all(torch.equal(a, b) for a, b in zip(read(0), read(2)))
 
 
 def test_processes_share_the_batches_of_one_process_and_resuming_continues_them():
-    whole = list(data.Plan(23, 8, 0, 6))
-    halves = [list(data.Plan(23, 8, 0, 6, rank=r, world=2)) for r in (0, 1)]
+    whole = list(Plan(23, 8, 0, 6))
+    halves = [list(Plan(23, 8, 0, 6, rank=r, world=2)) for r in (0, 1)]
     assert whole == [a + b for a, b in zip(*halves)]
-    assert list(data.Plan(23, 8, 3, 6)) == whole[3:]                             # 2 steps an epoch: 3 is in the middle
+    assert list(Plan(23, 8, 3, 6)) == whole[3:]                             # 2 steps an epoch: 3 is in the middle
     for epoch in range(3):
         seen = [i for step in whole[2 * epoch:2 * epoch + 2] for _, i in step]
         assert len(set(seen)) == 16
@@ -174,6 +175,12 @@ def test_planckian_jitter_multiplies_red_and_blue_and_truncates():
             assert np.asarray(view.image)[i, j].tolist() == [int(min(255, red * (r / g))), green, int(min(255, blue * (b / g)))]
 
 
+def test_planckian_illuminants_run_from_red_to_blue():
+    gains = transforms.PLANCKIAN[:, ::2] / transforms.PLANCKIAN[:, 1:2]
+    assert len(gains) == 25 and (np.diff(gains, axis=0) * (-1, 1) > 0).all()
+    assert gains[0] == pytest.approx([1.674, 0.003], abs=1e-3) and gains[-1] == pytest.approx([0.753, 1.490], abs=1e-3)
+
+
 def test_evaluation_view_resizes_the_shorter_side_and_crops_the_centre():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 101, 3), dtype=np.uint8))
     view = transforms.View(image)
@@ -190,7 +197,7 @@ def test_patch_keep_equals_counting_pixels_patch_by_patch():
     masks[4] = 0
     masks[5] = 0
     masks[5, 3:5, 9:12] = 1                              # smaller than every patch
-    keep = data.patch_keep(masks, 8)
+    keep = patch_keep(masks, 8)
     for b in range(6):
         counts = [masks[b, 8 * i:8 * i + 8, 8 * j:8 * j + 8].float().mean().item() for i in range(3) for j in range(3)]
         expected = [float(c > 0.5) for c in counts]
@@ -223,7 +230,7 @@ def test_a_mask_or_a_keypoint_row_that_is_missing_is_named_not_forgotten(birds, 
     cub = tmp_path / "birds" / "CUB_200_2011"
     locations = (cub / "parts" / "part_locs.txt").read_text()
     (cub / "parts" / "part_locs.txt").write_text("".join(x for x in locations.splitlines(True) if not x.startswith("7 ")))
-    with pytest.raises(UsageError, match="no rows of image 7"):
+    with pytest.raises(UsageError, match="part_locs.txt has no row of image 7"):
         data.load("cub", tmp_path / "birds", 32)
     (cub / "parts" / "part_locs.txt").write_text(locations)
     (cub / "segmentations/001.Black_footed_Albatross/Bird_0004_4.png").unlink()

@@ -11,6 +11,7 @@ import ifam
 import miniature
 import pretrain
 import transforms
+from samples import patch_keep
 from settings import parse
 from tiny import ROOT, fails
 from weights import load_backbone, read_file
@@ -126,6 +127,6 @@ def test_the_committed_file_is_small_and_measures_as_written_beside_it():
     cfg = parse(pretrain.Config, "", [])
     images, masks = miniature.pretraining_scenes(400, cfg.seed + 1, size=96)
     images = (pretrain.to_images(images) - pretrain.MEAN) / pretrain.STD
-    found = pretrain.measures(vit, images, data.patch_keep(torch.from_numpy(masks > 127), 8).bool())
+    found = pretrain.measures(vit, images, patch_keep(torch.from_numpy(masks > 127), 8).bool())
     for name, value in found.items():
         assert value == pytest.approx(made[name], abs=0.02), name
