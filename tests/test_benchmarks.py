@@ -624,6 +624,12 @@ def test_radiographs_are_squashed_grey_and_normalised_and_monochrome1_is_inverte
     assert all(flipped)                                    # columns are equal: a flip changes nothing, and nothing else happens
 
 
+@pytest.mark.parametrize("row", ["10 5 3", f"{1024 * 1024 - 2} 4", "10 x"])
+def test_runs_that_are_no_pairs_or_leave_the_image_are_refused(row):
+    with pytest.raises(UsageError, match="cannot read image .1 rows of train-rle.csv"):
+        read_image(siim.Runs((row,)), "L")
+
+
 def test_a_radiograph_is_mirrored_half_of_the_time_and_otherwise_left_alone():
     image, flips = smooth(), []
     plain = np.asarray(image.resize((28, 28), Image.Resampling.BILINEAR))
