@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from layouts import MetaShift
 from scenes import (COAT, PLACE_KINDS, PRETRAIN, Miniature, Row, bird_look, compose, creature, empty, hsv, in_parallel, pose, save,
                     save_jpeg, scatter)
 from settings import RunError, UsageError, nearest, opt, parse, run_script
@@ -165,7 +166,7 @@ def part_locations(scene, mask):
     return table
 
 
-BENCHMARKS = {"waterbirds": Waterbirds}
+BENCHMARKS = {"waterbirds": Waterbirds, "metashift": MetaShift}
 
 
 # ---------------------------------------------------------------- rendering: whole or not at all

@@ -137,18 +137,18 @@ KINDS = {
 PLACE_KINDS = (("pine", "tree", "grass"), ("crests", "boat", "ripples"))    # index = place: 0 land, 1 water
 
 
-def draw_thing(rng, kind):
-    *ranges, parts = KINDS[kind]
+def draw_thing(rng, kind, table=KINDS):
+    *ranges, parts = table[kind]
     colour = hsv(*(rng.uniform(*r) for r in ranges))
     return [Shape(points, tint if isinstance(tint, tuple) else shade(colour, tint)) for tint, points in parts]
 
 
-def scatter(rng, kinds, count, radius):
-    """[(shapes, frame)]: count[0]..count[1] things on a jittered 5x5 grid, far ones (higher up) first."""
+def scatter(rng, kinds, count, radius, table=KINDS):
+    """[(shapes, frame)]: count[0]..count[1] things on a jittered 5x5 grid, far ones (higher up) first; table as KINDS."""
     n = rng.integers(count[0], count[1] + 1)
     cells = rng.choice(25, n, replace=False)
     centres = (np.stack([cells % 5, cells // 5], 1) + .5 + rng.uniform(-.32, .32, (n, 2))) / 5
-    return [(draw_thing(rng, rng.choice(kinds)), Frame(centre, rng.uniform(*radius), bool(rng.integers(2))))
+    return [(draw_thing(rng, rng.choice(kinds), table), Frame(centre, rng.uniform(*radius), bool(rng.integers(2))))
             for centre in centres[centres[:, 1].argsort()]]
 
 
