@@ -5,8 +5,8 @@ Everything is polygons in the manner of scenes.KINDS: (shade of the thing's colo
 import numpy as np
 from PIL import Image, ImageFilter
 
-from scenes import (BROWN, KINDS, PIXEL_NOISE, SUPERSAMPLE, WHITE, Frame, Look, Scene, Shape, bar, box, colours, ellipse,
-                    hsv, poly, scatter, shade, smooth_noise)
+from scenes import (BROWN, KINDS, PIXEL_NOISE, SUPERSAMPLE, WHITE, Frame, Look, Scene, Shape, bar, box, colours, cued, ellipse,
+                    hsv, poly, scatter, shade, smooth_noise, wavy)
 
 DARK, GREY, STEEL = (40, 40, 48), (130, 130, 135), (90, 95, 105)
 
@@ -56,6 +56,9 @@ SMALL = {           # things that come with a room or a street
     "vase": ((.5, .95), (.4, .7), (.5, .85), [
         ((60, 130, 60), bar((-.35, -.9), (0, 0), .1)), ((60, 130, 60), bar((.35, -.85), (0, 0), .1)), ((230, 120, 150), ellipse(-.36, -.85, .22, .2)),
         ((240, 210, 90), ellipse(.36, -.8, .2, .2)), (1, ellipse(0, .45, .5, .5)), (1, box(-.2, -.2, .2, .3))]),
+    "buoy": ((0, .04), (.75, .95), (.75, .95), [
+        (1, poly((-.3, -.1), (.3, -.1), (.6, .7), (-.6, .7))), (WHITE, poly((-.4, .15), (.4, .15), (.5, .45), (-.5, .45))),
+        (STEEL, box(-.07, -.6, .07, -.1)), ((250, 220, 90), ellipse(0, -.75, .2, .2)), ((60, 110, 170), wavy(.8, .9))]),
     "palm": ((.25, .36), (.6, .9), (.4, .7), [
         (BROWN, poly((-.1, 1), (.12, 1), (.06, -.3), (-.04, -.3))),
         *((tint, poly((0, -.45), (x, y - .25), (1.15 * x, y + .12), (.5 * x, y))) for x, y, tint in (
@@ -96,8 +99,7 @@ def pet_look(rng, label, cue):
     """A cat (label 0) or dog (1). cue scales the difference: at 0 both are the midpoint."""
     t = {}
     for name, ranges in PET_CUES.items():
-        middle = np.mean(ranges, axis=0)
-        t[name] = rng.uniform(*(middle + cue * (ranges[label] - middle)))
+        t[name] = rng.uniform(*cued(ranges, label, cue))
     ear, muzzle = t.pop("ear"), t.pop("muzzle")
     reach = mix(.7, 1.05, muzzle)
     face = [("head_skin", 1.2, ellipse(reach, .28, mix(.3, .62, muzzle), mix(.3, .36, muzzle))),

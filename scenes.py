@@ -206,12 +206,17 @@ def colours(rng):
     return dict(skin=skin, trim=trim, horn=horn)
 
 
+def cued(ranges, which, cue):
+    """The value or range of one of two classes; cue scales its distance from their midpoint."""
+    middle = np.mean(ranges, axis=0)
+    return middle + cue * (ranges[which] - middle)
+
+
 def bird_look(rng, label, cue=1.0, hue_noise=.07):
     """A landbird (label 0) or waterbird (1). cue scales the difference: at 0 both are the midpoint."""
     t = {}
     for name, ranges in CUES.items():
-        middle = np.mean(ranges, axis=0)
-        t[name] = rng.uniform(*(middle + cue * (ranges[label] - middle)))
+        t[name] = rng.uniform(*cued(ranges, label, cue))
     head_skin = hsv(rng.normal(t.pop("head_hue"), hue_noise), rng.uniform(.5, .9), rng.uniform(.45, .95))
     bill = t.pop("bill_length"), t.pop("bill_base"), t.pop("bill_tip")
     return Look(body=(rng.uniform(1.04, 1.2), rng.uniform(.63, .71)), face="bill", bill=bill, tail="feather",
@@ -464,13 +469,13 @@ class Miniature:
         return 2 * row.label + row.place
 
     def summary(self):
-        """Table of examples per split and group."""
-        width = max(map(len, self.GROUPS)) + 2
-        lines = ["split " + "".join(f"{name:>{width}}" for name in self.GROUPS)]
-        for split, name in enumerate(self.SPLITS):
-            groups = [self.group(r) for r in self.rows() if r.split == split]
-            lines.append(f"{name:6}" + "".join(f"{groups.count(g):{width},}" for g in range(len(self.GROUPS))))
-        return "\n".join(lines)
+        """Table of examples per split and group; many groups are the lines, few are the columns."""
+        pairs = [(r.split, self.group(r)) for r in self.rows()]
+        counts = [["split", *self.GROUPS], *([name, *(f"{pairs.count((split, g)):,}" for g in range(len(self.GROUPS)))]
+                                             for split, name in enumerate(self.SPLITS))]
+        table = counts if len(self.GROUPS) <= 4 else [*zip(*counts)]
+        first, width = (max(len(line[0]) for line in table), max(len(cell) for line in table for cell in line[1:]) + 2)
+        return "\n".join(f"{line[0]:{first + 1}}" + "".join(f"{cell:>{width}}" for cell in line[1:]) for line in table)
 
     def picture(self, row):
         """(S, S, 3) uint8: what the sheet shows of an example."""
