@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from layouts import MetaShift
+from layouts import MetaShift, Siim
 from objects import ALL_KINDS
 from scenes import (COAT, PLACE_KINDS, PRETRAIN, Look, Miniature, Row, bird_look, colours, compose, creature, cued, empty,
-                    hsv, in_parallel, pose, save, save_jpeg, scatter)
+                    hsv, in_parallel, note, pose, save, save_jpeg, scatter)
 from settings import RunError, UsageError, nearest, opt, parse, run_script
 
 DRAWING_VERSION = 3     # part of every cache's name: raise it when the same seed would give another picture
@@ -250,6 +250,7 @@ class Cub(CubFolder):
     def finish(self, root, rows, drawn):
         """The table of composites holds the test birds only: nobody may evaluate on another."""
         super().finish(root, rows, drawn)
+        note(root, self)
         self.write_metadata(root, [(r.id, r.file, r.label // 4, 2, self.habitat(r)) for r in rows if r.split == 1])
 
 
@@ -275,7 +276,8 @@ def part_locations(scene, mask):
     return table
 
 
-BENCHMARKS = {"cub": Cub, "waterbirds": Waterbirds, "waterbird200": Waterbird200, "metashift": MetaShift}
+BENCHMARKS = {"cub": Cub, "waterbirds": Waterbirds, "waterbird200": Waterbird200, "metashift": MetaShift,
+              "siim": Siim}
 
 
 # ---------------------------------------------------------------- rendering: whole or not at all

@@ -2,11 +2,13 @@
 
 Everything is polygons in the manner of scenes.KINDS: (shade of the thing's colour or a colour of its own, polygon), radius 1.
 """
+from typing import NamedTuple
+
 import numpy as np
 from PIL import Image, ImageFilter
 
-from scenes import (BROWN, KINDS, PIXEL_NOISE, SUPERSAMPLE, WHITE, Frame, Look, Scene, Shape, bar, box, colours, cued, ellipse,
-                    hsv, poly, scatter, shade, smooth_noise, wavy)
+from scenes import (BROWN, COAT_CELLS, KINDS, PIXEL_NOISE, SUPERSAMPLE, WHITE, Frame, Look, Shape, bar, box, colours, cued, ellipse,
+                    paint, poly, scatter, shade, smooth_noise, wavy)
 
 DARK, GREY, STEEL = (40, 40, 48), (130, 130, 135), (90, 95, 105)
 
@@ -110,3 +112,66 @@ def pet_look(rng, label, cue):
     return Look(body=(t.pop("body"), t.pop("height")), face=face, bill=(.45, 0, 0), tail="whip", legs=4, web=0,
                 pattern=str(rng.choice(("plain", "stripes", "spots"))), head_skin=look["skin"], **t,
                 **look | {"horn": shade(look["skin"], .8)})
+
+
+# ---------------------------------------------------------------- SIIM-ACR: chests
+class Chest(NamedTuple):
+    image: np.ndarray       # (S, S) uint8, white = dense, as a radiograph
+    mask: np.ndarray        # (S, S) float, share of each pixel that is pneumothorax; all 0 without one
+    lungs: np.ndarray       # (S, S) float, the same of both lungs, pneumothorax included
+
+
+TORSO = poly((-.98, 1.2), (-1.02, .2), (-.97, -.4), (-.8, -.6), (-.3, -.78), (-.2, -1.2), (.2, -1.2), (.3, -.78), (.8, -.6), (.97, -.4),
+             (1.02, .2), (.98, 1.2))
+LUNG = np.concatenate([ellipse(-.42, -.1, .33, .6, 180, 360), poly((-.12, .3), (-.2, .46), (-.32, .38), (-.47, .36), (-.62, .44), (-.76, .66))])
+TUBE = poly((-1.05, 1.1), (-.93, .6), (-.88, .15), (-.76, -.15), (-.6, -.34))
+
+
+def chest(rng, size, pneumothorax, tube, depth, coat):
+    """A frontal chest: ribs, lungs with fine markings, heart; perhaps a pneumothorax; perhaps a tube from the side to the lung.
+
+    A pneumothorax is the part of a lung that lies outside the same lung moved down or inwards by depth (a share of
+    the side): a dark crescent at the apex or along the side, without markings, behind a thin bright line. Both
+    are drawn from numbers that do not depend on the other, so that the same chest can be drawn with and without.
+    """
+    frame = Frame(.5 + rng.uniform(-.03, .03, 2), rng.uniform(.44, .5), False, np.radians(rng.uniform(-4, 4)))
+    stretch = rng.uniform(.93, 1.07, (2, 2))
+    side, apex, deep, tube_side = rng.integers(2), rng.integers(2), rng.uniform(*depth) / frame.scale, rng.integers(2)
+    heart = ellipse(.14, .24, rng.uniform(.26, .34), rng.uniform(.24, .3))
+    noise, grain = rng.normal(0, 255 * PIXEL_NOISE, (size, size)), smooth_noise(rng, COAT_CELLS, size)[..., 0]
+    cloud, bend = smooth_noise(rng, 6, size)[..., 0], TUBE + rng.uniform(-.03, .03, TUBE.shape)
+
+    def cover(*outlines, blur=0):
+        """(S, S) share of each pixel inside any of the outlines."""
+        canvas = Image.new("L", (SUPERSAMPLE * size,) * 2)
+        paint(canvas, [Shape(points, 255) for points in outlines], frame)
+        return np.asarray(canvas.reduce(SUPERSAMPLE).filter(ImageFilter.GaussianBlur(blur * size))) / 255
+
+    flip = np.array([(1, 1), (-1, 1)])                                      # image left, image right
+    lungs = [LUNG * stretch[i] * flip[i] for i in range(2)]
+    away = np.array([(0, deep), (.9 * deep, .1 * deep)])[apex] * flip[side]
+    inside = cover(heart)
+    air = cover(*lungs) * (1 - inside)
+    rest = cover(lungs[side] + away, box(-.5, .25, .5, 1.2))                # no gap above the diaphragm
+    mask = (cover(lungs[side]) * (1 - rest) * (1 - inside)) * bool(pneumothorax)
+    line = (cover(lungs[side] + .75 * away) - rest).clip(0) * (mask > 0)
+    ribs = [_ribs(i, flip, stretch) for i in range(2)]
+    picture = 18 + 110 * cover(TORSO, blur=.015) + 60 * cover(box(-.12, -1.2, .12, 1.2), blur=.02) + 25 * cloud
+    picture = picture + 40 * cover(poly((-1, .5), (1, .5), (1, 1.2), (-1, 1.2)), blur=.05)
+    picture = picture * (1 - air) + (62 + 25 * cloud) * air + 45 * cover(heart, blur=.012) * (1 - air)
+    picture = picture + 34 * cover(*sum(ribs, []), blur=.004)
+    picture = picture + (air - mask).clip(0) * 255 * coat * grain - 30 * mask + 60 * line
+    if tube:
+        path = bend * flip[tube_side]
+        picture = picture + 105 * cover(*(bar(a, b, .055) for a, b in zip(path, path[1:])))
+    return Chest((picture + noise).round().clip(0, 255).astype(np.uint8), mask, air)
+
+
+def _ribs(i, flip, stretch):
+    """Bows from the spine outwards and down, and a collar bone."""
+    shapes = []
+    for y in np.linspace(-.75, .45, 8):
+        x = np.linspace(-.08, -.84, 9)
+        bow = np.stack([x, y + .5 * (x + .35) ** 2 - .22 * (x + .1)], 1) * stretch[i] * flip[i]
+        shapes += [bar(a, b, .05) for a, b in zip(bow, bow[1:])]
+    return [*shapes, bar(np.array((-.1, -.6)) * flip[i], np.array((-.75, -.78)) * flip[i], .07)]

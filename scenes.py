@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from settings import UsageError
+from settings import UsageError, write_json
 
 SUPERSAMPLE = 2         # scenes are drawn twice as large and box-filtered: soft edges, soft masks
 PIXEL_NOISE = 0.02      # standard deviation on a 0..1 scale
@@ -489,6 +489,11 @@ class Miniature:
             for column, row in enumerate([r for r in rows if self.group(r) == group][:columns]):
                 sheet[group, :, column] = self.picture(row)
         return sheet.reshape(len(self.GROUPS) * S, columns * S, 3)
+
+
+def note(root, knobs, **more):
+    """miniature.json beside the benchmark's folders: why counts are not the benchmark's, and what was drawn."""
+    write_json(root / "miniature.json", {"knobs": asdict(knobs), **more})
 
 
 def save(picture, path, **options):
