@@ -1,7 +1,7 @@
-"""layouts.py: the miniatures of MetaShift, SIIM-ACR, ImageNet and ImageNet-9, each in its benchmark's own layout.
+"""layouts.py: the miniatures of MetaShift and SIIM-ACR, each in its benchmark's own layout.
 
 Each is a dataclass of knobs, like those of the birds in miniature.py, which renders them. What they draw: objects.py.
-All masks are exact. MetaShift and ImageNet have none in their layout: theirs lie under segmentations/, for measuring only.
+All masks are exact. MetaShift has none in its layout: its masks lie under segmentations/, for measuring only.
 """
 import csv
 import io

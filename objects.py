@@ -1,4 +1,4 @@
-"""objects.py: what the miniatures of MetaShift, SIIM-ACR and ImageNet draw: cats and dogs, rooms and streets, chests, objects.
+"""objects.py: what the miniatures of MetaShift and SIIM-ACR draw: cats and dogs, rooms and streets, chests.
 
 Everything is polygons in the manner of scenes.KINDS: (shade of the thing's colour or a colour of its own, polygon), radius 1.
 """
