@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from layouts import MetaShift, Siim
+from layouts import ImageNet, ImageNet9, MetaShift, Siim
 from objects import ALL_KINDS
-from scenes import (COAT, PLACE_KINDS, PRETRAIN, Look, Miniature, Row, bird_look, colours, compose, creature, cued, empty,
-                    hsv, in_parallel, note, pose, save, save_jpeg, scatter)
+from scenes import (COAT, PLACE_KINDS, PRETRAIN, Look, Miniature, Row, bird_look, colours, compose, creature, cued,
+                    empty, hsv, in_parallel, note, pose, save, save_jpeg, scatter)
 from settings import RunError, UsageError, nearest, opt, parse, run_script
 
 DRAWING_VERSION = 3     # part of every cache's name: raise it when the same seed would give another picture
@@ -109,7 +109,8 @@ class CubFolder(Miniature):
 class Waterbirds(CubFolder):
     """The knobs of a miniature Waterbirds, and how to write it.
 
-    The defaults pose the benchmark's problem to a small network; they were chosen on validation (README, The miniature).
+    The defaults pose the benchmark's problem to a small network; they were chosen on validation (README, The
+    miniature).
     """
     train: int = opt(2200, "training examples, half of them of each class")
     val: int = opt(400, "validation examples, balanced over the four groups")
@@ -161,7 +162,7 @@ class Waterbirds(CubFolder):
 # species = three bits: head, breast and wing; tail, bill and legs repeat two of them each, mixed
 SPECIES = ("Rusty_Pinefinch", "Rusty_Oakfinch", "Meadow_Bunting", "Moss_Bunting",
            "Surf_Rail", "Harbour_Rail", "Lake_Grebe", "Buoy_Grebe")
-HOMES = ("pine", "tree", "grass", "mushroom", "crests", "boat", "ripples", "buoy")      # the things of each; four of land
+HOMES = ("pine", "tree", "grass", "mushroom", "crests", "boat", "ripples", "buoy")   # things of each, four of land
 PLUMAGE = {"head_skin": (.02, .58), "breast_skin": (.14, .9), "trim": (.36, .7), "tail_skin": (.08, .5)}     # hues
 
 
@@ -173,9 +174,10 @@ def species_look(rng, species, cue, hue_noise):
     bill, legs = breast != wing, head != wing
     draw = lambda low, high, which: rng.uniform(*cued((low, high), which, cue))
     return Look(body=(rng.uniform(1.04, 1.2), rng.uniform(.63, .71)), neck=rng.uniform(.2, .6), face="bill",
-                head=rng.uniform(.44, .52), tail="feather", tail_length=rng.uniform(.65, .85), tail_lift=rng.uniform(5, 35),
+                head=rng.uniform(.44, .52), tail="feather", tail_length=rng.uniform(.65, .85),
+                tail_lift=rng.uniform(5, 35), legs=2,
                 bill=(draw((.45, .55), (.8, .95), bill), draw((.22, .26), (.12, .15), bill), .03),
-                legs=2, leg=draw((.35, .45), (.65, .8), legs), web=draw((0, .1), (.9, 1), legs), pattern="wing",
+                leg=draw((.35, .45), (.65, .8), legs), web=draw((0, .1), (.9, 1), legs), pattern="wing",
                 **colours(rng) | skins)
 
 
@@ -185,8 +187,8 @@ class Cub(CubFolder):
 
     Around a bird lie things of one kind. Its species has a home among eight kinds, and 95 % of the birds are at
     home, in training and in the test set, as photographs of a species share a habitat. Waterbird200, rendered
-    into the same folder, takes the test birds away: each is cut out under its soft mask and put on another backdrop, among things
-    of land or water, half of each species on the one that is not its own (species 1-4 are landbirds).
+    into the same folder, takes the test birds away: each is cut out under its soft mask and put on another backdrop,
+    among things of land or water, half of each species on the one that is not its own (species 1-4 are landbirds).
     """
     train: int = opt(2400, "training examples, as many of each species")
     test: int = opt(800, "test examples, as many of each species; each is drawn once more on another habitat")
@@ -277,7 +279,7 @@ def part_locations(scene, mask):
 
 
 BENCHMARKS = {"cub": Cub, "waterbirds": Waterbirds, "waterbird200": Waterbird200, "metashift": MetaShift,
-              "siim": Siim}
+              "siim": Siim, "imagenet": ImageNet, "imagenet9": ImageNet9}
 
 
 # ---------------------------------------------------------------- rendering: whole or not at all
@@ -289,7 +291,8 @@ def render(name, root=None, workers=None, **knobs):
     """
     benchmark = configure(name, knobs)
     content = json.dumps([DRAWING_VERSION, asdict(benchmark)], sort_keys=True)
-    final = Path(root or CACHE) / f"{getattr(benchmark, 'FOLDER', name)}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+    digest = hashlib.sha256(content.encode()).hexdigest()[:10]
+    final = Path(root or CACHE) / f"{getattr(benchmark, 'FOLDER', name)}-{digest}"
     if final.is_dir():
         return final
     temporary = final.with_name(f".{final.name}.{os.getpid()}@{platform.node()}")

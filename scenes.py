@@ -144,7 +144,7 @@ def draw_thing(rng, kind, table=KINDS):
 
 
 def scatter(rng, kinds, count, radius, table=KINDS):
-    """[(shapes, frame)]: count[0]..count[1] things on a jittered 5x5 grid, far ones (higher up) first; table as KINDS."""
+    """[(shapes, frame)]: count[0]..count[1] things on a jittered 5x5 grid, far ones (higher up) first. table: KINDS."""
     n = rng.integers(count[0], count[1] + 1)
     cells = rng.choice(25, n, replace=False)
     centres = (np.stack([cells % 5, cells // 5], 1) + .5 + rng.uniform(-.32, .32, (n, 2))) / 5
@@ -443,12 +443,12 @@ class Row(NamedTuple):
 
 
 class Miniature:
-    """Base of the miniatures: dataclasses whose fields are knobs. Checks knobs by their names, counts, draws a sheet."""
+    """Base of the miniatures, dataclasses of knobs: checks knobs by their names, counts, draws a sheet."""
     SPLITS = ("train", "val", "test")
     GROUPS = ()             # names; group(row) is an index into them
     COUNTS = ("train", "val", "test")
     SHARES = ("agreement", "cue", "hue_noise", "coat")
-    RANGES = {"things": (0, 25), "thing_radius": (.01, .3), "bird": (.05, .3), "pet": (.05, .3), "object": (.05, .4),
+    RANGES = {"things": (0, 25), "thing_radius": (.01, .3), "bird": (.05, .3), "pet": (.05, .3), "object": (.05, .25),
               "depth": (.02, .15)}
 
     def __post_init__(self):

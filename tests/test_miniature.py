@@ -130,7 +130,7 @@ def test_the_mask_is_exact(monkeypatch):
     assert ((one.image == away.image).all(-1) | (one.mask > 0)).all()
     coated = scenes.compose(np.random.default_rng(1), 96, body, frame, 0.8, nothing)
     change = np.abs(coated.image.astype(int) - one.image).max(-1)
-    assert not change[one.mask == 0].any() and change[one.mask == 1].mean() > 20         # the coat is the creature's alone
+    assert not change[one.mask == 0].any() and change[one.mask == 1].mean() > 20    # the coat is the creature's alone
 
 
 def test_bird_and_backdrop_do_not_depend_on_the_place():
