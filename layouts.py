@@ -255,6 +255,7 @@ class Groups9(Miniature):
     thing_radius: tuple = opt((0.06, 0.1), "smallest and largest thing, as a share of the side")
     object: tuple = opt((0.19, 0.23), "smallest and largest object: a third of its length, as a share of the side")
     coat: float = opt(COAT, "strength of the fine grain that objects have, cars too, and nothing else has, 0..1")
+    hue_noise: float = opt(0.15, "standard deviation of hues within a class; 1 = the full circle: only shapes tell")
     seed: int = opt(0, "a scene depends on (seed, split, index) only")
 
     USE = 0                     # of the seed: split 0 of one benchmark is not that of another
@@ -280,7 +281,7 @@ class Groups9(Miniature):
     def scene(self, row):
         """The thing's kind says nothing about object, backdrop and noise, and they ignore it."""
         rng = np.random.default_rng([self.seed, self.USE + row.split, row.index])
-        body, frame = foreground(rng, self.classes[row.label][2]), pose(rng, self.object, shift=.08)
+        body, frame = foreground(rng, self.classes[row.label][2], self.hue_noise), pose(rng, self.object, shift=.08)
         return compose(rng, self.size, body, frame, self.coat, partial(
             scatter, kinds=[THINGS9[row.place]], count=self.things, radius=self.thing_radius, table=ALL_KINDS))
 

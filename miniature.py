@@ -3,16 +3,19 @@
     python miniature.py --data waterbirds --sheet scenes.png
 
 renders a miniature Waterbirds under data/mini (10 to 20 seconds on two cores), prints its folder and group
-sizes, and draws some scenes to look at. A loader of the real data reads the folder with no special case.
+sizes, and draws some scenes to look at. Each benchmark has knobs of its own: --data NAME --help. The folder
+appears when it is complete, and a seed draws the same bytes every time.
 
-The problem posed: a bird stands on a coloured backdrop that says nothing. Behind it lie small things: trees
-and grass (place = land) or waves and boats (place = water). In training the place agrees with the kind of
-bird 95 % of the time, elsewhere it is a coin flip. Land- and waterbirds differ in shape and in the hue of
-the head: the bird alone decides. How anything is drawn: scenes.py.
+The problem that Waterbirds poses: a bird stands on a coloured backdrop that says nothing. Behind it lie small
+things: trees and grass (place = land) or waves and boats (place = water). In training the place agrees with
+the kind of bird 95 % of the time, elsewhere it is a coin flip. Land- and waterbirds differ in shape and in
+the hue of the head: the bird alone decides. The others are described by their classes: birds here, the rest
+in layouts.py. How anything is drawn: scenes.py.
 """
 import argparse
 import csv
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -354,7 +357,7 @@ def main(argv=None):
         ("data", str, opt("waterbirds", "which benchmark", choices=tuple(BENCHMARKS))),
         ("out", str, opt("", "folder for miniatures, if not data/mini beside this file")),
         ("sheet", str, opt("", "also draw some scenes into this picture file"))])
-    args = parse(command, __doc__, argv)
+    args = parse(command, __doc__ + "\n" + inspect.cleandoc(knobs.__doc__), argv)
     chosen = {f.name: getattr(args, f.name) for f in fields(knobs)}
     benchmark = configure(args.data, chosen)
     print(render(args.data, args.out or None, **chosen))

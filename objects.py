@@ -217,17 +217,20 @@ FIGURES = {         # as KINDS, facing right
         *((.6, bar((x, -.18), (x - .05, .1), .05)) for x in (.3, .4, .5)), *eye(.78, -.12)])}
 
 
-def foreground(rng, kind):
-    """A creature or object of ImageNet -> (shapes, parts) for compose."""
+def foreground(rng, kind, hue_noise):
+    """A creature or object of ImageNet -> (shapes, parts) for compose. hue_noise: deviation from its kind's hue."""
     if kind in ("finch", "goose"):
-        return creature(bird_look(rng, kind == "goose", hue_noise=.03))
+        return creature(bird_look(rng, kind == "goose", hue_noise=hue_noise))
+    shift = rng.normal(0, hue_noise)
     if kind in FUR:
-        build, *ranges, more = FUR[kind]
-        skin = hsv(*(rng.uniform(*r) for r in ranges))
+        build, hue, *ranges, more = FUR[kind]
+        skin = hsv(shift + rng.uniform(*hue), *(rng.uniform(*r) for r in ranges))
         look = pet_look(rng, build, 1)._replace(skin=skin, head_skin=skin, trim=shade(skin, .75), horn=shade(skin, .8))
         return creature(look._replace(**more))
     size = 1.5 * rng.uniform(.93, 1.07, 2)              # a creature is about as large
-    return [Shape(shape.points * size, shape.colour) for shape in draw_thing(rng, kind, FIGURES)], {}
+    hue, *rest = FIGURES[kind]
+    shapes = draw_thing(rng, kind, {kind: (np.add(hue, shift), *rest)})
+    return [Shape(shape.points * size, shape.colour) for shape in shapes], {}
 
 
 # ---------------------------------------------------------------- SIIM-ACR: chests
