@@ -49,14 +49,14 @@ def test_a_seed_draws_the_same_bytes_twice_and_another_seed_others(folder, name,
     assert json.loads((again / "miniature.json").read_text())["knobs"]["size"] == TINY[name]["size"]
 
 
-@pytest.mark.parametrize("name", miniature.BENCHMARKS)
+@pytest.mark.parametrize("name", TINY)
 def test_a_killed_rendering_leaves_nothing_that_is_taken_for_whole(name, tmp_path, monkeypatch):
     def dies(*args):
         raise KeyboardInterrupt
     monkeypatch.setattr(miniature.BENCHMARKS[name], "finish", dies)
     monkeypatch.setattr(miniature.shutil, "rmtree", lambda *args, **kw: None)       # as a kill: no clean-up
     with pytest.raises(KeyboardInterrupt):
-        miniature.render(name, tmp_path, **TINY.get(name, dict(train=8, test=8, size=48)))
+        miniature.render(name, tmp_path, **TINY[name])
     assert all(path.name.startswith(".") for path in tmp_path.iterdir())
 
 
@@ -88,7 +88,7 @@ def test_waterbird200_is_the_test_birds_of_cub_half_of_each_species_on_the_other
         mask = image((cub / "segmentations" / r["img_filename"]).with_suffix(".png"))
         old = image(cub / "images" / r["img_filename"])
         new = image(cub / "waterbird_complete95_forest2water2" / r["img_filename"])
-        assert np.abs(old - new)[mask == 255].mean() < 4 < np.abs(old - new)[mask == 0].mean()
+        assert np.abs(old - new)[mask == 255].mean() < 5 < np.abs(old - new)[mask == 0].mean()
 
 
 # ---------------------------------------------------------------- MetaShift
@@ -191,7 +191,7 @@ def test_imagenets_folders_are_wnids_with_a_mask_for_each_image(folder):
         assert len(files) == 18
         for file in files:
             mask = image((root / "segmentations" / file.relative_to(root / "imagenet")).with_suffix(".png"))
-            assert set(np.unique(mask)) == {0, 255} and .08 < (mask > 0).mean() < .35
+            assert set(np.unique(mask)) == {0, 255} and .05 < (mask > 0).mean() < .35
 
 
 def test_object_and_backdrop_ignore_the_things_and_every_object_has_the_coat():
