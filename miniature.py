@@ -1,435 +1,119 @@
-"""miniature.py: small look-alikes of the benchmarks, drawn with polygons, in the benchmarks' own layout.
+"""miniature.py: small look-alikes of the benchmarks, in the benchmarks' own layout.
 
     python miniature.py --data waterbirds --sheet scenes.png
 
 renders a miniature Waterbirds under data/mini (10 to 20 seconds on two cores), prints its folder and group
-sizes, and draws some scenes to look at. A loader of the real data reads the folder with no special case.
+sizes, and draws some scenes to look at. Each benchmark has knobs of its own: --data NAME --help. The folder
+appears when it is complete, and a seed draws the same bytes every time.
 
-The problem posed: a bird stands on a coloured backdrop that says nothing. Behind it lie small things: trees
-and grass (place = land) or waves and boats (place = water). In training the place agrees with the kind of
-bird 95 % of the time, elsewhere it is a coin flip. Land- and waterbirds differ in shape and in the hue of
-the head: the bird alone decides. Creatures have a coat, a fine grain that nothing else has.
-
-Letters: S side of a picture in pixels. Local coordinates: x to the right (creatures face right), y down.
-Mask: 1 = creature, 0 = anything else, between = the covered share of an edge pixel.
+The problem that Waterbirds poses: a bird stands on a coloured backdrop that says nothing. Behind it lie small
+things: trees and grass (place = land) or waves and boats (place = water). In training the place agrees with
+the kind of bird 95 % of the time, elsewhere it is a coin flip. Land- and waterbirds differ in shape and in
+the hue of the head: the bird alone decides. The others are described by their classes: birds here, the rest
+in layouts.py. How anything is drawn: scenes.py.
 """
 import argparse
-import colorsys
 import csv
 import hashlib
+import inspect
 import json
-import multiprocessing
 import os
 import platform
 import re
 import shutil
-import signal
-import sys
-import threading
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, make_dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
-from tqdm import tqdm
+from PIL import Image
 
+from layouts import ImageNet, ImageNet9, MetaShift, Siim
+from objects import ALL_KINDS
+from scenes import (COAT, PLACE_KINDS, PRETRAIN, Look, Miniature, Row, bird_look, colours, compose, creature, cued,
+                    empty, hsv, in_parallel, note, pose, save, save_jpeg, scatter)
 from settings import RunError, UsageError, nearest, opt, parse, run_script
 
 DRAWING_VERSION = 3     # part of every cache's name: raise it when the same seed would give another picture
 CACHE = Path(__file__).resolve().parent / "data" / "mini"
-SUPERSAMPLE = 2         # scenes are drawn twice as large and box-filtered: soft edges, soft masks
-PIXEL_NOISE = 0.02      # standard deviation on a 0..1 scale
-COAT, COAT_CELLS = 0.8, 48      # strength of the grain of feathers and fur; its cells across the picture
 
 
-# ---------------------------------------------------------------- shapes
-class Shape(NamedTuple):
-    points: np.ndarray      # (n, 2) corners of a filled polygon, local coordinates
-    colour: tuple           # three whole numbers, 0..255
-
-
-class Frame(NamedTuple):
-    """Where local coordinates lie in the picture; lengths are shares of its side."""
-    centre: tuple           # (x, y)
-    scale: float            # of the local unit
-    mirror: bool            # True: faces left
-    turn: float = 0.0       # radians
-
-    def place(self, points):
-        """Local (n, 2) -> picture (n, 2), 0..1 inside."""
-        c, s = np.cos(self.turn), np.sin(self.turn)
-        flip = -1 if self.mirror else 1
-        return np.asarray(points) @ (self.scale * np.array([(flip * c, flip * s), (-s, c)])) + self.centre
-
-
-def paint(canvas, shapes, frame, colour=None):
-    """Draw shapes on a square PIL image, in order. A mask is the same polygons, all in one colour."""
-    draw = ImageDraw.Draw(canvas)
-    for shape in shapes:
-        corners = frame.place(shape.points) * canvas.width
-        draw.polygon(corners.ravel().tolist(), shape.colour if colour is None else colour)
-
-
-def hsv(hue, saturation, value):
-    """Hue is a circle (1.04 = 0.04); saturation and value 0..1 -> three whole numbers 0..255."""
-    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 1, saturation, value))
-
-
-def shade(colour, factor):
-    return tuple(min(255, round(c * factor)) for c in colour)
-
-
-def poly(*points):
-    return np.array(points, float)
-
-
-def box(x0, y0, x1, y1):
-    return poly((x0, y0), (x1, y0), (x1, y1), (x0, y1))
-
-
-def bar(a, b, width):
-    """A straight line from a to b as a polygon (4, 2)."""
-    a, b = np.array(a), np.array(b)
-    across = np.array([a[1] - b[1], b[0] - a[0]]) * (width / 2 / np.hypot(*(b - a)))
-    return poly(a - across, b - across, b + across, a + across)
-
-
-def wavy(y, half):
-    """A wavy line of the given half length around height y, as a polygon."""
-    x = np.linspace(-half, half, 13)
-    line = np.stack([x, y + .13 * np.sin(9 * x)], 1)
-    return np.concatenate([line - (0, .06), line[::-1] + (0, .06)])
-
-
-def ellipse(x, y, rx, ry, start=0, stop=360, n=24):
-    """Points (n, 2); with angles, in degrees clockwise from the right, the segment between them."""
-    angle = np.radians(np.linspace(start, stop, n))
-    return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], 1)
-
-
-# ---------------------------------------------------------------- things that stand for a place
-BROWN, WHITE = (100, 66, 38), (243, 246, 250)
-# kind: ranges of hue, saturation, value; polygons in radius 1 with a shade of it or their own colour
-KINDS = {
-    "pine": ((.27, .45), (.5, .9), (.3, .7), [
-        (BROWN, box(-.13, .6, .13, 1)), (.8, poly((-.75, .75), (.75, .75), (0, -.1))),
-        (.95, poly((-.6, .3), (.6, .3), (0, -.5))), (1.1, poly((-.42, -.15), (.42, -.15), (0, -1)))]),
-    "tree": ((.15, .42), (.5, .9), (.3, .75), [
-        (BROWN, box(-.13, .3, .13, 1)), (1, ellipse(-.3, .05, .45, .4)), (1, ellipse(.3, .05, .45, .4)),
-        (1, ellipse(0, -.35, .62, .58)), (1.25, ellipse(-.15, -.5, .3, .26))]),
-    "grass": ((.15, .38), (.6, .9), (.4, .8), [
-        (.75 + .05 * (5 * i % 7), poly((x - .09, .7), (x + .09, .7), (2.1 * x, -.2 - .25 * (3 * i % 4))))
-        for i, x in enumerate(np.linspace(-.4, .4, 7))]),
-    "crests": ((.52, .66), (.6, .9), (.45, .85), [
-        (tint, ellipse(x, .25, r, 1.15 * r, 180, 360))
-        for x in (-.66, 0, .66) for r, tint in ((.4, WHITE), (.29, 1))]),
-    "boat": ((0, 1), (.05, .2), (.85, 1), [
-        (.85, poly((-.05, -1), (-.05, .35), (-.65, .35))), (1, poly((.05, -.85), (.05, .35), (.6, .35))),
-        (BROWN, box(-.03, -1, .03, .5)),
-        ((112, 52, 40), poly((-.85, .45), (.85, .45), (.55, .9), (-.55, .9)))]),
-    "ripples": ((.48, .64), (.2, .55), (.8, 1), [(1, wavy(-.4, .9)), (1, wavy(0, 1)), (1, wavy(.4, .7))]),
-    "rock": ((0, .12), (.05, .2), (.35, .65), [
-        (1, poly((-.9, .6), (-.75, -.1), (-.2, -.6), (.4, -.5), (.85, .1), (.9, .6))),
-        (1.25, poly((-.6, 0), (-.15, -.45), (.2, -.35), (-.1, .1)))]),
-    "flower": ((0, 1), (.6, .9), (.75, 1), [
-        ((60, 130, 50), box(-.06, -.2, .06, 1)),
-        *((1, ellipse(.42 * x, .42 * y - .25, .3, .3)) for x, y in ellipse(0, 0, 1, 1, -90, 270, 6)),
-        ((250, 215, 80), ellipse(0, -.25, .22, .22))]),
-    "house": ((0, 1), (.25, .5), (.7, .95), [
-        (1, box(-.65, -.1, .65, .85)), ((142, 58, 48), poly((-.9, -.05), (.9, -.05), (0, -.9))),
-        (BROWN, box(-.4, .25, -.05, .85)), ((70, 80, 110), box(.2, .15, .48, .45))]),
-    "cloud": ((0, 1), (0, .03), (.75, 1), [
-        (1, ellipse(-.45, .15, .5, .32)), (1, ellipse(.45, .15, .5, .32)), (1, ellipse(0, -.1, .5, .45))]),
-    "mushroom": ((0, 1), (.6, .9), (.6, .9), [
-        ((236, 226, 205), box(-.2, 0, .2, .85)), (1, ellipse(0, .1, .85, .95, 180, 360)),
-        (WHITE, ellipse(-.4, -.15, .13, .13)), (WHITE, ellipse(.05, -.5, .13, .13))]),
-    "fence": ((0, 1), (.35, .6), (.45, .75), [
-        (.8, box(-.95, -.3, .95, -.12)), (.8, box(-.95, .25, .95, .43)),
-        *((1, poly((-.15, .8), (-.15, -.5), (0, -.8), (.15, -.5), (.15, .8)) + (x, 0))
-          for x in (-.65, 0, .65))])}
-PLACE_KINDS = (("pine", "tree", "grass"), ("crests", "boat", "ripples"))    # index = place: 0 land, 1 water
-
-
-def draw_thing(rng, kind):
-    *ranges, parts = KINDS[kind]
-    colour = hsv(*(rng.uniform(*r) for r in ranges))
-    return [Shape(points, tint if isinstance(tint, tuple) else shade(colour, tint)) for tint, points in parts]
-
-
-def scatter(rng, kinds, count, radius):
-    """[(shapes, frame)]: count[0]..count[1] things on a jittered 5x5 grid, far ones (higher up) first."""
-    n = rng.integers(count[0], count[1] + 1)
-    cells = rng.choice(25, n, replace=False)
-    centres = (np.stack([cells % 5, cells // 5], 1) + .5 + rng.uniform(-.32, .32, (n, 2))) / 5
-    return [(draw_thing(rng, rng.choice(kinds)), Frame(centre, rng.uniform(*radius), bool(rng.integers(2))))
-            for centre in centres[centres[:, 1].argsort()]]
-
-
-# ---------------------------------------------------------------- creatures
-class Look(NamedTuple):
-    """All there is to know about a creature. Lengths in body units, angles in degrees."""
-    body: tuple             # half length, half height
-    neck: float
-    head: float             # radius
-    face: str               # a key of FACES or BILLS
-    bill: tuple             # length, half height at the base and at the tip
-    tail: str               # a key of TAILS
-    tail_length: float
-    tail_lift: float        # angle above the horizontal
-    legs: int               # 0 (a fin instead), 2 or 4
-    leg: float              # length below the body
-    web: float              # 0 toes .. 1 webbed feet
-    pattern: str            # one of PATTERNS
-    skin: tuple             # colours: of the body,
-    trim: tuple             # of wing or pattern, and tail,
-    head_skin: tuple        # of head and neck,
-    horn: tuple             # of bill and legs
-
-
-# What tells the classes apart: (landbird's range, waterbird's range). All other distributions are shared.
-CUES = {"head_hue": ((.04, .04), (.47, .47)), "head": ((.46, .56), (.38, .48)), "neck": ((0, .35), (.7, 1.2)),
-        "bill_length": ((.45, .6), (.75, .95)), "bill_base": ((.2, .25), (.14, .18)),
-        "bill_tip": ((0, .02), (.06, .09)), "tail_length": ((.85, 1.15), (.45, .65)),
-        "tail_lift": ((30, 58), (-5, 12)), "leg": ((.4, .55), (.6, .8)), "web": ((0, .1), (.8, 1))}
-BILLS = {"cone": (.5, .22, 0), "flat": (.85, .16, .08), "needle": (1, .07, .02)}
-FACES = {       # instead of a bill: (colour of the look, its shade, polygon in head radii)
-    "hook": [("horn", 1, poly((.6, -.5), (1.1, -.4), (1.4, .05), (1.3, .7), (1, 1), (.95, .6), (.6, .5)))],
-    "snout": [("head_skin", 1.2, ellipse(.95, .25, .65, .4)), ("horn", .15, ellipse(1.5, .1, .17, .15)),
-              ("head_skin", .7, ellipse(-.75, -.35, .35, .7))],
-    "ears": [("head_skin", .8, poly((-.85, -.6), (-.7, -1.5), (-.1, -.7))),
-             ("head_skin", .8, poly((.05, -.7), (.55, -1.5), (.75, -.6))),
-             ("horn", 1, ellipse(.95, .2, .2, .16))]}
-TAILS = {       # polygons from the root along x; turned, stretched and moved to the body's rear end
-    "feather": [poly((0, -.15), (1, -.3), (.82, .22), (0, .15))],
-    "short": [poly((0, -.2), (.5, -.1), (.5, .1), (0, .2))],
-    "fork": [poly((0, -.1), (1, -.5), (.65, 0), (1, .5), (0, .1))],
-    "puff": [ellipse(.35, 0, .4, .4)],
-    "whip": [poly((0, -.07), (.6, -.12), (1.1, -.4), (1.2, -.34), (.7, .04), (0, .07))],
-    "fan": [poly((0, 0), *ellipse(0, 0, .95, .95, a - 13, a + 13)) for a in (-40, -13, 13, 40)]}
-PATTERNS = ("wing", "plain", "stripes", "spots")
-
-
-def colours(rng):
-    value = rng.uniform(.35, .9)
-    skin = hsv(rng.uniform(0, 1), rng.uniform(.15, .75), value)
-    trim = shade(skin, rng.choice([.55, 1.4 if value < .7 else 1.2]))
-    horn = hsv(rng.uniform(.03, .13), rng.uniform(.7, .95), rng.uniform(.75, 1))
-    return dict(skin=skin, trim=trim, horn=horn)
-
-
-def bird_look(rng, label, cue=1.0, hue_noise=.07):
-    """A landbird (label 0) or waterbird (1). cue scales the difference: at 0 both are the midpoint."""
-    t = {}
-    for name, ranges in CUES.items():
-        middle = np.mean(ranges, axis=0)
-        t[name] = rng.uniform(*(middle + cue * (ranges[label] - middle)))
-    head_skin = hsv(rng.normal(t.pop("head_hue"), hue_noise), rng.uniform(.5, .9), rng.uniform(.45, .95))
-    bill = t.pop("bill_length"), t.pop("bill_base"), t.pop("bill_tip")
-    return Look(body=(rng.uniform(1.04, 1.2), rng.uniform(.63, .71)), face="bill", bill=bill, tail="feather",
-                legs=2, pattern="wing", head_skin=head_skin, **t, **colours(rng))
-
-
-def any_look(rng):
-    """A creature of no class: every feature is independent of every other."""
-    face = str(rng.choice([*BILLS, *FACES]))
-    return Look(body=(rng.uniform(.8, 1.3), rng.uniform(.5, .85)), neck=rng.uniform(0, 1.3), face=face,
-                head=rng.uniform(.36, .56), bill=BILLS.get(face, (.45, 0, 0)), tail=str(rng.choice([*TAILS])),
-                tail_length=rng.uniform(.5, 1.15), tail_lift=rng.uniform(-10, 60), leg=rng.uniform(.35, .85),
-                legs=int(rng.choice([0, 2, 4])), web=rng.uniform(0, 1), pattern=str(rng.choice(PATTERNS)),
-                head_skin=hsv(rng.uniform(0, 1), rng.uniform(.3, .9), rng.uniform(.4, .95)), **colours(rng))
-
-
-def tail_shapes(look):
-    """Drawn before the body, which hides its root -> shapes, {part: (x, y)}."""
-    lift, length = np.radians(look.tail_lift), look.tail_length
-    back, up = np.array([-np.cos(lift), -np.sin(lift)]), np.array([np.sin(lift), -np.cos(lift)])
-    root = np.array([-.8 * look.body[0], -.22 * look.body[1]])
-    shapes = [Shape(bar(root, root + .5 * back, .24), look.trim)]       # joins tail and body at any angle
-    for i, outline in enumerate(TAILS[look.tail]):
-        placed = root + (.25 + length * outline[:, :1]) * back - outline[:, 1:] * up
-        shapes.append(Shape(placed, shade(look.trim, .8) if i % 2 else look.trim))
-    return shapes, {"tail": root + (.25 + .5 * length) * back}
-
-
-def leg_shapes(look):
-    """Far legs first and darker -> shapes, {part: (x, y)}; the part is the ankle, where the leg is widest."""
-    half, height = look.body
-    if look.legs == 0:
-        return [Shape(poly((-.1, .6 * height), (.35, .6 * height), (-.05, height + .45)), look.trim)], {}
-    hips = {2: (.22, -.2), 4: (.42, -.5, .6, -.32)}[look.legs]
-    toe, shapes, parts = .2 + .22 * look.web, [], {}
-    foot = poly((-.1, 0), (0, -.09 - .15 * look.web), (toe, .03), (toe, .09), (-.1 - .05 * look.web, .09))
-    for i, x in enumerate(hips):
-        ankle, far = (x + .08, height + look.leg), i < look.legs // 2
-        colour = shade(look.horn, .8) if far else look.horn
-        shapes += [Shape(bar((x, .5 * height), ankle, .12), colour), Shape(foot + ankle, colour)]
-        if look.legs == 2:
-            parts["far leg" if far else "near leg"] = ankle
-    return shapes, parts
-
-
-def body_shapes(look):
-    """Body and its pattern, drawn after tail and legs -> shapes, {part: (x, y)}."""
-    half, height = look.body
-    outlines = {"plain": [],
-                "wing": [poly((-.1, -.35), (-.95, -.2), (-.1, .45)), ellipse(-.08, 0, .55, .52)],
-                "stripes": [bar((x, -.9 * y), (x, .9 * y), .1) for x in (-.6, -.32, -.05, .22, .5)
-                            for y in [np.sqrt(1 - x * x)]],
-                "spots": [ellipse(x, y, .12, .2) for x, y in
-                          ((0, 0), (-.5, -.3), (.45, -.35), (-.45, .4), (.4, .42), (-.02, -.6), (-.05, .62))]}
-    shapes = [Shape(ellipse(0, 0, half, height), look.skin),
-              *(Shape(outline * look.body, look.trim) for outline in outlines[look.pattern])]
-    return shapes, {"back": (-.1 * half, -.85 * height), "belly": (0, .85 * height),
-                    "breast": (.75 * half, .3 * height), "near wing": (-.08, 0)}
-
-
-def head_shapes(look):
-    """Bill or face, neck, head, eye; drawn last -> shapes, {part: (x, y)}."""
-    r, (length, base, tip) = look.head, look.bill
-    root = np.array([.72 * look.body[0], -.42 * look.body[1]])              # of the neck, inside the body
-    x, y = at = root + (.3 + look.neck) * np.array([.42, -.9])              # middle of the head
-    if look.face in FACES:
-        face = [Shape(points * r + at, shade(getattr(look, skin), tint))
-                for skin, tint, points in FACES[look.face]]
-    else:
-        below = at + (0, .12 * r)
-        bill = poly((.7 * r, -base), (r + length, -tip), (r + length, tip), (.7 * r, base)) + below
-        gape = bar((.7 * r, 0), (r + .9 * length, 0), .05) + below
-        face = [Shape(bill, look.horn), Shape(gape, shade(look.horn, .65))]
-    eye = at + (.28 * r, -.2 * r)
-    neck = poly(root + (-.27, .08), (x - .2, y), (x + .2, y), root + (.2, .22))
-    shapes = [*face, Shape(neck, look.head_skin), Shape(ellipse(x, y, r, r), look.head_skin),
-              Shape(ellipse(*eye, .17, .17), WHITE), Shape(ellipse(*eye, .11, .11), (15, 15, 20))]
-    parts = {"crown": (-.1, -.85), "forehead": (.65, -.55), "nape": (-.8, .1), "throat": (.3, .8)}
-    return shapes, {"beak": at + (r + .4 * length, .12 * r), "near eye": eye,
-                    **{name: at + np.array(offset) * r for name, offset in parts.items()}}
-
-
-def creature(look):
-    """Look -> shapes back to front, {part: (x, y)}; the origin is the middle of its extent.
-
-    Parts are CUB's, but of the near or far side: which of them is left is known once it is mirrored or not.
-    """
-    shapes, parts = [], {}
-    for draw in (tail_shapes, leg_shapes, body_shapes, head_shapes):
-        more, named = draw(look)
-        shapes, parts = shapes + more, parts | named
-    corners = np.concatenate([s.points for s in shapes])
-    middle = (corners.min(0) + corners.max(0)) / 2
-    shapes = [Shape(s.points - middle, s.colour) for s in shapes]
-    return shapes, {name: xy - middle for name, xy in parts.items()}
-
-
-# ---------------------------------------------------------------- scenes
-class Scene(NamedTuple):
-    image: np.ndarray       # (S, S, 3) uint8
-    plain: np.ndarray       # (S, S, 3) uint8, the same picture without things
-    mask: np.ndarray        # (S, S) float, share of each pixel that the creature covers
-    parts: dict             # name: (x, y) as a share of the side
-    mirror: bool            # True: the creature faces left
-
-
-def backdrop(rng, size):
-    """(S, S, 3) uint8: two colours joined by a soft horizon, under two octaves of noise."""
-    top, bottom = (np.array(hsv(rng.uniform(0, 1), rng.uniform(.05, .5), rng.uniform(.25, .9))) / 255
-                   for _ in range(2))
-    horizon, softness = rng.uniform(.3, .7), rng.uniform(.02, .1)
-    below = 1 / (1 + np.exp((horizon - np.linspace(0, 1, size)) / softness))        # (S,)
-    colour = (top + below[:, None] * (bottom - top))[:, None]                       # (S, 1, 3)
-    for cells, amplitude in ((5, .2), (16, .14)):
-        colour = colour + amplitude * smooth_noise(rng, cells, size)
-    return (colour.clip(0, 1) * 255).astype(np.uint8)
-
-
-def pose(rng, unit, shift):
-    """A frame around the middle of the picture, up to 20 degrees askew, facing either way."""
-    return Frame(.5 + rng.uniform(-shift, shift, 2), rng.uniform(*unit), bool(rng.integers(2)),
-                 np.radians(rng.uniform(-20, 20)))
-
-
-def smooth_noise(rng, cells, size):
-    """(S, S, 1) float, about -0.5..0.5: a random grid of cells x cells, blown up smoothly."""
-    noise = Image.fromarray(rng.uniform(-.5, .5, (cells, cells)).astype(np.float32))
-    return np.asarray(noise.resize((size, size), Image.BICUBIC))[..., None]
-
-
-def compose(rng, size, look, frame, coat, draw_things):
-    """Backdrop, things, creature. Random numbers for things come last, so that they change nothing else."""
-    ground = Image.fromarray(backdrop(rng, size)).resize((SUPERSAMPLE * size,) * 2, Image.NEAREST)
-    shapes, parts = creature(look)
-    canvas = Image.new("L", ground.size)
-    paint(canvas, shapes, frame, colour=255)
-    mask = np.asarray(canvas.reduce(SUPERSAMPLE)) / 255
-    noise = rng.normal(0, 255 * PIXEL_NOISE, (size, size, 3))
-    noise = noise + mask[..., None] * 255 * coat * smooth_noise(rng, COAT_CELLS, size)
-    pictures = []
-    for things in ([], draw_things(rng)):
-        canvas = ground.copy()
-        for thing, where in things:
-            paint(canvas, thing, where)
-        paint(canvas, shapes, frame)
-        pictures.append((canvas.reduce(SUPERSAMPLE) + noise).round().clip(0, 255).astype(np.uint8))
-    parts = {name: frame.place(xy) for name, xy in parts.items()}
-    return Scene(pictures[1], pictures[0], mask, parts, frame.mirror)
-
-
-def pretraining_scene(rng, size=96):
-    """One creature of any kind, things independent of it -> image (S, S, 3) uint8, mask (S, S) float 0..1."""
-    look = bird_look(rng, rng.integers(2)) if rng.uniform() < 1 / 3 else any_look(rng)
-    frame = pose(rng, unit=(.13, .24), shift=.14)
-    kinds = (*PLACE_KINDS, rng.choice([*KINDS], 3, replace=False))[rng.choice(3, p=(.225, .225, .55))]
-    scene = compose(rng, size, look, frame, COAT, partial(scatter, kinds=kinds, count=(3, 10), radius=(.055, .095)))
-    return scene.image, scene.mask
-
-
-def _pretraining_scene(index, seed, size):
-    image, mask = pretraining_scene(np.random.default_rng([seed, PRETRAIN, index]), size)
-    return image, (255 * mask).astype(np.uint8)
-
-
-def pretraining_scenes(n, seed, size=96, workers=None):
-    """n scenes for self-supervision -> images (n, S, S, 3) uint8, masks (n, S, S) uint8, 255 = creature."""
-    require(n >= 1, "n", "at least 1", n)
-    require(size >= 32 and size % 8 == 0, "size", "a multiple of 8 from 32 on", size)
-    images, masks = np.empty((n, size, size, 3), np.uint8), np.empty((n, size, size), np.uint8)
-    draw = partial(_pretraining_scene, seed=seed, size=size)
-    for i, (image, mask) in enumerate(in_parallel(draw, range(n), "pretraining scenes", workers)):
-        images[i], masks[i] = image, mask
-    return images, masks
-
-
-# ---------------------------------------------------------------- benchmarks: knobs -> rows -> files
-SPLITS = ("train", "val", "test")                       # index = Waterbirds' split column
-PRETRAIN, IDS, ORDER = 3, 4, 5                          # other uses of the seed, so that no two draw alike
-GROUPS = ("landbird/land", "landbird/water", "waterbird/land", "waterbird/water")       # 2 * label + place
-CLASSES = ("001.Landbird", "002.Waterbird")
+# ---------------------------------------------------------------- birds, in CUB's layout
+IDS, ORDER, COMPOSITE = PRETRAIN + 1, PRETRAIN + 2, PRETRAIN + 3        # other uses of the seed
 PLACES = (("/b/bamboo_forest", "/f/forest/broadleaf"), ("/o/ocean", "/l/lake/natural"))
 PARTS = ("back", "beak", "belly", "breast", "crown", "forehead", "left eye", "left leg", "left wing", "nape",
          "right eye", "right leg", "right wing", "tail", "throat")          # in CUB's order
 
 
-class Row(NamedTuple):
-    """One example of Waterbirds."""
-    id: int             # 1-based, sorted by class as in CUB
-    file: str           # <class folder>/<name>.jpg
-    label: int          # 0 landbird, 1 waterbird
-    place: int          # 0 land, 1 water
-    split: int
-    index: int          # within its split
+def soft(mask):
+    """Covered shares 0..1 -> uint8 in six levels, like the agreement of five annotators."""
+    return np.rint(mask * 5).astype(np.uint8) * 51
 
-    @property
-    def group(self):
-        return 2 * self.label + self.place
+
+class CubFolder(Miniature):
+    """Base: a folder like CUB's, and one like Waterbirds' inside it."""
+
+    def number(self, examples):
+        """[(label, place, split, index)] -> rows with ids and file names as in CUB, sorted by id."""
+        order = np.random.default_rng([self.seed, IDS]).permutation(len(examples))  # ids do not tell splits,
+        order = sorted(order, key=lambda i: examples[i][0])                         # only classes
+        rows, counts = [], [0] * len(self.CLASSES)
+        for id, i in enumerate(order, 1):
+            label = examples[i][0]
+            counts[label] += 1
+            name = self.CLASSES[label]
+            rows.append(Row(id, f"{name}/{name[4:]}_{counts[label]:04d}_{id}.jpg", *examples[i]))
+        return rows
+
+    def folders(self, root):
+        cub = root / "CUB_200_2011"
+        return cub / "images", cub / "segmentations", cub / "waterbird_complete95_forest2water2"
+
+    def prepare(self, root):
+        for parent in self.folders(root):
+            for name in self.CLASSES:
+                (parent / name).mkdir(parents=True)
+        (root / "CUB_200_2011" / "parts").mkdir()
+
+    def annotate(self, row, root, scene):
+        """Save the mask -> mask, box (x, y, width, height), part locations (15, 3)."""
+        mask = soft(scene.mask)
+        save(mask, (self.folders(root)[1] / row.file).with_suffix(".png"))
+        xs, ys = mask.any(0).nonzero()[0], mask.any(1).nonzero()[0]
+        return mask, (xs[0], ys[0], xs[-1] + 1 - xs[0], ys[-1] + 1 - ys[0]), part_locations(scene, mask)
+
+    def finish(self, root, rows, drawn):
+        """Write the text files. drawn: (box, part locations) row by row."""
+        boxes, points = zip(*drawn)
+        numbers = lambda values: " ".join(f"{v:.1f}" for v in values)
+        tables = {
+            "images": (f"{r.id} {r.file}" for r in rows),
+            "image_class_labels": (f"{r.id} {r.label + 1}" for r in rows),
+            "train_test_split": (f"{r.id} {int(self.SPLITS[r.split] != 'test')}" for r in rows),
+            "classes": (f"{i} {name}" for i, name in enumerate(self.CLASSES, 1)),
+            "bounding_boxes": (f"{r.id} {numbers(box)}" for r, box in zip(rows, boxes)),
+            "parts/parts": (f"{i} {name}" for i, name in enumerate(PARTS, 1)),
+            "parts/part_locs": (f"{r.id} {i} {numbers(xy)} {visible}" for r, table in zip(rows, points)
+                                for i, (*xy, visible) in enumerate(table, 1))}
+        for name, lines in tables.items():
+            (root / "CUB_200_2011" / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+
+    def write_metadata(self, root, rows):
+        """Waterbirds' table. rows: (id, file, y, split, place) of each composite."""
+        shuffled = np.random.default_rng([self.seed, ORDER]).permutation(len(rows))     # order means nothing
+        with open(self.folders(root)[2] / "metadata.csv", "w", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(("img_id", "img_filename", "y", "split", "place", "place_filename"))
+            for id, *row, place in (rows[i] for i in shuffled):
+                table.writerow((id, *row, place, f"{PLACES[place][id % 2]}/{id:08d}.jpg"))
 
 
 @dataclass(frozen=True)
-class Waterbirds:
+class Waterbirds(CubFolder):
     """The knobs of a miniature Waterbirds, and how to write it.
 
-    The defaults pose the benchmark's problem to a small network; they were chosen on validation (README, The miniature).
+    The defaults pose the benchmark's problem to a small network; they were chosen on validation (README, The
+    miniature).
     """
     train: int = opt(2200, "training examples, half of them of each class")
     val: int = opt(400, "validation examples, balanced over the four groups")
@@ -444,110 +128,143 @@ class Waterbirds:
     hue_noise: float = opt(0.03, "standard deviation of head hues within a class; 1 = the full circle")
     seed: int = opt(0, "a scene depends on (seed, split, index) only")
 
-    def __post_init__(self):
-        for name in SPLITS:
-            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        require(self.size >= 32 and self.size % 8 == 0, "size", "a multiple of 8 from 32 on", self.size)
-        for name in ("agreement", "cue", "hue_noise", "coat"):
-            require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
-        for name, floor, top in (("things", 0, 25), ("thing_radius", .01, .3), ("bird", .05, .3)):
-            low, high = getattr(self, name)
-            require(floor <= low <= high <= top, name,
-                    f"a smaller and a larger number between {floor} and {top}", f"{low} {high}")
-        require(self.seed >= 0, "seed", "at least 0", self.seed)
+    CLASSES = ("001.Landbird", "002.Waterbird")
+    GROUPS = ("landbird/land", "landbird/water", "waterbird/land", "waterbird/water")       # 2 * label + place
 
     def rows(self):
         """All examples, sorted by id. The sizes of classes and groups are exact, not drawn."""
         examples = []                                                       # (label, place, split, index)
         for split, n in enumerate((self.train, self.val, self.test)):
-            rate = self.agreement if SPLITS[split] == "train" else .5
+            rate = self.agreement if self.SPLITS[split] == "train" else .5
             for i in range(n):
                 label, rank = i % 2, i // 2
                 agrees = rank < round(rate * ((n + 1 - label) // 2))        # times the size of this class
                 examples.append((label, label if agrees else 1 - label, split, i))
-        order = np.random.default_rng([self.seed, IDS]).permutation(len(examples))  # ids do not tell splits,
-        order = sorted(order, key=lambda i: examples[i][0])                         # only classes
-        rows = []
-        for id, i in enumerate(order, 1):
-            label = examples[i][0]
-            number = id - label * sum(e[0] == 0 for e in examples)
-            file = f"{CLASSES[label]}/{CLASSES[label][4:]}_{number:04d}_{id}.jpg"
-            rows.append(Row(id, file, *examples[i]))
-        return rows
+        return self.number(examples)
 
     def scene(self, row):
         """The place decides which things there are and nothing else: bird, backdrop and noise ignore it."""
         rng = np.random.default_rng([self.seed, row.split, row.index])
         look, frame = bird_look(rng, row.label, self.cue, self.hue_noise), pose(rng, self.bird, shift=.1)
-        return compose(rng, self.size, look, frame, self.coat, partial(
+        return compose(rng, self.size, creature(look), frame, self.coat, partial(
             scatter, kinds=PLACE_KINDS[row.place], count=self.things, radius=self.thing_radius))
 
-    def folders(self, root):
-        cub = root / "CUB_200_2011"
-        return cub / "images", cub / "segmentations", cub / "waterbird_complete95_forest2water2"
-
-    def prepare(self, root):
-        for parent in self.folders(root):
-            for name in CLASSES:
-                (parent / name).mkdir(parents=True)
-        (root / "CUB_200_2011" / "parts").mkdir()
-
     def write(self, row, root):
-        """Draw one example, save its three pictures -> box (x, y, width, height), part locations (15, 3)."""
+        """Draw one example, save its three pictures -> box, part locations."""
         scene = self.scene(row)
-        images, masks, composites = self.folders(root)
-        for picture, folder in ((scene.plain, images), (scene.image, composites)):
-            # The usual 4:2:0 keeps one colour per 2x2 pixels: the backdrop would smear over the bird's edge.
-            Image.fromarray(picture).save(folder / row.file, quality=95, subsampling=0)
-        mask = np.rint(scene.mask * 5).astype(np.uint8) * 51                # six levels, like five annotators
-        Image.fromarray(mask).save((masks / row.file).with_suffix(".png"))
-        xs, ys = mask.any(0).nonzero()[0], mask.any(1).nonzero()[0]
-        return (xs[0], ys[0], xs[-1] + 1 - xs[0], ys[-1] + 1 - ys[0]), part_locations(scene, mask)
+        images, _, composites = self.folders(root)
+        save_jpeg(scene.plain, images / row.file)
+        save_jpeg(scene.image, composites / row.file)
+        return self.annotate(row, root, scene)[1:]
 
     def finish(self, root, rows, drawn):
-        """Write the text files. drawn: what write() returned, row by row."""
-        boxes, points = zip(*drawn)
-        numbers = lambda values: " ".join(f"{v:.1f}" for v in values)
-        tables = {
-            "images": (f"{r.id} {r.file}" for r in rows),
-            "image_class_labels": (f"{r.id} {r.label + 1}" for r in rows),
-            "train_test_split": (f"{r.id} {int(SPLITS[r.split] != 'test')}" for r in rows),
-            "classes": (f"{i} {name}" for i, name in enumerate(CLASSES, 1)),
-            "bounding_boxes": (f"{r.id} {numbers(box)}" for r, box in zip(rows, boxes)),
-            "parts/parts": (f"{i} {name}" for i, name in enumerate(PARTS, 1)),
-            "parts/part_locs": (f"{r.id} {i} {numbers(xy)} {visible}" for r, table in zip(rows, points)
-                                for i, (*xy, visible) in enumerate(table, 1))}
-        for name, lines in tables.items():
-            (root / "CUB_200_2011" / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
-        shuffled = np.random.default_rng([self.seed, ORDER]).permutation(len(rows))     # order means nothing
-        with open(self.folders(root)[2] / "metadata.csv", "w", newline="") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(("img_id", "img_filename", "y", "split", "place", "place_filename"))
-            for r in (rows[i] for i in shuffled):
-                photo = f"{PLACES[r.place][r.id % 2]}/{r.id:08d}.jpg"
-                table.writerow((r.id, r.file, r.label, r.split, r.place, photo))
-
-    def summary(self):
-        """Table of examples per split and group."""
-        lines = ["split " + "".join(f"{name:>17}" for name in GROUPS)]
-        for split, name in enumerate(SPLITS):
-            groups = [r.group for r in self.rows() if r.split == split]
-            lines.append(f"{name:6}" + "".join(f"{groups.count(g):17,}" for g in range(4)))
-        return "\n".join(lines)
-
-    def sheet(self, columns=8):
-        """(4 S, columns * S, 3) uint8: scenes of each group, a line per group, white where it has too few."""
-        rows, S = self.rows(), self.size
-        sheet = np.full((4, S, columns, S, 3), 255, np.uint8)
-        for group in range(4):
-            for column, row in enumerate([r for r in rows if r.group == group][:columns]):
-                sheet[group, :, column] = self.scene(row).image
-        return sheet.reshape(4 * S, columns * S, 3)
+        super().finish(root, rows, drawn)
+        self.write_metadata(root, [(r.id, r.file, r.label, r.split, r.place) for r in rows])
 
 
-def require(ok, name, wanted, value):
-    if not ok:
-        raise UsageError(f"{name} must be {wanted}, not {value}")
+# species = three bits: head, breast and wing; tail, bill and legs repeat two of them each, mixed
+SPECIES = ("Rusty_Pinefinch", "Rusty_Oakfinch", "Meadow_Bunting", "Moss_Bunting",
+           "Surf_Rail", "Harbour_Rail", "Lake_Grebe", "Buoy_Grebe")
+HOMES = ("pine", "tree", "grass", "mushroom", "crests", "boat", "ripples", "buoy")   # things of each, four of land
+PLUMAGE = {"head_skin": (.02, .58), "breast_skin": (.14, .9), "trim": (.36, .7), "tail_skin": (.08, .5)}     # hues
+
+
+def species_look(rng, species, cue, hue_noise):
+    """One of eight species. No part tells it: each halves the eight, and three of them decide."""
+    head, breast, wing = (bool(species & bit) for bit in (4, 2, 1))
+    skins = {name: hsv(rng.normal(cued(hues, which, cue), hue_noise), rng.uniform(.6, .9), rng.uniform(.5, .95))
+             for (name, hues), which in zip(PLUMAGE.items(), (head, breast, wing, head != breast))}
+    bill, legs = breast != wing, head != wing
+    draw = lambda low, high, which: rng.uniform(*cued((low, high), which, cue))
+    return Look(body=(rng.uniform(1.04, 1.2), rng.uniform(.63, .71)), neck=rng.uniform(.2, .6), face="bill",
+                head=rng.uniform(.44, .52), tail="feather", tail_length=rng.uniform(.65, .85),
+                tail_lift=rng.uniform(5, 35), legs=2,
+                bill=(draw((.45, .55), (.8, .95), bill), draw((.22, .26), (.12, .15), bill), .03),
+                leg=draw((.35, .45), (.65, .8), legs), web=draw((0, .1), (.9, 1), legs), pattern="wing",
+                **colours(rng) | skins)
+
+
+@dataclass(frozen=True)
+class Cub(CubFolder):
+    """Eight species of bird, told apart by the colours of their parts and the shapes of bill and legs.
+
+    Around a bird lie things of one kind. Its species has a home among eight kinds, and 95 % of the birds are at
+    home, in training and in the test set, as photographs of a species share a habitat. Waterbird200, rendered
+    into the same folder, takes the test birds away: each is cut out under its soft mask and put on another backdrop,
+    among things of land or water, half of each species on the one that is not its own (species 1-4 are landbirds).
+    """
+    train: int = opt(2400, "training examples, as many of each species")
+    test: int = opt(800, "test examples, as many of each species; each is drawn once more on another habitat")
+    size: int = opt(96, "side of a picture in pixels, a multiple of 8")
+    agreement: float = opt(0.95, "share of each species' examples that are at home")
+    things: tuple = opt((7, 11), "fewest and most things around a bird, at most 25")
+    thing_radius: tuple = opt((0.06, 0.1), "smallest and largest thing, as a share of the side")
+    bird: tuple = opt((0.2, 0.24), "smallest and largest bird: half a body, as a share of the side")
+    cue: float = opt(1.0, "how much species differ in colours, bill and legs; 0 = not at all")
+    coat: float = opt(COAT, "strength of the fine grain that a bird's feathers have and nothing else has, 0..1")
+    hue_noise: float = opt(0.03, "standard deviation of a part's hue within a species; 1 = the full circle")
+    seed: int = opt(0, "a scene depends on (seed, split, index) only")
+
+    SPLITS = ("train", "test")
+    CLASSES = tuple(f"{i:03d}.{name}" for i, name in enumerate(SPECIES, 1))
+    GROUPS = CLASSES
+    FOLDER = "cub"              # what the cache calls it, whichever of the two benchmarks is asked for
+
+    def group(self, row):
+        return row.label
+
+    def rows(self):
+        """All examples, sorted by id; place is the species that is at home there. Shares are exact."""
+        examples = []
+        for split, n in enumerate((self.train, self.test)):
+            for i in range(n):
+                label, rank = i % 8, i // 8
+                home = rank < round(self.agreement * ((n + 7 - label) // 8))
+                examples.append((label, label if home else (label + 1 + rank % 7) % 8, split, i))
+        return self.number(examples)
+
+    def scene(self, row):
+        rng = np.random.default_rng([self.seed, row.split, row.index])
+        body, frame = creature(species_look(rng, row.label, self.cue, self.hue_noise)), pose(rng, self.bird, shift=.1)
+        return compose(rng, self.size, body, frame, self.coat, partial(
+            scatter, kinds=[HOMES[row.place]], count=self.things, radius=self.thing_radius, table=ALL_KINDS))
+
+    def habitat(self, row):
+        """0 land, 1 water: where Waterbird200 puts a test bird; every second bird of a species is misplaced."""
+        return row.label // 4 ^ row.index // 8 % 2
+
+    def composite(self, row, image, mask):
+        """The bird of an image under its soft mask (0..255) on a new backdrop, as Waterbirds was made."""
+        rng = np.random.default_rng([self.seed, COMPOSITE, row.split, row.index])
+        place = self.habitat(row)
+        ground = empty(rng, self.size, partial(scatter, kinds=HOMES[4 * place:4 * place + 4], count=self.things,
+                                               radius=self.thing_radius, table=ALL_KINDS))
+        alpha = mask[..., None] / 255
+        return (alpha * image + (1 - alpha) * ground).round().astype(np.uint8)
+
+    def write(self, row, root):
+        """Draw one example, save image and mask, and the composite of a test bird -> box, part locations."""
+        scene = self.scene(row)
+        images, _, composites = self.folders(root)
+        save_jpeg(scene.image, images / row.file)
+        mask, *drawn = self.annotate(row, root, scene)
+        if self.SPLITS[row.split] == "test":
+            save_jpeg(self.composite(row, scene.image, mask), composites / row.file)
+        return drawn
+
+    def finish(self, root, rows, drawn):
+        """The table of composites holds the test birds only: nobody may evaluate on another."""
+        super().finish(root, rows, drawn)
+        note(root, self)
+        self.write_metadata(root, [(r.id, r.file, r.label // 4, 2, self.habitat(r)) for r in rows if r.split == 1])
+
+
+class Waterbird200(Cub):
+    """The test birds of Cub on habitats: the same knobs, the same folder; the sheet shows the composites."""
+
+    def picture(self, row):
+        scene = self.scene(row)
+        return self.composite(row, scene.image, soft(scene.mask))
 
 
 def part_locations(scene, mask):
@@ -564,10 +281,11 @@ def part_locations(scene, mask):
     return table
 
 
-BENCHMARKS = {"waterbirds": Waterbirds}
+BENCHMARKS = {"cub": Cub, "waterbirds": Waterbirds, "waterbird200": Waterbird200, "metashift": MetaShift,
+              "siim": Siim, "imagenet": ImageNet, "imagenet9": ImageNet9}
 
 
-# ---------------------------------------------------------------- rendering: all cores, whole or not at all
+# ---------------------------------------------------------------- rendering: whole or not at all
 def render(name, root=None, workers=None, **knobs):
     """Folder of the miniature, rendered on first use: root/<name>-<digest of the knobs>.
 
@@ -576,7 +294,8 @@ def render(name, root=None, workers=None, **knobs):
     """
     benchmark = configure(name, knobs)
     content = json.dumps([DRAWING_VERSION, asdict(benchmark)], sort_keys=True)
-    final = Path(root or CACHE) / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+    digest = hashlib.sha256(content.encode()).hexdigest()[:10]
+    final = Path(root or CACHE) / f"{getattr(benchmark, 'FOLDER', name)}-{digest}"
     if final.is_dir():
         return final
     temporary = final.with_name(f".{final.name}.{os.getpid()}@{platform.node()}")
@@ -629,34 +348,6 @@ def alive(pid):
     return True
 
 
-def in_parallel(function, jobs, title, workers=None):
-    """Yield function(job) in order, on all cores; small work stays here: a pool starts slowly."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = workers or min(cores, 1 + len(jobs) // 100)
-    if workers == 1:
-        yield from progress(map(function, jobs), len(jobs), title)
-        return
-    # Not fork: the caller may run torch's threads, and a lock that one holds stays locked in a forked copy.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), follow_parent) as pool:
-        yield from progress(pool.map(function, jobs, chunksize=16), len(jobs), title)
-
-
-def follow_parent():
-    """In a worker: leave Ctrl-C to the parent, and end when it ends, even killed; else it waits for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def progress(results, total, title):
-    """Pass results on, with a bar on a terminal and four plain lines elsewhere (none for small work)."""
-    terminal = sys.stderr.isatty()
-    for i, result in enumerate(tqdm(results, title, total, leave=False, disable=not terminal), 1):
-        if not terminal and total >= 100 and i * 4 // total > (i - 1) * 4 // total:
-            print(f"{title}: {i} of {total}", file=sys.stderr, flush=True)
-        yield result
-
-
 # ---------------------------------------------------------------- command line
 def main(argv=None):
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)      # the benchmark has the knobs
@@ -666,7 +357,7 @@ def main(argv=None):
         ("data", str, opt("waterbirds", "which benchmark", choices=tuple(BENCHMARKS))),
         ("out", str, opt("", "folder for miniatures, if not data/mini beside this file")),
         ("sheet", str, opt("", "also draw some scenes into this picture file"))])
-    args = parse(command, __doc__, argv)
+    args = parse(command, __doc__ + "\n" + inspect.cleandoc(knobs.__doc__), argv)
     chosen = {f.name: getattr(args, f.name) for f in fields(knobs)}
     benchmark = configure(args.data, chosen)
     print(render(args.data, args.out or None, **chosen))

@@ -31,12 +31,11 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-import data
 import ifam
-import miniature
 import transforms
 from evaluate import linear_head, pick_device
 from samples import patch_keep
+from scenes import pretraining_scenes
 from settings import UsageError, opt, parse, run_script, write_json, write_whole
 from train import lr_at
 from weights import read_file
@@ -302,8 +301,8 @@ def pretrain(cfg):
             raise UsageError(f"--resume: {folder} was started with --{odd[0].replace('_', '-')} {state['config'][odd[0]]}")
     elif (folder / "last.pt").is_file():
         raise UsageError(f"{folder} holds a run: go on with --resume, or choose another --out")
-    scenes, _ = miniature.pretraining_scenes(cfg.scenes, cfg.seed, size=128)
-    unseen, masks = miniature.pretraining_scenes(min(400, cfg.scenes), cfg.seed + 1, size=96)
+    scenes, _ = pretraining_scenes(cfg.scenes, cfg.seed, size=128)
+    unseen, masks = pretraining_scenes(min(400, cfg.scenes), cfg.seed + 1, size=96)
     unseen, objects = (to_images(unseen) - MEAN) / STD, patch_keep(torch.from_numpy(masks > 127), 8).bool()
 
     torch.manual_seed(cfg.seed)

@@ -68,6 +68,9 @@ def run_script(main):
     rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:                 # whoever reads us, such as head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UsageError, RunError) as error:
         # a data worker wraps the line in its traceback; the line is what follows the name of the error
         text = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1]

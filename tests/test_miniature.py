@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import miniature
+import scenes
 from settings import UsageError
 
 REPOSITORY = Path(miniature.__file__).parent
@@ -68,8 +69,9 @@ def test_the_layout_is_that_of_cub_and_waterbirds_and_its_files_agree(root):
 
 @pytest.mark.parametrize("agreement", [0.5, 0.95, 1.0])
 def test_counts_and_agreement_are_exact(agreement):
-    rows = miniature.Waterbirds(agreement=agreement, train=2000).rows()
-    groups = [[sum(r.split == s and r.group == g for r in rows) for g in range(4)] for s in range(3)]
+    benchmark = miniature.Waterbirds(agreement=agreement, train=2000)
+    rows = benchmark.rows()
+    groups = [[sum(r.split == s and benchmark.group(r) == g for r in rows) for g in range(4)] for s in range(3)]
     agree = round(1000 * agreement)
     assert groups == [[agree, 1000 - agree, 1000 - agree, agree], [100] * 4, [200] * 4]
 
@@ -116,19 +118,19 @@ def test_the_things_lie_behind_the_bird_and_change_nothing_else(root):
 
 def test_the_mask_is_exact(monkeypatch):
     """Over two backdrops a bird is the same under its mask; outside it, taking it away changes nothing."""
-    monkeypatch.setattr(miniature, "PIXEL_NOISE", 0)
+    monkeypatch.setattr(scenes, "PIXEL_NOISE", 0)
     rng = np.random.default_rng(0)
-    look, frame = miniature.bird_look(rng, 0), miniature.pose(rng, (.2, .2), .1)
+    body, frame = scenes.creature(scenes.bird_look(rng, 0)), scenes.pose(rng, (.2, .2), .1)
     nothing = lambda rng: []
-    one, two = (miniature.compose(np.random.default_rng(s), 96, look, frame, 0, nothing) for s in (1, 2))
-    away = miniature.compose(np.random.default_rng(1), 96, look, frame._replace(centre=(9, 9)), 0, nothing)
+    one, two = (scenes.compose(np.random.default_rng(s), 96, body, frame, 0, nothing) for s in (1, 2))
+    away = scenes.compose(np.random.default_rng(1), 96, body, frame._replace(centre=(9, 9)), 0, nothing)
     assert (one.mask == two.mask).all() and not away.mask.any()
     same = (one.image == two.image).all(-1)
     assert same[one.mask == 1].all() and not same[one.mask == 0].any()
     assert ((one.image == away.image).all(-1) | (one.mask > 0)).all()
-    coated = miniature.compose(np.random.default_rng(1), 96, look, frame, 0.8, nothing)
+    coated = scenes.compose(np.random.default_rng(1), 96, body, frame, 0.8, nothing)
     change = np.abs(coated.image.astype(int) - one.image).max(-1)
-    assert not change[one.mask == 0].any() and change[one.mask == 1].mean() > 20         # the coat is the creature's alone
+    assert not change[one.mask == 0].any() and change[one.mask == 1].mean() > 20    # the coat is the creature's alone
 
 
 def test_bird_and_backdrop_do_not_depend_on_the_place():
@@ -140,13 +142,13 @@ def test_bird_and_backdrop_do_not_depend_on_the_place():
 
 
 def test_without_the_cue_both_classes_are_the_same_bird():
-    looks = [miniature.bird_look(np.random.default_rng(0), label, cue=0) for label in (0, 1)]
-    assert looks[0] == looks[1] != miniature.bird_look(np.random.default_rng(0), 0)
+    looks = [scenes.bird_look(np.random.default_rng(0), label, cue=0) for label in (0, 1)]
+    assert looks[0] == looks[1] != scenes.bird_look(np.random.default_rng(0), 0)
 
 
 def test_pretraining_scenes_repeat_and_hold_one_creature_each():
-    images, masks = miniature.pretraining_scenes(12, seed=3, size=48)
-    again, _ = miniature.pretraining_scenes(5, seed=3, size=48)
+    images, masks = scenes.pretraining_scenes(12, seed=3, size=48)
+    again, _ = scenes.pretraining_scenes(5, seed=3, size=48)
     assert images.shape == (12, 48, 48, 3) and masks.shape == (12, 48, 48)
     assert images.dtype == masks.dtype == np.uint8
     assert (images[:5] == again).all()

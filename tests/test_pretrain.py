@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-import data
 import ifam
-import miniature
 import pretrain
 import transforms
 from samples import patch_keep
+from scenes import pretraining_scenes
 from settings import parse
 from tiny import ROOT, fails
 from weights import load_backbone, read_file
@@ -81,10 +81,10 @@ def test_the_measures_are_1_for_features_that_are_only_position_or_only_the_mask
 
 
 def test_afterwards_the_mean_of_five_clusters_of_patches_is_the_origin():
-    scenes, _ = miniature.pretraining_scenes(6, 0, size=96)
+    scenes, _ = pretraining_scenes(6, 0, size=96)
     vit = ifam.build_vit("mini", 96)
     pretrain.centre_features(vit, pretrain.to_images(scenes), 0.32, 5)
-    views = [transforms.View(miniature.Image.fromarray(s)) for s in scenes]
+    views = [transforms.View(Image.fromarray(s)) for s in scenes]
     for i, view in enumerate(views):
         transforms.augment(view, 96, np.random.default_rng([5, i]))
     x = pretrain.features(vit, torch.stack([transforms.to_tensor(v.image) for v in views])).flatten(0, 1)
@@ -125,7 +125,7 @@ def test_the_committed_file_is_small_and_measures_as_written_beside_it():
     vit = ifam.build_vit("mini", 96)
     load_backbone(vit, read_file(path, "weights"))
     cfg = parse(pretrain.Config, "", [])
-    images, masks = miniature.pretraining_scenes(400, cfg.seed + 1, size=96)
+    images, masks = pretraining_scenes(400, cfg.seed + 1, size=96)
     images = (pretrain.to_images(images) - pretrain.MEAN) / pretrain.STD
     found = pretrain.measures(vit, images, patch_keep(torch.from_numpy(masks > 127), 8).bool())
     for name, value in found.items():
