@@ -1,5 +1,4 @@
 """Every benchmark in its own layout, written small by the tests: what the loaders must and must not do with it."""
-import csv
 import json
 import pickle
 import re
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 
 import data
 import evaluate
