@@ -57,10 +57,10 @@ class Probe(nn.Module):
 
 
 class EfficientPooling(nn.Module):
-    """Efficient probing (Psomas et al., ICLR 2026): learned queries, a slice of the values for each. (B, N, D) -> (B, D)
+    """Efficient probing (Psomas et al., ICLR 2026): learned queries, each with a slice of the values.
 
-    No key projection, no bias, one head; Q queries of D channels and one D x D value projection are all that it has.
-    Q is 32 as published, which divides the width of every backbone here, mini (128) included. ValueError otherwise.
+    patches (B, N, D) -> (B, D). No key projection, no bias, one head: Q queries of D channels and one D x D value
+    projection are all that it has. Q is 32 as published, which divides the width of every backbone here, mini (128) included. ValueError otherwise.
     """
 
     def __init__(self, width, queries=32):
@@ -82,10 +82,10 @@ class EfficientPooling(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """AIM's attention pooling (El-Nouby et al., ICML 2024): batch-norm, one learned query, H heads. (B, N, D) -> (B, D)
+    """AIM's attention pooling (El-Nouby et al., ICML 2024): batch-norm, one learned query, H heads.
 
-    Learned keys and values without bias, no projection of the output. H is that of the backbone: 12 for ViT-B, as
-    published.
+    patches (B, N, D) -> (B, D). Learned keys and values without bias, no projection of the output. H is that of the
+    backbone: 12 for ViT-B, as published.
     """
 
     def __init__(self, width, heads):
@@ -132,7 +132,7 @@ class BatchNorm(nn.Module):
 
 
 class AverageOverProcesses(torch.autograd.Function):
-    """Mean of a tensor over processes. Each loss depends on each share of it, so the gradient is averaged the same way."""
+    """Mean of a tensor over processes. Every loss depends on every share of it, so gradients are averaged likewise."""
 
     @staticmethod
     def forward(ctx, x, world):
@@ -246,7 +246,7 @@ class PDiscoFormer(IFAM):
 
 # ---------------------------------------------------------------- settings -> model
 GIVEN = ("early-truth", "late-truth", "early-found", "late-found")               # methods whose mask is not learned
-PRETRAINED = ("frozen", "ep", "aim", "early-found", "late-found")                # methods that a random backbone cannot serve
+PRETRAINED = ("frozen", "ep", "aim", "early-found", "late-found")                # a random backbone cannot serve these
 METHODS = ("ifam", "pdiscoformer", "erm", "frozen", "ep", "aim", *GIVEN)
 TAKES = {   # settings that only these methods have; all others have no such thing, and refuse the flag
     **dict.fromkeys(("k", "tau", "part_dropout1", "train_tokens", "shaping"), ("ifam", "pdiscoformer")),

@@ -60,7 +60,8 @@ class Config:
     stage1_class: bool = opt(True, "the class loss of stage 1")
     freeze_stage2: bool = opt(False, "of the backbone of stage 2 train class token, registers and positions only")
     train_backbone: bool = opt(False, "ep and aim: train the backbone too")
-    train_tokens: bool = opt(True, "train class token, registers and positions of a pretrained stage 1, as in the paper")
+    train_tokens: bool = opt(True, "train class token, registers and positions of a pretrained stage 1, as in the "
+                                   "paper")
     tau: float = opt(1.0, "temperature of the part assignment")
     part_dropout1: float = opt(0.3, "share of parts dropped before the stage-1 classifier")
     part_dropout2: float = opt(0.3, "share of parts dropped in the mask of stage 2")
