@@ -62,7 +62,7 @@ def test_the_papers_numbers_stand_beside_ours_in_our_units():
     assert tables.from_paper("waterbirds", "ifam", 8) == {"accuracy": (0.99, 8), "worst rare group": (0.97, 8)}
     assert tables.from_paper("waterbirds", "ifam", 5) == {}                      # no such number
     assert tables.from_paper("cub-mini", "ifam", 5) == {"accuracy": (pytest.approx(0.901), 4)}
-    assert tables.from_paper("metashift", "ifam --k 8", 8) == {"accuracy": (0.845, 8), "worst group": (0.788, 8)}
+    assert tables.from_paper("metashift", "ifam --k 8", 8) == {"accuracy": (0.845, 8), "worst group": (pytest.approx(0.788), 8)}
     assert tables.from_paper("waterbird200", "ifam --k 4 --no-shaping", 4) == {"accuracy": (pytest.approx(0.802), 4)}
     assert tables.from_paper("waterbirds", "late-truth --pooling mean-all", 8) == tables.from_paper("waterbirds", "late-truth", 8)
     assert tables.from_paper("siim", "erm", 8) == {"AUROC": (92.6, None), "worst group AUROC": (54.3, None)}
