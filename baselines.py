@@ -3,39 +3,180 @@
 Every model returns an ifam.Output from forward(images, keep=None, noise=None), and for training a pair from
 forward_pair(images, warped, noise), so that one loop trains and one program measures them all. Letters: ifam.py.
 """
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from ifam import IFAM, Noise, Output, Predictor, Selector, build_vit, discretize
 
 
+# ---------------------------------------------------------------- a backbone and a head
 class ERM(nn.Module):
-    """Plain fine-tuning ("DinoV2" in the paper's tables): a ViT, LayerNorm and a linear head on the class token.
+    """Empirical risk minimisation (Vapnik, 1991): a ViT, LayerNorm and a linear head on the class token.
 
-    It is iFAM's second stage without a mask. keep (B, N) hides patches from it; only measurements use that.
+    "DinoV2" in the paper's tables; with frozen=True its frozen backbone, where only LayerNorm and head train. It is
+    iFAM's second stage without a mask. keep (B, N) hides patches from it; only measurements use that.
     """
     selector = None
     needs_truth = False
 
-    def __init__(self, classes, arch="b", size=518, registers=4, **choices):
+    def __init__(self, classes, arch="b", size=518, registers=4, frozen=False, **choices):
         super().__init__()
-        self.predictor = Predictor(build_vit(arch, size, registers), classes, **choices)
+        self.predictor = self.make_predictor(build_vit(arch, size, registers), classes, **choices)
+        self.predictor.backbone.requires_grad_(not frozen)
+
+    make_predictor = Predictor
 
     def forward(self, images, keep=None, noise=None):
-        return Output(self.predictor(images, keep))
+        return Output(self.predictor(images, keep), keep=keep)
 
     def forward_pair(self, images, warped, noise, keep=None):
         return self(images, keep), None
 
 
+# ---------------------------------------------------------------- attentive probes
+class Probe(nn.Module):
+    """A backbone, learned pooling over its patch features after the final norm, and a linear head. No mask."""
+
+    def __init__(self, backbone, classes, pool, bias):
+        super().__init__()
+        self.backbone, self.pool = backbone, pool
+        self.head = nn.Linear(backbone.width, classes, bias=bias)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+
+    def features(self, images, keep=None):
+        """What the head reads: images (B, 3, S, S) -> (B, D). ValueError if there is a mask: a probe has none."""
+        if keep is not None:
+            raise ValueError("an attentive probe reads every patch: keep cannot be given")
+        return self.pool(self.backbone(images)[:, self.backbone.prefix:])
+
+    def forward(self, images, keep=None):
+        """-> logits (B, C)."""
+        return self.head(self.features(images, keep))
+
+
+class EfficientPooling(nn.Module):
+    """Efficient probing (Psomas et al., ICLR 2026): learned queries, each with a slice of the values.
+
+    patches (B, N, D) -> (B, D). No key projection, no bias, one head: Q queries of D channels and one D x D value
+    projection are all that it has. Q is 32 as published, which divides the width of every backbone here, mini (128) included. ValueError otherwise.
+    """
+
+    def __init__(self, width, queries=32):
+        super().__init__()
+        if width % queries:
+            raise ValueError(f"efficient probing: width {width} is not a multiple of its {queries} queries")
+        self.queries = nn.Parameter(torch.randn(queries, width) * 0.02)
+        self.value = nn.Linear(width, width, bias=False)
+        nn.init.trunc_normal_(self.value.weight, std=0.02)
+
+    def attention(self, patches):
+        """(B, N, D) -> (B, Q, N): what each query weighs each patch; every row sums to 1."""
+        return (self.queries @ patches.mT * patches.shape[2] ** -0.5).softmax(2)
+
+    def forward(self, patches):
+        attention = self.attention(patches)
+        values = self.value(patches).unflatten(2, (len(self.queries), -1))       # (B, N, Q, D/Q)
+        return torch.einsum("bqn,bnqd->bqd", attention, values).flatten(1)
+
+
+class AttentionPooling(nn.Module):
+    """AIM's attention pooling (El-Nouby et al., ICML 2024): batch-norm, one learned query, H heads.
+
+    patches (B, N, D) -> (B, D). Learned keys and values without bias, no projection of the output. H is that of the
+    backbone: 12 for ViT-B, as published.
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm, self.heads = BatchNorm(width), heads
+        self.query = nn.Parameter(torch.randn(width) * 0.02)
+        self.key, self.value = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        for layer in (self.key, self.value):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+
+    def forward(self, patches):
+        x = self.norm(patches)
+        k, v = (layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.key, self.value))
+        q = self.query.to(k.dtype).view(1, self.heads, 1, -1).expand(len(x), -1, -1, -1)
+        return F.scaled_dot_product_attention(q, k, v).flatten(1)                # heads side by side
+
+
+class BatchNorm(nn.Module):
+    """Batch-norm without affine over the last dimension of (B, N, D), eps 1e-6, momentum 0.1.
+
+    In training its statistics are those of the whole batch over all processes (torch's own synchronised layer needs
+    CUDA), so that two processes take the step of one. Under accumulation they are those of each portion.
+    """
+
+    def __init__(self, width, eps=1e-6, momentum=0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("variance", torch.ones(width))
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.mean.dtype)
+            mean, variance = self.mean, self.variance
+            if self.training:
+                world = dist.get_world_size() if dist.is_initialized() else 1
+                mean = AverageOverProcesses.apply(x.mean((0, 1)), world)
+                variance = AverageOverProcesses.apply((x - mean).square().mean((0, 1)), world)
+                with torch.no_grad():
+                    count = world * x[..., 0].numel()
+                    self.mean.lerp_(mean, self.momentum)
+                    self.variance.lerp_(variance * count / (count - 1), self.momentum)
+            return (x - mean) * (variance + self.eps).rsqrt()
+
+
+class AverageOverProcesses(torch.autograd.Function):
+    """Mean of a tensor over processes. Every loss depends on every share of it, so gradients are averaged likewise."""
+
+    @staticmethod
+    def forward(ctx, x, world):
+        ctx.world = world
+        return average(x, world)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return average(grad, ctx.world), None
+
+
+def average(x, world):
+    if world == 1:
+        return x.clone()
+    x = x.contiguous().clone()
+    dist.all_reduce(x)
+    return x / world
+
+
+class EfficientProbe(ERM):
+    """`ep`: efficient probing and a linear head with bias, on a frozen backbone as in the paper, or a trained one."""
+
+    @staticmethod
+    def make_predictor(backbone, classes):
+        return Probe(backbone, classes, EfficientPooling(backbone.width), bias=True)
+
+
+class AttentionProbe(ERM):
+    """`aim`: AIM's attention pooling and a linear head without bias, on a backbone that is frozen or trains."""
+
+    @staticmethod
+    def make_predictor(backbone, classes):
+        return Probe(backbone, classes, AttentionPooling(backbone.width, backbone.blocks[0].attn.heads), bias=False)
+
+
+# ---------------------------------------------------------------- masks that are not learned
 class TrueMask(ERM):
     """iFAM's second stage under the true mask, in training and in evaluation: what a perfect first stage would give.
 
-    masking="early": the mask comes before attention, class token. "late": full attention, mean of the kept patches.
+    Aniraj et al., ICCV workshops 2023. masking="early": the mask comes before attention. "late": full attention, and
+    only the pooling skips what is masked out. The controlled comparison has pooling="mean" in both; published are
+    "cls" for the early and "mean-all" for the late mask.
     """
     needs_truth = True
-
-    def __init__(self, classes, masking, **shared):
-        super().__init__(classes, **shared, masking=masking, pooling={"early": "cls", "late": "mean"}[masking])
 
     def forward(self, images, keep=None, noise=None):
         if keep is None:
@@ -43,6 +184,49 @@ class TrueMask(ERM):
         return super().forward(images, keep)
 
 
+class FoundMask(ERM):
+    """The same under a mask found without training or labels, in the manner of FOUND (Simeoni et al., CVPR 2023).
+
+    `finder` is a copy of the backbone as it was before training, and stays so. Only FOUND's seed step: the paper has
+    its trained head, on DINO ViT-S/8 with bilateral solving; ours is read from the same weights as all else.
+    """
+
+    def __init__(self, classes, arch="b", size=518, registers=4, **choices):
+        super().__init__(classes, arch, size, registers, **choices)
+        self.finder = build_vit(arch, size, registers).requires_grad_(False)
+        self.copy_backbone()
+
+    def copy_backbone(self):
+        """The finder gets the backbone's weights; once they are loaded, and never again."""
+        self.finder.load_state_dict(self.predictor.backbone.state_dict())
+
+    @torch.no_grad()
+    def find(self, images):
+        """images (B, 3, S, S) -> keep (B, N)."""
+        with torch.autocast(images.device.type, enabled=False):                  # a threshold: not in bf16
+            return background_seed(*self.finder.last_attention(images))[0]
+
+    def forward(self, images, keep=None, noise=None):
+        return super().forward(images, self.find(images) if keep is None else keep)
+
+
+def background_seed(attention, keys, threshold=0.3):
+    """FOUND's training-free step: what does not look like the least attended patch -> keep (B, N), seed (B,).
+
+    attention (B, H, N) of the class token to the patches, keys (B, H, N, D/H), both of the last block. Heads weigh
+    beta_h = log(sum_g Q_g / Q_h), Q_h the share of patches that head h attends to more than the image's mean: heads
+    that look at little count more. Background are the patches whose weighted, normalised keys have a cosine above
+    `threshold` with the seed's.
+    """
+    share = (attention > attention.mean((1, 2), keepdim=True)).to(attention.dtype).mean(2) + 1e-10       # (B, H)
+    beta = (share.sum(1, keepdim=True) / share).log()
+    seed = (beta[..., None] * attention).sum(1).argmin(1)
+    described = F.normalize((beta[..., None, None] * keys).transpose(1, 2).flatten(2), dim=2)            # (B, N, D)
+    cosine = (described @ described[torch.arange(len(seed)), seed][..., None])[..., 0]
+    return (cosine <= threshold).to(attention.dtype), seed
+
+
+# ---------------------------------------------------------------- one stage
 class PDiscoFormer(IFAM):
     """iFAM's first stage alone (Aniraj et al., ECCV 2024): soft part maps over features of the whole image.
 
@@ -60,18 +244,31 @@ class PDiscoFormer(IFAM):
         return Output(first.logits, first.logits, first.maps, keep, first.part_logits, first.part_features)
 
 
-METHODS = ("ifam", "erm", "pdiscoformer", "early-truth", "late-truth")
+# ---------------------------------------------------------------- settings -> model
+GIVEN = ("early-truth", "late-truth", "early-found", "late-found")               # methods whose mask is not learned
+PRETRAINED = ("frozen", "ep", "aim", "early-found", "late-found")                # a random backbone cannot serve these
+METHODS = ("ifam", "pdiscoformer", "erm", "frozen", "ep", "aim", *GIVEN)
+TAKES = {   # settings that only these methods have; all others have no such thing, and refuse the flag
+    **dict.fromkeys(("k", "tau", "part_dropout1", "train_tokens", "shaping"), ("ifam", "pdiscoformer")),
+    **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "freeze_stage2"), ("ifam",)),
+    "pooling": ("ifam", *GIVEN), "train_backbone": ("ep", "aim")}
 
 
 def build(settings, classes):
     """A model from the settings of a run, the dict that a checkpoint carries. ValueError if they do not fit."""
+    method = settings["method"]
     shared = dict(classes=classes, arch=settings["arch"], size=settings["size"], registers=settings["registers"])
     parts = dict(k=settings["k"], tau=settings["tau"], dropout1=settings["part_dropout1"])
-    if settings["method"] == "erm":
-        return ERM(**shared)
-    if settings["method"] in ("early-truth", "late-truth"):
-        return TrueMask(**shared, masking=settings["method"].split("-")[0])
-    if settings["method"] == "pdiscoformer":
+    if method in ("erm", "frozen"):
+        return ERM(**shared, frozen=method == "frozen")
+    if method in ("ep", "aim"):
+        probe = {"ep": EfficientProbe, "aim": AttentionProbe}[method]
+        return probe(**shared, frozen=not settings["train_backbone"])
+    if method in GIVEN:
+        masking, source = method.split("-")
+        kind = {"truth": TrueMask, "found": FoundMask}[source]
+        return kind(**shared, masking=masking, pooling=settings["pooling"])
+    if method == "pdiscoformer":
         return PDiscoFormer(**shared, **parts)
     return IFAM(**shared, **parts, dropout2=settings["part_dropout2"], joint=settings["joint"],
                 masking=settings["masking"], hardness=settings["hardness"], pooling=settings["pooling"])

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
-from baselines import build
+from baselines import FoundMask, build
 from ifam import discretize
 from metrics import ari, auroc, foreground_counts, foreground_ious, keypoint_error, landmarks, nmi
 from samples import patch_keep
@@ -129,7 +129,8 @@ def predict(model, samples, batch=32, device="cpu", workers=0):
     """Run a model over a split -> tensors by name, a row a sample, in the order of the samples.
 
     "logits" (n, C), and where the model has them "logits_stage1" (n, C), "keep" (n, N) in {0, 1}, "foreground" (n, 4)
-    pixel counts. Processes share the work and gather by index: every sample is counted once, whatever their number.
+    pixel counts of the parts, or of the mask that stage 2 was given. Processes share the work and gather by index:
+    every sample is counted once, whatever their number.
     """
     model.eval()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -139,10 +140,14 @@ def predict(model, samples, batch=32, device="cpu", workers=0):
     for images in loader:
         out = model(images["image"].to(device), given_mask(model, images, device))
         one = {"logits": out.logits.float()}
-        if out.maps is not None:
+        maps = out.maps
+        if maps is not None:
             one |= {"logits_stage1": out.logits_stage1.float(), "keep": discretize(out.part_logits)}
-            if "mask" in images:
-                one["foreground"] = foreground_counts(out.maps, images["mask"].to(device))
+        elif out.keep is not None:                       # a mask without parts: one map for it, one for the rest
+            one["keep"] = out.keep
+            maps = torch.stack([out.keep, 1 - out.keep], 1).unflatten(2, model.predictor.backbone.grid)
+        if maps is not None and "mask" in images:
+            one["foreground"] = foreground_counts(maps, images["mask"].to(device))
         found.append({name: x.cpu() for name, x in one.items()})
     pieces = [(list(mine), {name: torch.cat([f[name] for f in found]) for name in found[0]} if found else {})]
     if world > 1:
@@ -198,6 +203,9 @@ def stage2_classifier(model):
     """Stage 2 with its mask held fixed. A model without a mask (erm) is measured under the true one."""
     if model.needs_truth:
         return Classifier(lambda images, truth: (truth, truth), model.predictor.features, model.predictor.head, "truth")
+    if isinstance(model, FoundMask):
+        return Classifier(lambda images, truth: (model.find(images),) * 2, model.predictor.features,
+                          model.predictor.head, "found")
     if model.selector is None:
         return Classifier(lambda images, truth: (truth, None), lambda images, held: model.predictor.features(images),
                           model.predictor.head, "truth, the model has none")
@@ -514,6 +522,7 @@ def evaluate(model, samples, train=None, rare=(), device="cpu", batch=32, leakag
     stages = [("stage2", "leakage", "logits", stage2_classifier)] if model.predictor else []
     if model.selector:
         stages.append(("stage1", "leakage_stage1" if stages else "leakage", "logits_stage1", stage1_classifier))
+    if "keep" in result:
         kept = result["keep"].sum(1)
         report["mask"] = {"kept_share": kept.mean().item() / result["keep"].shape[1], "empty": int((kept == 0).sum())}
     for stage, _, key, _ in stages:
@@ -555,8 +564,8 @@ def table(report, second="early, hard"):
         leak = report["leakage_stage1" if "stage2" in report else "leakage"]
         columns["stage 1: late, soft"] = {**report["stage1"], "leak": leak}
     if "stage2" in report:
-        given = (report["leakage"] or {}).get("mask") == "truth"
-        name = f"stage 2: {second}" if columns else "true mask" if given else "no mask"
+        held = (report["leakage"] or {}).get("mask")
+        name = f"stage 2: {second}" if columns else {"truth": "true mask", "found": "found mask"}.get(held, "no mask")
         columns[name] = {**report["stage2"], "leak": report["leakage"]}
 
     def value(numbers, path):

@@ -110,9 +110,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
+    def project(self, x):
+        """-> queries, keys, values, each (..., H, D/H)."""
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+
     def forward(self, x, attend):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)      # each (..., H, D/H)
-        return self.proj(attend(q, k, v).flatten(-2))
+        return self.proj(attend(*self.project(x)).flatten(-2))
 
 
 class Mlp(nn.Module):
@@ -228,6 +231,19 @@ class ViT(nn.Module):
             x = block(x, attend)
         return self.norm(x)
 
+    def last_attention(self, images):
+        """What the last block looks at: images (B, 3, S, S) -> attention (B, H, N), keys (B, H, N, D/H).
+
+        attention is that of the class token to the patches; with the class token and the registers it sums to 1.
+        """
+        x = self.embed(images)
+        for block in self.blocks[:-1]:
+            x = block(x, attend_all)
+        last = self.blocks[-1]
+        q, k, _ = (y.transpose(1, 2) for y in last.attn.project(last.norm1(x)))  # (B, H, T, D/H)
+        attention = (q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]
+        return attention[..., self.prefix:], k[:, :, self.prefix:]
+
     @torch.compiler.disable                              # lengths change with every batch: each would be compiled anew
     def _run_packed(self, x, readable):
         lengths = readable.sum(1).tolist()
@@ -331,15 +347,19 @@ class Predictor(nn.Module):
     masking   "early": dropped patches are never attended to. "late": they are, and only the pooling skips them.
     hardness  "hard": the mask is 0 or 1. "soft": any weight in [0, 1].
     pooling   "cls": the class token. "mean": mean of the patches weighted by the mask; zero where nothing is kept.
+              "mean-all": the same sum over the number of all patches, kept or not, as late masks were published
+              (Aniraj et al., ICCV workshops 2023): its length tells how large the mask is, until fc_norm.
     """
 
     def __init__(self, backbone, classes, masking="early", hardness="hard", pooling="cls"):
         super().__init__()
-        for value, known in ((masking, ("early", "late")), (hardness, ("hard", "soft")), (pooling, ("cls", "mean"))):
+        for value, known in ((masking, ("early", "late")), (hardness, ("hard", "soft")),
+                             (pooling, ("cls", "mean", "mean-all"))):
             if value not in known:
                 raise ValueError(f"{value!r} is not one of {known}")
         if masking == "late" and pooling == "cls":
-            raise ValueError('a late mask acts on the pooling of patches: masking="late" needs pooling="mean"')
+            raise ValueError('a late mask acts on the pooling of patches: masking="late" needs pooling="mean" or '
+                             '"mean-all"')
         self.backbone, self.masking, self.hardness, self.pooling = backbone, masking, hardness, pooling
         self.fc_norm = nn.LayerNorm(backbone.width, eps=1e-5)
         self.head = nn.Linear(backbone.width, classes, bias=False)
@@ -352,8 +372,8 @@ class Predictor(nn.Module):
             return self.fc_norm(tokens[:, 0])
         patches = tokens[:, self.backbone.prefix:]
         weight = torch.ones_like(patches[..., 0]) if keep is None else keep.to(patches.dtype)
-        pooled = (weight[:, None] @ patches)[:, 0] / weight.sum(1, keepdim=True).clamp_min(1e-6)
-        return self.fc_norm(pooled)
+        share = weight.sum(1, keepdim=True).clamp_min(1e-6) if self.pooling == "mean" else weight.shape[1]
+        return self.fc_norm((weight[:, None] @ patches)[:, 0] / share)
 
     def forward(self, images, keep=None):
         """-> logits (B, C)."""

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 import ifam
-from baselines import METHODS, build
+from baselines import GIVEN, METHODS, PRETRAINED, TAKES, FoundMask, build
 from evaluate import accuracies, given_mask, pick_device, predict, read_checkpoint
 from samples import Plan
 from settings import RunError, UsageError, opt, parse, run_script, write_json, write_whole
@@ -52,9 +52,16 @@ class Config:
     k: int = opt(8, "foreground parts")
     masking: str = opt("early", "where the mask acts", choices=("early", "late"))
     hardness: str = opt("hard", "binary mask, or any weight in [0, 1]", choices=("hard", "soft"))
-    pooling: str = opt("cls", "what stage 2 classifies from: class token or kept patches", choices=("cls", "mean"))
+    pooling: str = opt("cls", "what stage 2 classifies from: class token, mean of the kept patches (the default of "
+                              "early-* and late-*), or their sum over the number of all patches (late-*, as published)",
+                       choices=("cls", "mean", "mean-all"))
     joint: bool = opt(True, "let the stage-2 loss reach stage 1 through the mask, as in the paper")
-    train_tokens: bool = opt(True, "train class token, registers and positions of a pretrained stage 1, as in the paper")
+    shaping: bool = opt(True, "the losses that shape parts; without them ifam is a joint amortised model (JAM)")
+    stage1_class: bool = opt(True, "the class loss of stage 1")
+    freeze_stage2: bool = opt(False, "of the backbone of stage 2 train class token, registers and positions only")
+    train_backbone: bool = opt(False, "ep and aim: train the backbone too")
+    train_tokens: bool = opt(True, "train class token, registers and positions of a pretrained stage 1, as in the "
+                                   "paper")
     tau: float = opt(1.0, "temperature of the part assignment")
     part_dropout1: float = opt(0.3, "share of parts dropped before the stage-1 classifier")
     part_dropout2: float = opt(0.3, "share of parts dropped in the mask of stage 2")
@@ -110,7 +117,19 @@ def preset(given):
     settings = benchmark.settings
     if given.get("mini"):                                # its own network and schedule, the benchmark's loss
         settings = {**{name: x for name, x in settings.items() if name.startswith("weight_")}, **MINI}
+    if given.get("method") in GIVEN:                     # early and late read the same, so that one thing differs
+        settings = {**settings, "pooling": "mean"}
+    refuse_foreign(given)
     return {"size": benchmark.size, "k": benchmark.k, **settings}
+
+
+def refuse_foreign(given):
+    """UsageError for a setting that was typed and that the method does not have."""
+    method = given.get("method", Config.method)
+    for name, methods in TAKES.items():
+        if name in given and method in METHODS and method not in methods:
+            raise UsageError(f"--{name.replace('_', '-')} means nothing to --method {method}, only to "
+                             f"{', '.join(methods)}; leave it out")
 
 
 # ---------------------------------------------------------------- functions of the step
@@ -139,12 +158,11 @@ def draw_noise(model, cfg, step, positions):
 
 
 # ---------------------------------------------------------------- parameters
-def freeze_backbone(model, train_tokens=True):
-    """Pretrained blocks of stage 1 stay; its class token, registers and positions train (paper, appendix A.1)."""
-    if model.selector is not None:
-        tokens = {id(t) for t in model.selector.backbone.tokens() if train_tokens}
-        for p in model.selector.backbone.parameters():
-            p.requires_grad_(id(p) in tokens)
+def freeze_backbone(stage, train_tokens=True):
+    """Pretrained blocks of a stage stay; its class token, registers and positions train (paper, appendix A.1)."""
+    tokens = {id(t) for t in stage.backbone.tokens() if train_tokens}
+    for p in stage.backbone.parameters():
+        p.requires_grad_(id(p) in tokens)
 
 
 def parameter_groups(model, cfg, steps):
@@ -237,9 +255,11 @@ def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None
 
 
 def weights(cfg):
-    """-> {name of a loss term: its weight}."""
-    return {f.name[len("weight_"):]: getattr(cfg, f.name) for f in fields(Config)
-            if f.name.startswith("weight_") and f.name != "weight_decay"}
+    """-> {name of a loss term: its weight}; 0 for what --no-shaping and --no-stage1-class switch off."""
+    found = {f.name[len("weight_"):]: getattr(cfg, f.name) for f in fields(Config)
+             if f.name.startswith("weight_") and f.name != "weight_decay"}
+    on = {"class1": cfg.stage1_class, "class2": True}
+    return {name: weight * on.get(name, cfg.shaping) for name, weight in found.items()}
 
 
 def refuse_non_finite(values, step):
@@ -256,6 +276,12 @@ def plain(value):
     return json.loads(json.dumps(value))
 
 
+def differences(config, cfg):
+    """Settings of a run that was recorded (a dict) that are not those of cfg -> {name: (then, now)}."""
+    both = {f.name: (config.get(f.name), plain(getattr(cfg, f.name))) for f in fields(Config) if f.name not in FREE}
+    return {name: (then, now) for name, (then, now) in both.items() if then != now}
+
+
 def open_run(cfg, rank):
     """The checkpoint to resume from, or None and a new folder. A run that is already there is moved aside, not lost."""
     folder = Path(cfg.out)
@@ -267,11 +293,9 @@ def open_run(cfg, rank):
             config = state["config"] if state else json.loads((folder / "config.json").read_text())
         except (OSError, ValueError):
             raise UsageError(f"--resume: no run at {folder}, it has neither last.pt nor config.json") from None
-        for f in fields(Config):
-            then, now = config.get(f.name), plain(getattr(cfg, f.name))
-            if f.name not in FREE and then != now:
-                raise UsageError(f"--resume: {folder} was started with --{f.name.replace('_', '-')} {then}, not {now}"
-                                 "; use the old value, or another --out")
+        for name, (then, now) in differences(config, cfg).items():
+            raise UsageError(f"--resume: {folder} was started with --{name.replace('_', '-')} {then}, not {now}"
+                             "; use the old value, or another --out")
         return state
     if rank == 0:
         if (folder / "config.json").is_file():
@@ -339,6 +363,9 @@ def check(cfg):
     for name in ("part_dropout1", "part_dropout2", "ema", "val_share"):
         if not 0 <= getattr(cfg, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be in [0, 1), not {getattr(cfg, name)}")
+    if cfg.weights == "none" and (cfg.freeze_stage2 or cfg.method in PRETRAINED and not cfg.train_backbone):
+        what = "--freeze-stage2" if cfg.freeze_stage2 else f"--method {cfg.method}"
+        raise UsageError(f"{what} takes the backbone as it is, and with --weights none it is random: give --weights")
     if cfg.tau <= 0:
         raise UsageError(f"--tau must be positive, not {cfg.tau}")
     if cfg.mini and cfg.root != Config.root:
@@ -353,8 +380,12 @@ def build_model(cfg, device, classes=None):
     except ValueError as error:
         raise UsageError(f"these settings make no model: {error}") from None
     load_pretrained(model, cfg.weights, cfg.arch, cfg.registers)
-    if cfg.weights != "none":
-        freeze_backbone(model, cfg.train_tokens)
+    if isinstance(model, FoundMask):
+        model.copy_backbone()
+    if cfg.weights != "none" and model.selector is not None:
+        freeze_backbone(model.selector, cfg.train_tokens)
+    if cfg.freeze_stage2:
+        freeze_backbone(model.predictor)
     model.to(device)
     if cfg.compile:
         for stage in filter(None, (model.selector, model.predictor)):
@@ -434,6 +465,8 @@ def train(cfg):
             with torch.no_grad():
                 for slow, fast in zip(averaged.parameters(), model.parameters()):
                     slow.lerp_(fast, 1 - cfg.ema)
+                for slow, fast in zip(averaged.buffers(), model.buffers()):
+                    slow.copy_(fast)                     # statistics of aim's batch-norm: already averages
 
         done, end_of_epoch = step + 1, (step + 1) % per_epoch == 0
         if done % cfg.log_every == 0 or done == steps:

@@ -119,7 +119,7 @@ def test_groups_of_the_optimizer_are_the_published_ones():
     published = json.loads((ROOT / "tests/golden/param_groups.json").read_text())
     sd = {k[3:]: v for k, v in golden("ifam_small").items() if k.startswith("sd/")}
     model = load_published(sd, heads=3)
-    train.freeze_backbone(model)
+    train.freeze_backbone(model.selector)
     cfg = config("--lr", 2.828e-6, "--lr-tokens", 2.828e-6, "--lr-prototypes", 2.828e-3, "--lr-heads", 2.828e-2, "--weight-decay", 0.01)
     ours = {id(p): (g["lr"], g["weight_decay"]) for g in train.parameter_groups(model, cfg, 1) for p in g["params"]}
     names = {"stage_1.fc_landmarks.weight": "selector.prototypes", "stage_1.modulation.weight": "selector.modulation.weight",
@@ -159,8 +159,9 @@ def test_presets_are_the_papers_settings_and_the_command_line_wins():
     assert not parse(train.Config, "", ["--no-joint"], train.preset).joint
 
 
-@pytest.mark.parametrize("flags", [("--method", "erm"), ("--method", "pdiscoformer"), ("--method", "early-truth"),
-                                   ("--method", "late-truth"), ("--no-joint",), ("--weights", "none"), ("--no-train-tokens",), ("--amp", "bf16"),
+@pytest.mark.parametrize("flags", [*(("--method", m) for m in METHODS[1:]), ("--method", "aim", "--train-backbone"),
+                                   ("--method", "early-truth", "--pooling", "cls"), ("--method", "late-found", "--pooling", "mean-all"),
+                                   ("--no-joint",), ("--no-shaping", "--no-stage1-class"), ("--freeze-stage2",), ("--weights", "none"), ("--no-train-tokens",), ("--amp", "bf16"),
                                    ("--ema", "0.5", "--micro", "5"), ("--hardness", "soft"), ("--masking", "late", "--pooling", "mean")],
                          ids=lambda f: "".join(f))
 def test_every_method_and_setting_trains_and_evaluates(flags, tmp_path):
@@ -193,7 +194,8 @@ def test_without_train_tokens_nothing_of_the_backbone_of_stage_1_moves(tmp_path)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_starts_every_backbone_from_the_same_file(method):
     model = train.build_model(config("--method", method), torch.device("cpu"))
-    backbones = [stage.backbone for stage in (model.selector, model.predictor) if stage]
+    backbones = [m for m in model.modules() if isinstance(m, ifam.ViT)]
+    assert len(backbones) == (1 + (method == "ifam" or method.endswith("-found")))
     for name, x in read_file(MINI, "weights").items():
         assert all(torch.equal(backbone.state_dict()[name], x.float()) for backbone in backbones), name
 
@@ -247,7 +249,7 @@ def test_resume_with_other_settings_is_refused_and_names_the_first(tmp_path, cap
     folder = run(tmp_path / "run", "--limit", 16)
     before = (folder / "last.pt").read_bytes()
     line = fails(train.main, *TINY, "--limit", 16, "--k", 3, "--resume", "--out", folder)(capsys)
-    assert "--k 2, not 3" in line and (folder / "last.pt").read_bytes() == before
+    assert "--k 4, not 3" in line and (folder / "last.pt").read_bytes() == before
     (folder / "last.pt").write_bytes(before[:1000])
     assert "damaged" in fails(train.main, *TINY, "--limit", 16, "--resume", "--out", folder)(capsys)
 
@@ -255,7 +257,7 @@ def test_resume_with_other_settings_is_refused_and_names_the_first(tmp_path, cap
 def test_resuming_a_run_killed_before_its_first_save_starts_it_but_not_with_other_settings(tmp_path, capsys):
     folder = run(tmp_path / "run", "--limit", 16)
     (folder / "last.pt").unlink()
-    assert "--k 2, not 3" in fails(train.main, *TINY, "--limit", 16, "--k", 3, "--resume", "--out", folder)(capsys)
+    assert "--k 4, not 3" in fails(train.main, *TINY, "--limit", 16, "--k", 3, "--resume", "--out", folder)(capsys)
     run(folder, "--limit", 16, "--resume")
     assert (folder / "last.pt").is_file()
     (tmp_path / "empty").mkdir()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--data", "waterbirds", "--mini", "--limit", "64", "--batch", "16", "--epochs", "1", "--k", "2", "--device", "cpu"]
+TINY = ["--data", "waterbirds", "--mini", "--limit", "64", "--batch", "16", "--epochs", "1", "--device", "cpu"]
 
 
 def train(out, *flags, **kw):

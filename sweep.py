@@ -1,0 +1,147 @@
+"""sweep.py: train and evaluate a set of methods or ablations, seed after seed, then print their table.
+
+    python sweep.py ladder --data waterbirds --mini --seeds 3       # every method
+    python sweep.py ablations --data cub --also waterbird200        # every ablation of iFAM
+    python sweep.py erm ifam --data metashift --epochs 30 --list    # two runs: what is left to do; flags are train.py's
+
+Runs lie in runs/<data>-sweep/<name>-<seed> (-mini-sweep for miniatures), which all sets share: ifam is trained once.
+The same command again skips what is finished and resumes what is not. The table is <set>.md and <set>.json beside the
+runs. A run that fails stops no other; the exit status then is 1.
+"""
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import data
+import settings
+import tables
+import train
+from settings import Parser, RunError, UsageError, nearest, run_script
+
+METHODS = {     # in the order of the paper's table; early and late masks pool alike, so that one thing differs
+    name: ["--method", name] for name in ("early-truth", "late-truth", "frozen", "erm", "late-found", "ep", "aim",
+                                          "pdiscoformer", "early-found", "ifam")}
+SETS = {        # {name of a set: {name of a run: flags of train.py}}
+    "ladder": METHODS,
+    "ablations": {
+        "ifam": METHODS["ifam"],
+        "pdiscoformer": METHODS["pdiscoformer"],         # no second stage
+        "soft": ["--hardness", "soft"],
+        "no-shaping": ["--no-shaping"],
+        "no-stage1-class": ["--no-stage1-class"],
+        "freeze-stage2": ["--freeze-stage2"],
+        "no-joint": ["--no-joint"],
+        "mean": ["--pooling", "mean"],                   # what the late mask is compared with
+        "late": ["--masking", "late", "--pooling", "mean"],
+        **{f"k{k}": ["--k", str(k)] for k in (1, 2, 4, 8, 16)},
+        "no-part-dropout1": ["--part-dropout1", "0"],
+        "no-part-dropout2": ["--part-dropout2", "0"]},
+    "published": {                                       # given masks, pooled as in the literature
+        "early-truth-cls": [*METHODS["early-truth"], "--pooling", "cls"],
+        "late-truth-all": [*METHODS["late-truth"], "--pooling", "mean-all"],
+        "early-found-cls": [*METHODS["early-found"], "--pooling", "cls"],
+        "late-found-all": [*METHODS["late-found"], "--pooling", "mean-all"]}}
+
+
+def choose(names):
+    """Names of sets or of single runs -> {name of a run: flags}. UsageError for a name that is neither."""
+    single = {name: flags for runs in SETS.values() for name, flags in runs.items()}
+    chosen = {}
+    for name in names:
+        if name not in SETS and name not in single:
+            raise UsageError(f"no set or run is called {name!r}{nearest(name, [*SETS, *single])} "
+                             f"(sets: {', '.join(SETS)}; runs: {', '.join(single)}; the names come before the flags)")
+        chosen.update(SETS.get(name) or {name: single[name]})
+    return chosen
+
+
+def plan(names, seeds, flags):
+    """-> [(train.Config, flags of train.py)], a run each, seeds outermost: after each seed there is a whole table.
+
+    All flags are read here, so that a mistake shows before the first run. A run that would equal an earlier one
+    (--k 8 where 8 is the default) is left out. UsageError if a folder holds a run with other settings.
+    """
+    runs, known = [], []
+    for seed in range(seeds):
+        for name, own in choose(names).items():
+            typed = [*flags, *own, "--seed", str(seed)]
+            cfg = settings.parse(train.Config, __doc__, typed, train.preset)
+            cfg.out = str(Path("runs") / (cfg.data + "-mini" * cfg.mini + "-sweep") / f"{name}-{seed}")
+            same = {**asdict(cfg), "out": ""}
+            if same in known:
+                continue
+            known.append(same)
+            train.check(cfg)
+            refuse_other_settings(cfg)
+            runs.append((cfg, [*typed, "--out", cfg.out]))
+    return runs
+
+
+def refuse_other_settings(cfg):
+    path = Path(cfg.out) / "config.json"
+    try:
+        there = json.loads(path.read_text()) if path.is_file() else None
+    except ValueError:
+        raise UsageError(f"{path} is damaged: move {cfg.out} away") from None
+    for name, (then, now) in (train.differences(there, cfg) if there else {}).items():
+        raise UsageError(f"{cfg.out} was made with --{name.replace('_', '-')} {then}, not {now}: give the old value, "
+                         f"or move {Path(cfg.out).parent} away")
+
+
+def commands(cfg, flags, processes=1, leakage=500, also=()):
+    """What is left to do for a run, as command lines: none if it is finished. A run that was begun is resumed.
+
+    The first report comes after training, so where there is one, training is done.
+    """
+    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                     f"--nproc_per_node={processes}"]
+    folder, here = Path(cfg.out), Path(__file__).parent
+    training = [*start, str(here / "train.py"), *flags, *["--resume"] * (folder / "config.json").is_file()]
+    measure = [sys.executable, str(here / "evaluate.py"), "--ckpt", str(folder / "best.pt"), "--device", cfg.device,
+               "--leakage", str(leakage)]
+    left = {"report.json": measure, **{f"report-{name}.json": [*measure, "--data", name] for name in also}}
+    evaluations = [command for name, command in left.items() if not (folder / name).is_file()]
+    return evaluations if (folder / "report.json").is_file() else [training, *evaluations]
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("what", nargs="+", help=f"sets ({', '.join(SETS)}) or single runs of them")
+    parser.add_argument("--seeds", type=int, default=1, help="training seeds 0, 1, ... of each (default 1)")
+    parser.add_argument("--processes", type=int, default=1, help="processes that train, through torchrun (default 1)")
+    parser.add_argument("--leakage", type=int, default=500, help="of evaluate.py: images for leakage (default 500)")
+    parser.add_argument("--also", nargs="+", default=[],
+                        choices=[name for name, benchmark in data.BENCHMARKS.items() if benchmark.trained_on],
+                        help="evaluate on these as well: waterbird200 for cub, imagenet9 for imagenet")
+    parser.add_argument("--list", action="store_true", help="print the commands and what is finished, run nothing")
+    given, flags = parser.parse_known_args(argv)
+    for name, least in (("seeds", 1), ("processes", 1), ("leakage", 0)):
+        if getattr(given, name) < least:
+            raise UsageError(f"--{name} must be at least {least}, not {getattr(given, name)}")
+    if refused := {"--method", "--seed", "--out", "--resume"} & {flag.split("=")[0] for flag in flags}:
+        raise UsageError(f"{min(refused)} is decided by the sweep: leave it out")
+    runs, failed = plan(given.what, given.seeds, flags), []
+    left = lambda cfg, typed: commands(cfg, typed, given.processes, given.leakage, given.also)
+    for number, (cfg, typed) in enumerate(runs, 1):
+        todo = left(cfg, typed)
+        print(f"[{number}/{len(runs)}] {cfg.out}" + ": finished" * (not todo), flush=True)
+        for command in todo:
+            if given.list:
+                print("  " + shlex.join(command))
+            elif subprocess.run(command).returncode:
+                failed.append(cfg.out)
+                break
+    done = [Path(cfg.out) for cfg, typed in runs if not left(cfg, typed)]
+    if done and not given.list:
+        tables.write_tables(done, done[0].parent / "-".join(given.what))
+    if failed:
+        raise RunError(f"{len(failed)} of {len(runs)} runs failed, above is why: {', '.join(failed)}; "
+                       "the same command tries them again")
+
+
+if __name__ == "__main__":
+    run_script(main)

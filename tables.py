@@ -1,0 +1,234 @@
+"""tables.py: reports of many runs -> the layout of the paper's tables, as Markdown and JSON.
+
+    python tables.py runs/waterbirds-mini-sweep/*                  # Markdown on the terminal
+    python tables.py runs/*-sweep/* --out tables/all               # also tables/all.md and tables/all.json
+
+One table for each benchmark and split, a row for each method with what was changed in its settings. A number is the
+mean over training seeds and half its 95 % interval (Student's t); a dash where a method has no such number. Each folder
+holds the config.json of train.py and the report*.json of evaluate.py.
+"""
+import argparse
+import json
+import math
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import train
+from baselines import GIVEN
+from settings import Parser, UsageError, run_script, write_json, write_whole
+
+# 97.5 % quantile of Student's t for n numbers
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+# ---------------------------------------------------------------- columns: what a table takes from a report
+def stage(report):
+    """The stage that counts: the second, where there is one."""
+    return report.get("stage2") or report["stage1"]
+
+
+def part(name, metric):
+    """A metric on another set of the benchmark."""
+    def value(report):
+        numbers = report.get("sets", {}).get(name, {})
+        return (numbers.get("stage2") or numbers.get("stage1") or {}).get(metric)
+    return value
+
+
+def bg_gap(report):
+    return report.get("bg_gap", {}).get("stage2" if "stage2" in report else "stage1")
+
+
+def place(report, *names):
+    """The clean contrast of evaluate.py: its number for one place of the mask, less that for another."""
+    found = (report["leakage"] or {}).get("place_of_mask")
+    return found and found[names[0]] - (found[names[1]] if names[1:] else 0)
+
+
+COLUMNS = {     # title: what it is of a report; a column that no row has is left out
+    "worst group": lambda r: stage(r).get("worst_group"),
+    "worst rare group": lambda r: stage(r).get("worst_group_rare"),
+    "accuracy": lambda r: stage(r).get("aa"), "AUROC": lambda r: stage(r).get("auroc"),
+    "worst group AUROC": part("robust", "auroc"), "mixed-same": part("mixed_same", "aa"),
+    "mixed-rand": part("mixed_rand", "aa"), "BG-GAP": bg_gap,
+    "foreground IoU": lambda r: r.get("localisation", {}).get("foreground_iou"),
+    "kept": lambda r: r.get("mask", {}).get("kept_share"),
+    "empty": lambda r: r["mask"]["empty"] / r["images"] if "mask" in r else None,
+    "repaint, logits": lambda r: r["leakage"] and r["leakage"]["repaint"]["max_logit_change"],
+    "late": lambda r: place(r, "late"), "early": lambda r: place(r, "early"),
+    "early - late": lambda r: place(r, "early", "late")}
+
+
+# ---------------------------------------------------------------- the paper's numbers
+# Tables 1, 2 and 5: real data, full size (ViT-B/14), in percent. {benchmark: (columns, {row: numbers})}; a row that
+# ends in @K is of that number of parts. The paper's fine-tuned DINOv2 is erm here, its worst group on Waterbirds that
+# of the rare groups, its masks from FOUND those of FOUND's trained head. Its early masks read the class token, its
+# late masks are pooled by mean-all.
+PAPER = {
+    "waterbirds": (("accuracy", "worst rare group"), {
+        "early-truth": (99.2, 97.2), "late-truth": (95.7, 84.0), "frozen": (95.9, 88.5), "erm": (98.6, 95.8),
+        "late-found": (95.3, 83.3), "ep": (96.0, 91.0), "aim": (97.6, 93.9), "pdiscoformer@8": (94.2, 84.3),
+        "early-found": (98.6, 95.2), "ifam@8": (99.0, 97.0)}),
+    "metashift": (("accuracy", "worst group"), {
+        "frozen": (83.2, 72.6), "erm": (84.7, 76.8), "late-found": (82.3, 73.5), "ep": (80.4, 70.3),
+        "aim": (88.9, 83.0), "pdiscoformer@4": (83.2, 75.5), "early-found": (84.5, 77.1), "ifam@4": (88.7, 88.6),
+        "ifam@8": (84.5, 78.8),
+        "ifam --hardness soft@4": (88.0, 86.3), "ifam --no-shaping@4": (85.4, 79.1),
+        "ifam --no-stage1-class@4": (86.9, 82.3), "ifam --freeze-stage2@4": (85.0, 85.0)}),
+    "cub": (("accuracy",), {
+        "early-truth": (91.4,), "late-truth": (90.7,), "frozen": (89.2,), "erm": (91.6,), "pdiscoformer@4": (89.1,),
+        "pdiscoformer@8": (88.8,), "pdiscoformer@16": (88.7,), "ifam@4": (90.1,), "ifam@8": (90.4,), "ifam@16": (90.6,),
+        "ifam --hardness soft@4": (90.6,), "ifam --no-shaping@4": (90.3,), "ifam --no-stage1-class@4": (88.9,),
+        "ifam --freeze-stage2@4": (89.1,)}),
+    "waterbird200": (("accuracy",), {
+        "early-truth": (88.8,), "late-truth": (74.8,), "frozen": (76.6,), "erm": (68.4,), "pdiscoformer@4": (76.0,),
+        "pdiscoformer@8": (76.8,), "pdiscoformer@16": (75.8,), "ifam@4": (86.1,), "ifam@8": (86.2,), "ifam@16": (86.2,),
+        "ifam --hardness soft@4": (85.7,), "ifam --no-shaping@4": (80.2,), "ifam --no-stage1-class@4": (85.0,),
+        "ifam --freeze-stage2@4": (83.7,)}),
+    "siim": (("AUROC", "worst group AUROC"), {
+        "frozen": (90.6, 40.6), "erm": (92.6, 54.3), "pdiscoformer@8": (92.6, 48.1), "ifam@8": (92.1, 65.9)}),
+    "imagenet": (("accuracy",), {"erm": (84.6,), "pdiscoformer@1": (83.3,), "ifam@1": (84.3,)}),
+    "imagenet9": (("accuracy", "mixed-same", "mixed-rand", "BG-GAP"), {
+        "erm": (98.1, 93.1, 87.1, 6.0), "pdiscoformer@1": (98.4, 93.9, 88.6, 5.3), "ifam@1": (97.5, 93.5, 91.1, 2.4)})}
+PERCENT = ("AUROC", "worst group AUROC", "BG-GAP")       # columns that our reports give in percent too
+FOOTNOTE = ("paper: the number in the paper's tables, where it has one: **real data, full size** (ViT-B/14), with the "
+            "number of parts. Beside a miniature it says which way to expect a difference, not how large.")
+
+
+def from_paper(data, row, k):
+    """-> {column: (number in our units, parts or None)} for a row of a benchmark; {} where the paper has none.
+
+    A method with parts is looked up at the run's K. A miniature ("-mini") has a K of its own: where the paper does not
+    have it, its smallest.
+    """
+    columns, rows = PAPER.get(data.removesuffix("-mini"), ((), {}))
+    row = re.sub(r" --k \d+", "", row)
+    if row.split()[0] in GIVEN:                          # the paper pools as published, the ladder as is comparable
+        row = re.sub(r" --pooling \S+", "", row)
+    known = {int(name.split("@")[1]): numbers for name, numbers in rows.items() if name.startswith(row + "@")}
+    parts = k if k in known else min(known) if known and data.endswith("-mini") else None
+    numbers = rows.get(row) or known.get(parts, ())
+    return {c: (n if c in PERCENT else n / 100, parts) for c, n in zip(columns, numbers)}
+
+
+# ---------------------------------------------------------------- runs -> rows
+def row_name(config):
+    """What a run is, from its config.json: its method, and as flags the settings that are not its defaults."""
+    given = {key: config[key] for key in ("data", "mini", "method")}
+    default = train.Config(**{**train.preset(given), **given, "seed": config["seed"]})
+    changed = train.differences({**asdict(default), **config}, default)
+    words = [config["method"]]
+    for name, (value, _) in changed.items():
+        name = name.replace("_", "-")
+        words.append(f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name} {value}")
+    return " ".join(words)
+
+
+def read_run(folder):
+    """-> (config of a run, its reports). UsageError if it has none."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} has no config.json: it is not a run of train.py; leave it out")
+    reports = sorted(folder.glob("report*.json"))
+    if not reports:
+        raise UsageError(f"{folder} has no report.json: run evaluate.py --ckpt {folder}/best.pt first, or leave it out")
+    try:
+        return json.loads((folder / "config.json").read_text()), [json.loads(path.read_text()) for path in reports]
+    except ValueError as error:
+        raise UsageError(f"{folder}: config.json or a report is damaged ({error}); write it again") from None
+
+
+def collect(folders):
+    """Folders of runs -> {(data, split): {row name: {seed: (folder, config, report)}}}, in the order they are given."""
+    tables = {}
+    for folder in folders:
+        config, reports = read_run(folder)
+        name = row_name(config)
+        for report in reports:
+            seeds = tables.setdefault((report["data"], report["split"]), {}).setdefault(name, {})
+            if twin := seeds.get(config["seed"]):
+                raise UsageError(f"{twin[0]} and {folder} have the same settings and seed: leave one out")
+            seeds[config["seed"]] = folder, config, report
+    return tables
+
+
+def interval(values):
+    """Mean of numbers and half the width of its 95 % interval; the latter is None for one number or more than ten."""
+    n, mean = len(values), sum(values) / len(values)
+    if n not in T:
+        return mean, None
+    return mean, T[n] * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+
+
+def summarise(data, name, runs):
+    """One row: runs {seed: (folder, config, report)} -> dict, as the JSON has it. Numbers are not rounded."""
+    numbers = {}
+    for title, value in COLUMNS.items():
+        values = [value(report) for _, _, report in runs.values()]
+        if None not in values:
+            mean, half = interval(values)
+            numbers[title] = {"mean": mean, "half_interval": half, "values": values}
+    worst = numbers.get("worst group")
+    paper = from_paper(data, name, next(iter(runs.values()))[1]["k"])
+    return {"row": name, "seeds": list(runs), "folders": [str(folder) for folder, _, _ in runs.values()],
+            "numbers": numbers, "least_worst_group": min(worst["values"]) if worst else None,
+            "paper": {title: {"value": value, "parts": parts} for title, (value, parts) in paper.items()}}
+
+
+# ---------------------------------------------------------------- Markdown
+def markdown(data, split, rows):
+    """A table as text: our columns that some row has, each with the paper's beside it where some row has that."""
+    titles = [t for t in COLUMNS if any(t in r["numbers"] for r in rows)]
+    papers = [t for t in titles if any(t in r["paper"] for r in rows)]
+    header = ["", "n", *(h for t in titles for h in (t, "paper")[:1 + (t in papers)])]
+    if least := any(r["least_worst_group"] is not None for r in rows):
+        header.append("least worst group")
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for r in rows:
+        cells = [f"`{r['row']}`", str(len(r["seeds"]))]
+        for title in titles:
+            cells.append(ours(r["numbers"].get(title)))
+            if title in papers:
+                cells.append(theirs(r["paper"].get(title)))
+        if least:
+            cells.append("–" if r["least_worst_group"] is None else f"{r['least_worst_group']:.3f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([f"**{data}, {split}**", "", *lines, *(["", FOOTNOTE] if papers else [])])
+
+
+def ours(number):
+    if number is None:
+        return "–"
+    half = number["half_interval"]
+    return f"{number['mean']:.3f}" + (f" ± {half:.3f}" if half is not None else "")
+
+
+def theirs(number):
+    if number is None:
+        return "–"
+    return f"{number['value']:.3f}" + (f" (K={number['parts']})" if number["parts"] else "")
+
+
+def write_tables(folders, out=""):
+    """Print the tables of these runs; with out, also write <out>.md and <out>.json."""
+    tables = [{"data": data, "split": split, "rows": [summarise(data, name, runs) for name, runs in rows.items()]}
+              for (data, split), rows in collect(folders).items()]
+    text = "\n\n".join(markdown(**table) for table in tables) + "\n"
+    print(text, end="")
+    if out:
+        markdown_file, json_file = Path(f"{out}.md"), Path(f"{out}.json")
+        markdown_file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(markdown_file, lambda temporary: temporary.write_text(text))
+        write_json(json_file, {"paper": FOOTNOTE, "tables": tables})
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, with config.json and report.json")
+    parser.add_argument("--out", default="", help="write <out>.md and <out>.json as well")
+    given = parser.parse_args(argv)
+    write_tables([run for run in given.runs if not run.is_file()], given.out)
+
+
+if __name__ == "__main__":
+    run_script(main)

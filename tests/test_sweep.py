@@ -1,0 +1,116 @@
+"""sweep.py: each run once, what is finished is skipped, a failure stops no other."""
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import baselines
+import sweep
+from tiny import fails
+from test_tables import write_run
+
+MINI = ["--data", "waterbirds", "--mini"]
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Runs in an empty folder, with commands that are recorded; a folder in `broken` fails, others leave their files."""
+    monkeypatch.chdir(tmp_path)
+    called, broken = [], set()
+
+    def call(command):
+        script = Path(next(word for word in command if word.endswith(".py"))).name
+        out = Path(command[command.index("--out") + 1]) if script == "train.py" else Path(command[command.index("--ckpt") + 1]).parent
+        called.append((script, str(out), command))
+        if str(out) in broken:
+            return subprocess.CompletedProcess(command, 1)
+        out.mkdir(parents=True, exist_ok=True)
+        if script == "evaluate.py":
+            write_run(out, *recorded(called, out), report="report-waterbird200.json" if "--data" in command else "report.json")
+        return subprocess.CompletedProcess(command, 0)
+    monkeypatch.setattr(sweep.subprocess, "run", call)
+    return called, broken
+
+
+def recorded(called, out):
+    """The flags that train.py got for this folder."""
+    command = next(c for script, folder, c in called if script == "train.py" and folder == str(out))
+    flags = command[2:command.index("--out")]
+    return flags[len(MINI):]
+
+
+def test_a_ladder_has_every_method_and_ablations_have_those_of_the_paper():
+    assert set(sweep.SETS["ladder"]) == set(baselines.METHODS)
+    runs = sweep.plan(["ladder", "ablations", "published"], 2, MINI)
+    names = [Path(cfg.out).name for cfg, _ in runs]
+    assert len(set(names)) == len(names) and {n[-1] for n in names} == {"0", "1"}
+    assert "k4-0" not in names and "k8-0" in names       # the miniature's own K is ifam
+    assert all(cfg.out.startswith("runs/waterbirds-mini-sweep/") for cfg, _ in runs)
+    by_name = {Path(cfg.out).name[:-2]: cfg for cfg, _ in runs}
+    assert by_name["early-truth"].pooling == by_name["late-truth"].pooling == "mean" and by_name["late-truth-all"].pooling == "mean-all"
+
+
+def test_a_sweep_trains_evaluates_prints_a_table_and_does_nothing_the_second_time(commands, capsys):
+    called, _ = commands
+    sweep.main(["ifam", "erm", *MINI, "--seeds", "2", "--leakage", "16"])
+    assert [(s, Path(out).name) for s, out, _ in called] == [(s, f"{n}-{seed}") for seed in (0, 1) for n in ("ifam", "erm")
+                                                               for s in ("train.py", "evaluate.py")]
+    assert all("--resume" not in c for _, _, c in called) and called[1][2][-2:] == ["--leakage", "16"]
+    folder = Path("runs/waterbirds-mini-sweep")
+    assert "| `erm` | 2 |" in capsys.readouterr().out and "| `ifam` | 2 |" in (folder / "ifam-erm.md").read_text()
+    assert len(json.loads((folder / "ifam-erm.json").read_text())["tables"][0]["rows"]) == 2
+    called.clear()
+    sweep.main(["ifam", "erm", *MINI, "--seeds", "2"])
+    assert not called and "ifam-0: finished" in capsys.readouterr().out
+
+
+def test_a_run_that_was_begun_is_resumed_and_one_that_was_trained_and_measured_is_only_measured_again(commands):
+    called, _ = commands
+    write_run(Path("begun"), "--seed", "0")
+    cfg, flags = sweep.plan(["ifam"], 1, MINI)[0]
+    assert "--resume" not in sweep.commands(cfg, flags)[0]
+    Path(cfg.out).mkdir(parents=True)
+    (Path(cfg.out) / "config.json").write_text(Path("begun/config.json").read_text())
+    training, measuring = sweep.commands(cfg, flags)
+    assert training[-1] == "--resume" and measuring[3].endswith("best.pt")
+    (Path(cfg.out) / "report.json").write_text("{}")
+    assert sweep.commands(cfg, flags) == []
+    more, = sweep.commands(cfg, flags, also=["waterbird200"])
+    assert more[-2:] == ["--data", "waterbird200"]
+
+
+def test_a_failing_run_stops_no_other_and_the_end_names_it(commands, capsys):
+    called, broken = commands
+    broken.add("runs/waterbirds-mini-sweep/erm-0")
+    line = fails(sweep.main, "erm", "ifam", *MINI, status=1)(capsys)
+    assert "1 of 2 runs failed" in line and "erm-0" in line
+    assert [Path(out).name for s, out, _ in called if s == "evaluate.py"] == ["ifam-0"]
+
+
+def test_a_list_runs_nothing_and_says_what_would_run(commands, capsys):
+    called, _ = commands
+    sweep.main(["ablations", *MINI, "--list", "--processes", "8"])
+    out = capsys.readouterr().out
+    assert not called and "--nproc_per_node=8" in out and "--hardness soft" in out and out.count("evaluate.py") == out.count("train.py")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("lader", *MINI), ("lader", "did you mean ladder?")),
+    (("ladder", *MINI, "--epoch", "3"), ("--epoch", "did you mean --epochs?")),
+    (("ladder", *MINI, "--seeds", "0"), ("--seeds", "at least 1")),
+    (("ladder", *MINI, "--seed", "0"), ("--seed is decided by the sweep",)),
+    (("ladder", *MINI, "--k", "2"), ("--k", "early-truth")),
+    (("ladder", *MINI, "--also", "cub"), ("waterbird200",)),
+], ids=lambda x: "".join(x[1:] if "waterbirds" in x else x))
+def test_bad_flags_are_one_line_before_anything_runs(flags, words, commands, capsys):
+    line = fails(sweep.main, *flags)(capsys)
+    assert all(word in line for word in words), line
+    assert not commands[0]
+
+
+def test_a_folder_that_holds_other_settings_is_refused(commands, capsys):
+    write_run(Path("begun"), "--epochs", "3")
+    Path("runs/waterbirds-mini-sweep/ifam-0").mkdir(parents=True)
+    Path("begun/config.json").rename("runs/waterbirds-mini-sweep/ifam-0/config.json")
+    assert "--epochs 3, not 2" in fails(sweep.main, "ifam", *MINI)(capsys)

@@ -1,0 +1,89 @@
+"""tables.py: means and intervals by hand, rows named by what was changed, the paper's numbers beside ours."""
+import json
+import statistics
+from dataclasses import asdict
+
+import pytest
+
+import tables
+import train
+from settings import parse, write_json
+from tiny import fails
+
+PLACE = {"none": 0.1, "late": 0.3, "early": 0.7}
+
+
+def write_run(folder, *flags, worst=0.5, report="report.json", **more):
+    folder.mkdir(exist_ok=True)
+    cfg = parse(train.Config, "", ["--data", "waterbirds", "--mini", *flags, "--out", str(folder)], train.preset)
+    write_json(folder / "config.json", train.plain(asdict(cfg)))
+    write_json(folder / report, {"data": "waterbirds-mini", "split": "test", "images": 400,
+                                 "stage2": {"worst_group": worst, "aa": 1.0}, **more,
+                                 "leakage": {"repaint": {"max_logit_change": 0.0}, "place_of_mask": PLACE}})
+    return str(folder)
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_interval_is_students_t():
+    values = [0.9, 0.8, 0.85, 0.95, 0.7]
+    mean, half = tables.interval(values)
+    assert mean == pytest.approx(statistics.mean(values)) and half == pytest.approx(2.776 * statistics.stdev(values) / 5 ** 0.5)
+    assert tables.interval([0.5]) == (0.5, None)
+
+
+def test_rows_are_methods_with_what_was_changed_and_numbers_are_over_their_seeds(tmp_path, capsys):
+    found = lambda share, empty, iou: {"mask": {"kept_share": share, "empty": empty}, "localisation": {"foreground_iou": iou}}
+    runs = [write_run(tmp_path / "a", worst=0.9, **found(0.2, 4, 0.6)),
+            write_run(tmp_path / "b", "--seed", "1", worst=0.8, **found(0.4, 0, 0.5)),
+            write_run(tmp_path / "c", "--hardness", "soft", "--no-joint", **found(0.5, 0, 0.5)),
+            write_run(tmp_path / "d", "--method", "erm", worst=0.1),
+            write_run(tmp_path / "e", "--method", "early-truth"),
+            write_run(tmp_path / "f", "--method", "early-truth", "--pooling", "cls")]
+    (tmp_path / "a.md").write_text("what a shell's * brings along")
+    tables.main([*runs, str(tmp_path / "a.md"), "--out", str(tmp_path / "out" / "all")])
+    text = capsys.readouterr().out
+    header, _, ifam, soft, erm, truth, published = map(cells, text.splitlines()[2:9])
+    row = dict(zip(header, ifam))
+    assert row[""] == "`ifam`" and row["n"] == "2" and row["worst group"] == "0.850 ± 0.635" and row["kept"] == "0.300 ± 1.271"
+    assert row["least worst group"] == "0.800" and row["early - late"] == "0.400 ± 0.000" and row["empty"].startswith("0.005")
+    row = dict(zip(header, erm))
+    assert row["worst group"] == "0.100" and row["kept"] == row["foreground IoU"] == "–" and "AUROC" not in header
+    assert [r[0] for r in (soft, truth, published)] == ["`ifam --hardness soft --no-joint`", "`early-truth`", "`early-truth --pooling cls`"]
+    assert (tmp_path / "out" / "all.md").read_text() == text and tables.FOOTNOTE in text
+    table, = json.loads((tmp_path / "out" / "all.json").read_text())["tables"]
+    assert table["rows"][0]["numbers"]["worst group"]["values"] == [0.9, 0.8] and table["rows"][0]["seeds"] == [0, 1]
+    assert table["rows"][0]["paper"]["accuracy"] == {"value": 0.99, "parts": 8}
+
+
+def test_the_papers_numbers_stand_beside_ours_in_our_units():
+    assert tables.from_paper("waterbirds", "ifam", 8) == {"accuracy": (0.99, 8), "worst rare group": (0.97, 8)}
+    assert tables.from_paper("waterbirds", "ifam", 5) == {}                      # no such number
+    assert tables.from_paper("cub-mini", "ifam", 5) == {"accuracy": (pytest.approx(0.901), 4)}
+    assert tables.from_paper("metashift", "ifam --k 8", 8) == {"accuracy": (0.845, 8), "worst group": (pytest.approx(0.788), 8)}
+    assert tables.from_paper("waterbird200", "ifam --k 4 --no-shaping", 4) == {"accuracy": (pytest.approx(0.802), 4)}
+    assert tables.from_paper("waterbirds", "late-truth --pooling mean-all", 8) == tables.from_paper("waterbirds", "late-truth", 8)
+    assert tables.from_paper("siim", "erm", 8) == {"AUROC": (92.6, None), "worst group AUROC": (54.3, None)}
+    assert tables.from_paper("waterbirds", "ifam --no-joint", 8) == {}
+    for columns, rows in tables.PAPER.values():
+        assert set(columns) <= tables.COLUMNS.keys() and all(len(numbers) == len(columns) for numbers in rows.values())
+
+
+def test_every_split_and_benchmark_of_a_run_has_its_own_table(tmp_path, capsys):
+    run = write_run(tmp_path / "a")
+    write_run(tmp_path / "a", report="report-val.json", split="val")
+    tables.main([run])
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("**")] == \
+        ["**waterbirds-mini, test**", "**waterbirds-mini, val**"]
+
+
+def test_what_cannot_be_put_in_a_table_is_named(tmp_path, capsys):
+    run = write_run(tmp_path / "a")
+    assert "same settings and seed" in fails(tables.main, run, write_run(tmp_path / "b"))(capsys)
+    (tmp_path / "b" / "report.json").unlink()
+    assert "evaluate.py --ckpt" in fails(tables.main, tmp_path / "b")(capsys)
+    assert "no config.json" in fails(tables.main, tmp_path / "typo")(capsys)
+    (tmp_path / "a" / "report.json").write_text("{")
+    assert "damaged" in fails(tables.main, run)(capsys)
