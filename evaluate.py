@@ -33,6 +33,7 @@ class Config:
                     choices=("", *data.BENCHMARKS))
     root: str = opt("", "folder of the benchmarks, if they moved since training")
     split: str = opt("test", "which images to measure on", choices=("test", "val", "train"))
+    intervention: str = opt("", "intervention.json of intervene.py for this checkpoint, to measure the corrected model")
     limit: int = opt(0, "use only the first N images (0: as in training)")
     leakage: int = opt(500, "images that leakage is measured on, spread evenly over the split (0: all)")
     kp_normalise: bool = opt(False, "keypoint metrics: normalise images as in training; the published ones are taken "
@@ -497,6 +498,7 @@ def open_split(cfg, trained):
 
 def main(argv=None):
     import figures                                       # here: training uses this module and needs no matplotlib
+    import intervene
     cfg = parse(Config, __doc__, argv)
     for name, least in (("limit", 0), ("leakage", 0), ("workers", 0), ("batch", 1)):
         if getattr(cfg, name) < least:
@@ -504,6 +506,7 @@ def main(argv=None):
     device = pick_device(cfg.device)
     model, state = load_model(cfg.ckpt, device, cfg.data)
     trained = state["config"]
+    intervention = intervene.apply(model, cfg.intervention, cfg.ckpt) if cfg.intervention else None
     name, samples, train = open_split(cfg, trained)
     rare = data.BENCHMARKS[samples.name].rare
     source = "published snapshot" if state["step"] is None else "train.py"
@@ -512,8 +515,12 @@ def main(argv=None):
               **evaluate(model, samples, train, rare, device, cfg.batch, cfg.leakage, cfg.workers, cfg.kp_normalise)}
     chosen = f"epoch {state['best']['epoch']}, chosen on {state['best']['split']}" if source == "train.py" else source
     print(f"{cfg.ckpt}: {trained['method']}, {chosen}; {name} {cfg.split}, {len(samples)} images")
-    print(table(report, f"{trained['masking']}, {trained['hardness']}"))
     suffix = f"-{samples.name}" * (samples.name != trained["data"]) + f"-{cfg.split}" * (cfg.split != "test")
+    if intervention:
+        report["intervention"] = intervention
+        print(f"  {intervene.summary(intervention, cfg.split)}")
+        suffix += f"-{Path(cfg.intervention).stem}"
+    print(table(report, f"{trained['masking']}, {trained['hardness']}"))
     written = [Path(cfg.ckpt).with_name(f"report{suffix}.json")]
     write_json(written[0], report)
     if model.selector:
