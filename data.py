@@ -1,258 +1,81 @@
-"""data.py: benchmarks as they lie on disk -> samples, groups, transforms.
+"""data.py: benchmarks as they lie on disk -> samples and groups. One table, BENCHMARKS, says what each one is.
 
     train = load("waterbirds", root="data", size=518)["train"]
     train[epoch, index]      # {"image": (3, S, S), "label": int, "group": int, "id": str}, the same at every call
 
-Every split of every benchmark is a Samples. Randomness is a function: how a sample is augmented depends on
-(seed, epoch, sample id) and on nothing else, so results do not depend on workers, processes or resuming.
-Coordinates of keypoints and boxes are x (column), y (row) in pixels.
+Every split of every benchmark is a Samples (samples.py); a loader finds its files, labels, groups and annotations.
 """
+import copy
 import csv
-import zlib
-from dataclasses import dataclass
+import json
+import os
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 import torch
-from PIL import Image
 
 import miniature
+import siim
+from samples import Names, Samples, describe
 from settings import UsageError
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))     # channel means and deviations of [0, 1] pixels
-
-# (red, green, blue) of blackbodies, 3000 K to 15000 K in steps of 500 K: Zini et al., PlanckianJitter (MIT)
-PLANCKIAN = np.array([
-    (.6743, .4029, .0013), (.6281, .4241, .1665), (.5919, .4372, .2513), (.5623, .4457, .3154), (.5376, .4515, .3672),
-    (.5163, .4555, .4103), (.4979, .4584, .4468), (.4816, .4604, .4782), (.4672, .4619, .5053), (.4542, .4630, .5289),
-    (.4426, .4638, .5497), (.4320, .4644, .5681), (.4223, .4648, .5844), (.4135, .4651, .5990), (.4054, .4653, .6121),
-    (.3980, .4654, .6239), (.3911, .4655, .6346), (.3847, .4656, .6444), (.3787, .4656, .6532), (.3732, .4656, .6613),
-    (.3680, .4655, .6688), (.3632, .4655, .6756), (.3586, .4655, .6820), (.3544, .4654, .6878), (.3503, .4653, .6933)])
-
-
-# ---------------------------------------------------------------- transforms
-class View:
-    """An image on its way to the model, with what is annotated on it. Each step changes all of them alike.
-
-    image: PIL RGB; mask: PIL L, 0 = background, or None; points (P, 3): x, y, visible, or None; box (4,): x, y, width,
-    height, or None. Coordinates are continuous: 0 is the left edge of the first pixel, the width the right edge of
-    the last.
-    """
-
-    def __init__(self, image, mask=None, points=None, box=None):
-        self.image, self.mask = image, mask
-        self.points, self.box = (None if x is None else np.array(x, dtype=np.float64) for x in (points, box))  # copies
-
-    def each(self, step):
-        self.image = step(self.image)
-        self.mask = self.mask and step(self.mask)
-
-    def move(self, matrix):
-        """Move the points by a 2x3 matrix, and the box to the smallest one around its moved corners."""
-        if self.points is not None:
-            self.points[:, :2] = self.points[:, :2] @ matrix[:, :2].T + matrix[:, 2]
-        if self.box is not None:
-            corners = self.box[:2] + self.box[2:] * np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
-            corners = corners @ matrix[:, :2].T + matrix[:, 2]
-            self.box = np.concatenate([corners.min(0), np.ptp(corners, axis=0)])
-
-    def resize(self, size):
-        """Shorter side to `size`: bilinear with antialiasing for the image, nearest for the mask."""
-        old = self.image.size
-        new = tuple(size if n == min(old) else int(size * n / min(old)) for n in old)
-        self.image = self.image.resize(new, Image.Resampling.BILINEAR)
-        self.mask = self.mask and self.mask.resize(new, Image.Resampling.NEAREST)
-        self.move(np.array([[new[0] / old[0], 0, 0], [0, new[1] / old[1], 0]]))
-
-    def flip(self):
-        """Mirror left to right."""
-        self.each(lambda x: x.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-        self.move(np.array([[-1.0, 0, self.image.width], [0, 1, 0]]))
-
-    def recolour(self, illuminant):
-        """Planckian jitter: red times r/g and blue times b/g, clipped, cut to whole grey levels."""
-        red, green, blue = illuminant
-        pixels = np.asarray(self.image) * np.array([red / green, 1, blue / green])
-        self.image = Image.fromarray(np.minimum(pixels, 255).astype(np.uint8))
-
-    def affine(self, angle, shift, scale):
-        """Turn clockwise by `angle` degrees and scale about the centre, then shift by (x, y) pixels.
-
-        Nearest, black outside.
-        """
-        turn, centre = np.deg2rad(angle), np.array(self.image.size) / 2
-        linear = scale * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-        forward = np.column_stack([linear, centre + shift - linear @ centre])
-        back = np.linalg.inv(linear)
-        inverse = tuple(np.column_stack([back, -back @ forward[:, 2]]).ravel())      # PIL asks where pixels come from
-        self.each(lambda x: x.transform(x.size, Image.Transform.AFFINE, inverse, Image.Resampling.NEAREST))
-        self.move(forward)
-
-    def crop(self, left, top, size):
-        """Cut a square; points outside it become invisible and are moved onto its edge, as is the corner of the box.
-
-        The box keeps its width and height, as in the published keypoint evaluation, which divides by them.
-        """
-        self.each(lambda x: x.crop((left, top, left + size, top + size)))
-        if self.points is not None:
-            at = self.points[:, :2] - (left, top)
-            self.points[:, 2] *= ((at >= 0) & (at <= size)).all(1)
-            self.points[:, :2] = at.clip(0, size)
-        if self.box is not None:
-            self.box[:2] = (self.box[:2] - (left, top)).clip(0, size)
-
-
-def augment(view, size, rng):
-    """The published "fine-grained" training pipeline (cub_original), in its order."""
-    view.resize(size)
-    if rng.random() < 0.5:
-        view.flip()
-    if rng.random() < 0.8:
-        view.recolour(PLANCKIAN[rng.integers(len(PLANCKIAN))])
-    shift = np.round(rng.uniform(-0.2, 0.2, 2) * view.image.size)
-    view.affine(rng.uniform(-90, 90), shift, rng.uniform(0.8, 1.2))
-    width, height = view.image.size
-    view.crop(int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1)), size)
-
-
-def centre(view, size):
-    """The evaluation pipeline: shorter side to size, centre crop."""
-    view.resize(size)
-    view.crop(*(round((n - size) / 2) for n in view.image.size), size)
-
-
-def to_tensor(image, normalisation=IMAGENET):
-    """PIL RGB -> normalised float tensor (3, height, width)."""
-    mean, std = (np.array(x, dtype=np.float32) for x in normalisation)
-    pixels = (np.asarray(image, dtype=np.float32) / 255 - mean) / std
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
-
-
-def patch_keep(masks, patch, share=0.5):
-    """True masks (B, S, S) in {0, 1} -> keep (B, N): 1 where more than `share` of a patch is object.
-
-    An object that no patch holds enough of keeps its best patch. A mask without any object keeps nothing.
-    """
-    cover = torch.nn.functional.avg_pool2d(masks[:, None].float(), patch).flatten(1)
-    keep = cover > share
-    small = (~keep.any(1) & (cover > 0).any(1)).nonzero()[:, 0]
-    keep[small, cover.argmax(1)[small]] = True
-    return keep.float()
-
-
-# ---------------------------------------------------------------- samples
-class Samples(torch.utils.data.Dataset):
-    """One split of a benchmark. groups[i] = label * len(places) + place; places is () where there are none.
-
-    samples[epoch, i] is sample i as augmented in that epoch; samples[i] the evaluation view, with
-    "mask" (S, S) uint8, "points" (P, 3) and "box" (4,) where the benchmark has them. train_masks: True adds the mask
-    to augmented samples too. Raises UsageError for an unreadable file.
-    """
-    train_masks = False
-
-    def __init__(self, name, split, size, classes, ids, paths, labels, places=(), groups=None, masks=None,
-                 points=None, normalisation=IMAGENET, seed=0, boxes=None):
-        self.name, self.split, self.size, self.seed, self.normalisation = name, split, size, seed, normalisation
-        self.classes, self.places = tuple(classes), tuple(places)
-        self.ids, self.paths, self.masks = list(ids), list(paths), masks
-        self.points, self.boxes = points, boxes
-        self.labels = torch.tensor(labels, dtype=torch.long)
-        self.groups = torch.tensor(labels if groups is None else groups, dtype=torch.long)
-        self.group_names = [f"{c} on {p}" for c in self.classes for p in self.places] or list(self.classes)
-
-    def __len__(self):
-        return len(self.ids)
-
-    def first(self, n):
-        """The first n samples only; all of them if n is 0."""
-        if n:
-            for key in ("ids", "paths", "labels", "groups", "masks", "points", "boxes"):
-                value = getattr(self, key)
-                setattr(self, key, None if value is None else value[:n])
-        return self
-
-    def check(self):
-        """Every image is there and is one, and so is every mask; or a UsageError names the first that is not.
-
-        Only headers are read: pixels that do not decode stop the run when they are needed.
-        """
-        for what, paths in (("image", self.paths), ("mask", self.masks or ())):
-            for name, path in zip(self.ids, paths):
-                if not path.is_file():
-                    raise UsageError(f"{self.name}: {what} of sample {name} ({self.split}) is missing: {path}; "
-                                     "unpack the archive again or remove its row")
-                read_image(path)
-
-    def __getitem__(self, key):
-        epoch, i = key if isinstance(key, tuple) else (None, key)
-        sample = {"label": int(self.labels[i]), "group": int(self.groups[i]), "id": self.ids[i]}
-        annotated = epoch is None or self.train_masks    # most methods train on images and labels alone
-        view = View(read_image(self.paths[i], "RGB"), read_image(self.masks[i], "L") if self.masks and annotated else None,
-                    *(x[i] if x and epoch is None else None for x in (self.points, self.boxes)))
-        if view.mask and view.mask.size != view.image.size:
-            raise UsageError(f"mask {self.masks[i]} is {view.mask.size}, its image {view.image.size}; unpack both again")
-        if epoch is not None:
-            augment(view, self.size, np.random.default_rng([self.seed, epoch, zlib.crc32(self.ids[i].encode())]))
-        else:
-            centre(view, self.size)
-        if view.mask:
-            # CUB's masks are soft (how many annotators agree): any agreement is object, as published
-            sample["mask"] = torch.from_numpy((np.asarray(view.mask) > 0).astype(np.uint8))
-        for name, at in (("points", view.points), ("box", view.box)):
-            if at is not None:
-                sample[name] = torch.from_numpy(at).float()
-        sample["image"] = to_tensor(view.image, self.normalisation)
-        return sample
-
-
-def read_image(path, mode=None):
-    """Open and decode as PIL's mode, or look at the header only; UsageError that names a file that is no image."""
-    try:
-        with Image.open(path) as image:
-            return image.convert(mode) if mode else None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UsageError(f"cannot read image {path}: {error}; replace the file") from None
-
-
-class Plan(torch.utils.data.Sampler):
-    """Which samples this process sees at each step: a list of (epoch, index) per step, for steps start..stop.
-
-    The global batch of a step is the same however many processes share it; each takes one contiguous slice. The
-    samples left over at the end of an epoch are dropped (another set each epoch).
-    """
-
-    def __init__(self, count, batch, start, stop, seed=0, rank=0, world=1):
-        self.count, self.batch, self.start, self.stop = count, batch, start, stop
-        self.seed, self.rank, self.world, self.per_epoch = seed, rank, world, count // batch
-
-    def __len__(self):
-        return self.stop - self.start
-
-    def __iter__(self):
-        share = self.batch // self.world
-        for step in range(self.start, self.stop):
-            epoch, place = divmod(step, self.per_epoch)
-            if step == self.start or place == 0:
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-            first = place * self.batch + self.rank * share
-            yield [(epoch, int(i)) for i in order[first:first + share]]
+from transforms import AS_THEY_ARE, PHOTOGRAPHS, RADIOGRAPHS
 
 
 # ---------------------------------------------------------------- loaders
-def load(name, root="data", size=None, seed=0, limit=0, splits=("train", "val", "test"), check=True):
-    """Read a benchmark -> {"train": Samples, "val": Samples or absent, "test": Samples}.
+def load(name, root="data", size=None, seed=0, limit=0, splits=(), check=True, val_share=0.0):
+    """Read a benchmark -> {"train": Samples, "val": Samples, "test": Samples, ...}, those that it has.
 
-    root: folder that holds the unpacked archives; size in pixels (default: the benchmark's); limit: only the first
-    samples of each split; check: every image must be there. Raises UsageError when something is not where it belongs.
+    root: folder that holds the unpacked archives; size in pixels (default: the benchmark's); limit: only so many
+    samples of each split; splits: only these (default: all); check: every image must be there; val_share: hold out
+    this share of the training images, of each class alike, as validation. Raises UsageError when something is not
+    where it belongs or is not what the benchmark has.
     """
-    benchmark = BENCHMARKS[name]
-    found = benchmark.load(Path(root), size or benchmark.size, seed)
-    found = {split: found[split].first(limit) for split in splits if split in found}
+    benchmark, root = BENCHMARKS[name], Path(root)
+    found = benchmark.load(root, size or benchmark.size, seed)
+    if val_share:
+        if "val" in found or "train" not in found:
+            raise UsageError(f"--val-share: {name} has {'its own validation' if 'val' in found else 'no training'} "
+                             "split; leave it out")
+        train, held = stratified(found["train"].labels, val_share)
+        found["val"] = copy.copy(found["train"]).keep(held)
+        found["val"].split = "val"
+        found["train"].keep(train)
+    for split, samples in found.items():
+        if len(samples.classes) != benchmark.classes and not (limit or is_miniature(root)):
+            raise UsageError(f"{name}: {len(samples.classes)} classes under {root.resolve()}, not {benchmark.classes}; "
+                             f"unpack {benchmark.source} again, or try a part of it with --limit")
+        if not len(samples):
+            raise UsageError(f"{name}: no images of the {split} split under {root.resolve()}; expected "
+                             f"{benchmark.layout}")
+    if "train" in splits and "train" not in found:
+        raise UsageError(f"{name}: no training images under {root.resolve()}; expected {benchmark.layout}")
+    found = {split: found[split].first(limit) for split in splits or found if split in found}
     for samples in found.values():
         if check:
             samples.check()
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(describe(samples))
     return found
+
+
+def stratified(labels, share, seed=0):
+    """Hold out `share` of each class, at least one image -> (indices that stay, indices held out), both sorted.
+
+    The seed is that of the split and not of a run: all runs validate on the same images.
+    """
+    held = []
+    for label in labels.unique().tolist():
+        mine = (labels == label).nonzero()[:, 0].numpy()
+        held += np.random.default_rng([seed, label]).permutation(mine)[:max(1, round(share * len(mine)))].tolist()
+    return sorted(set(range(len(labels))) - set(held)), sorted(held)
+
+
+def is_miniature(root):
+    """Miniatures whose counts differ from the benchmark's carry a file miniature.json."""
+    return (root / "miniature.json").is_file()
 
 
 def missing(name, path):
@@ -260,6 +83,26 @@ def missing(name, path):
     offline = "; or use --mini, which needs no download" if name in miniature.BENCHMARKS else ""
     return UsageError(f"{name}: looked for {path.resolve()}, which is not there. Unpack {benchmark.source} under "
                       f"--root{offline}")
+
+
+PHOTOS = (".jpeg", ".jpg", ".png")
+
+
+def folders(name, path):
+    """The folders directly under path, sorted by name -> list of names."""
+    try:
+        return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        raise missing(name, path) from None
+
+
+def files(name, path, *suffixes):
+    """The files directly under path with one of these endings, whatever their case, sorted -> list of names."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(path))
+        return [n for n in names if n.lower().endswith(suffixes) and not n.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
+        raise missing(name, path) from None
 
 
 def read_table(path):
@@ -270,11 +113,8 @@ def read_table(path):
         raise missing("cub", path) from None
 
 
-def read_points(cub):
-    """{image id: (15, 3) array of x, y, visible} from parts/part_locs.txt, or None when it is not there."""
-    path = cub / "parts" / "part_locs.txt"
-    if not path.is_file():
-        return None
+def read_points(path):
+    """parts/part_locs.txt -> {image id: (15, 3) array of x, y, visible}."""
     rows = np.loadtxt(path, ndmin=2)                                             # image, part, x, y, visible
     points = {str(int(image)): np.zeros((15, 3)) for image in np.unique(rows[:, 0])}
     for image, part, *at in rows:
@@ -282,43 +122,54 @@ def read_points(cub):
     return points
 
 
-def read_boxes(cub, ids):
-    """[x, y, width, height] of each CUB image from bounding_boxes.txt, or None when it is not there."""
-    if not (cub / "bounding_boxes.txt").is_file():
-        return None
-    boxes = read_table(cub / "bounding_boxes.txt")
-    if absent := [i for i in ids if i not in boxes]:
-        raise UsageError(f"{cub / 'bounding_boxes.txt'} has no row of image {absent[0]}; unpack CUB again")
-    return [[float(x) for x in boxes[i].split()] for i in ids]
+def read_boxes(path):
+    """bounding_boxes.txt -> {image id: [x, y, width, height]}."""
+    return {i: [float(x) for x in box.split()] for i, box in read_table(path).items()}
 
 
-def annotations(cub, points, ids, files):
-    """(mask paths, keypoints) of CUB images; None where CUB's folder or file of them is not there at all.
+def read_annotations(cub):
+    """CUB's annotations, every file read once -> a function of (ids, files) that gives Samples' masks, points, boxes.
 
-    points: what read_points returned.
+    None where the folder or file of them is not there at all; UsageError where it lacks an image.
     """
-    masks = cub / "segmentations"
-    for i in ids:
-        if points and i not in points:
-            raise UsageError(f"{cub / 'parts' / 'part_locs.txt'} has no rows of image {i}; unpack CUB again")
-    return ([masks / Path(f).with_suffix(".png") for f in files] if masks.is_dir() else None,
-            [points[i] for i in ids] if points else None)
+    known = {}
+    for key, path, read in (("points", cub / "parts" / "part_locs.txt", read_points),
+                            ("boxes", cub / "bounding_boxes.txt", read_boxes)):
+        known[key] = path, read(path) if path.is_file() else None
+
+    def of(ids, files):
+        masks = cub / "segmentations"
+        found = {"masks": [masks / Path(f).with_suffix(".png") for f in files] if masks.is_dir() else None}
+        for key, (path, rows) in known.items():
+            if rows is not None and (absent := [i for i in ids if i not in rows]):
+                raise UsageError(f"{path} has no row of image {absent[0]}; unpack CUB again")
+            found[key] = rows and [rows[i] for i in ids]
+        return found
+    return of
 
 
 def load_cub(root, size, seed):
     """CUB-200-2011 (Wah et al., 2011). No validation split; the class list gives the labels."""
     cub = root / "CUB_200_2011"
-    files, classes = read_table(cub / "images.txt"), read_table(cub / "classes.txt")
+    names, classes = read_table(cub / "images.txt"), read_table(cub / "classes.txt")
     labels, is_train = read_table(cub / "image_class_labels.txt"), read_table(cub / "train_test_split.txt")
-    index, locations = {c: i for i, c in enumerate(sorted(classes, key=int))}, read_points(cub)
+    index, annotations = {c: i for i, c in enumerate(sorted(classes, key=int))}, read_annotations(cub)
+    for i in names:
+        if labels.get(i) not in index or is_train.get(i) not in ("0", "1"):
+            raise UsageError(f"{cub}: image {i} of images.txt has class {labels.get(i)} and split {is_train.get(i)} in "
+                             "the other files; unpack CUB again")
 
     def split(name, flag):
-        ids = [i for i in files if is_train[i] == flag]
-        masks, points = annotations(cub, locations, ids, [files[i] for i in ids])
-        return Samples("cub", name, size, [classes[c] for c in index], ids, [cub / "images" / files[i] for i in ids],
-                       [index[labels[i]] for i in ids], masks=masks, points=points, seed=seed,
-                       boxes=read_boxes(cub, ids))
+        ids = [i for i in names if is_train[i] == flag]
+        return Samples("cub", name, size, [classes[c] for c in index], ids, [cub / "images" / names[i] for i in ids],
+                       [index[labels[i]] for i in ids], seed=seed, **annotations(ids, [names[i] for i in ids]))
     return {"train": split("train", "1"), "test": split("test", "0")}
+
+
+def waterbirds_folder(root):
+    """Inside CUB's folder, as it is normally unpacked, or beside it."""
+    inside, beside = (base / "waterbird_complete95_forest2water2" for base in (root / "CUB_200_2011", root))
+    return beside if beside.is_dir() and not inside.is_dir() else inside
 
 
 def load_waterbirds(root, size, seed):
@@ -326,9 +177,7 @@ def load_waterbirds(root, size, seed):
 
     group = 2 * y + place. The three species that the original script mislabelled keep the file's y.
     """
-    folder = "waterbird_complete95_forest2water2"
-    cub = root / "CUB_200_2011"
-    base = next((p for p in (cub / folder, root / folder) if p.is_dir()), cub / folder)
+    cub, base = root / "CUB_200_2011", waterbirds_folder(root)
     try:
         with open(base / "metadata.csv", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -343,35 +192,301 @@ def load_waterbirds(root, size, seed):
             if row[column] is None or row[column] not in tuple(known):
                 raise UsageError(f"{base / 'metadata.csv'}, line {number}: {column} is {row[column]!r}, "
                                  f"not one of {', '.join(known)}; unpack the archive again")
-    locations = read_points(cub)
+    annotations = read_annotations(cub)
 
     def split(name, number):
         mine = [r for r in rows if r["split"] == number]
-        masks, points = annotations(cub, locations, [r["img_id"] for r in mine], [r["img_filename"] for r in mine])
-        return Samples("waterbirds", name, size, ("landbird", "waterbird"), [r["img_id"] for r in mine],
-                       [base / r["img_filename"] for r in mine], [int(r["y"]) for r in mine], ("land", "water"),
-                       [2 * int(r["y"]) + int(r["place"]) for r in mine], masks, points, seed=seed,
-                       boxes=read_boxes(cub, [r["img_id"] for r in mine]))
+        ids, files = [r["img_id"] for r in mine], [r["img_filename"] for r in mine]
+        return Samples("waterbirds", name, size, ("landbird", "waterbird"), ids, [base / f for f in files],
+                       [int(r["y"]) for r in mine], ("on land", "on water"),
+                       [2 * int(r["y"]) + int(r["place"]) for r in mine], seed=seed, **annotations(ids, files))
     return {"train": split("train", "0"), "val": split("val", "1"), "test": split("test", "2")}
 
 
+def load_waterbird200(root, size, seed):
+    """CUB's 200-way test protocol on the images of Waterbirds. Its metadata.csv has another split and is not read.
+
+    train is CUB's own, original images: keypoint regression is fitted on them.
+    """
+    splits, base = load_cub(root, size, seed), waterbirds_folder(root)
+    if not base.is_dir():
+        raise missing("waterbird200", base)
+    test = splits["test"]
+    test.name, test.paths = "waterbird200", [base / p.relative_to(root / "CUB_200_2011" / "images") for p in test.paths]
+    return splits
+
+
+METASHIFT = {"train": ("cat(sofa)", "cat(bed)", "dog(bench)", "dog(bike)"), "test": ("cat(shelf)", "dog(shelf)")}
+
+
+def load_metashift(root, size, seed):
+    """MetaShift, cat or dog (the version of DISC): these six folders, whatever else an archive has beside them.
+
+    group = 2 * label + outdoors. An id may lie in two contexts of training and counts twice, as published. val is a
+    fixed 15 % of the published test images, test the others; test_and_val is all of them, as in the paper.
+    """
+    base = next((p for p in (root / "MetaDatasetCatDog", root / "metashifts" / "MetaDatasetCatDog") if p.is_dir()),
+                root / "MetaDatasetCatDog")
+
+    def split(name, contexts):
+        rows = []                                          # label, id, context, path
+        for context in contexts:
+            animal = context[:3]
+            folder = base / name / animal / context
+            rows += [(("cat", "dog").index(animal), Path(f).stem, context, folder / f)
+                     for f in files("metashift", folder, *PHOTOS)]
+        rows.sort()
+        return Samples("metashift", name, size, ("cat", "dog"), [f"{context}/{i}" for _, i, context, _ in rows],
+                       [path for *_, path in rows], [label for label, *_ in rows], ("indoors", "outdoors"),
+                       [2 * label + (context in ("dog(bench)", "dog(bike)")) for label, _, context, _ in rows],
+                       seed=seed)
+    found = {name: split(name, contexts) for name, contexts in METASHIFT.items()}
+    everything = found["test"]
+    for name, indices in zip(("test", "val"), stratified(everything.labels, 0.15)):
+        found[name] = copy.copy(everything).keep(indices)
+        found[name].split = name
+    everything.split = "test_and_val"
+    return {**found, "test_and_val": everything}
+
+
+def load_siim(root, size, seed):
+    """SIIM-ACR Pneumothorax: Kaggle's files with Saab et al.'s chest tubes, or the folders the published code prepares.
+
+    test: every image with a tube label, group = 2 * label + tube; robust, non_robust: the part of it where a tube
+    misleads, and where it helps. train: every other image with a label; nobody knows its tubes.
+    """
+    places = [root / p for p in ("siim", "siim/pneumothorax", "pneumothorax", ".")]
+    raw = next((p for p in places if (p / "dicom-images-train").is_dir()), None)
+    prepared = next((p for p in places if (p / "train_set").is_dir()), None)
+    rows = siim_raw(raw) if raw else siim_prepared(prepared, is_miniature(root)) if prepared else None
+    if rows is None:
+        raise missing("siim", places[0] / "dicom-images-train")
+
+    def split(name, wanted):
+        mine = [r for r in rows if wanted(r)]
+        uids, paths, labels, tubes, masks = zip(*mine) if mine else [[]] * 5
+        groups = {} if name == "train" else dict(places=("without tube", "with tube"),
+                                                 groups=[2 * y + tube for y, tube in zip(labels, tubes)])
+        return Samples("siim", name, size, ("healthy", "pneumothorax"), uids, paths, labels, **groups,
+                       masks=masks if all(masks) else None, pipeline=RADIOGRAPHS, seed=seed)
+    return {"train": split("train", lambda r: r[3] is None), "test": split("test", lambda r: r[3] is not None),
+            "robust": split("robust", lambda r: r[3] is not None and r[2] != r[3]),
+            "non_robust": split("non_robust", lambda r: r[2] == r[3])}
+
+
+def siim_raw(base):
+    """Kaggle's layout -> rows (uid, path, label, tube or None, mask). What has no label is left out, and counted."""
+    if not (base / "train-rle.csv").is_file():
+        raise missing("siim", base / "train-rle.csv")
+    tables = [base / name for name in ("cxr_tube_dict.pkl", "cxr_tube_dict.csv")]
+    table = next((p for p in tables if p.is_file()), None)
+    if table is None:
+        raise missing("siim", tables[0])
+    runs, tubes, paths = siim.read_runs(base / "train-rle.csv"), siim.read_tubes(table), {}
+    for path in sorted((base / "dicom-images-train").glob("*/*/*.dcm")):
+        if paths.setdefault(path.name[:-len(".dcm")], path) != path:              # a UID has dots: no stem but this
+            raise UsageError(f"siim: {path} and {paths[path.name[:-4]]} have the same UID; unpack the archive again")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"siim: {len(paths)} images; left out: {len(paths.keys() - runs)} without a row in train-rle.csv, "
+              f"{len(runs.keys() - paths)} rows and {len(tubes.keys() - paths)} tube labels without an image")
+    return [(uid, path, int(bool(runs[uid].rows)), tubes.get(uid), runs[uid]) for uid, path in paths.items()
+            if uid in runs]
+
+
+def siim_prepared(base, drawn):
+    """The published code's folders <set>/<label>/<uid>.dcm -> rows as siim_raw.
+
+    Its all_masks are transposed (and hold one region an image); `drawn`: those of a miniature are upright.
+    """
+    found = {(s, y): {Path(f).with_suffix("").name: base / s / str(y) / f
+                      for f in files("siim", base / s / str(y), ".dcm", ".png", ".jpg")}
+             for s in siim.PREPARED for y in (0, 1)}
+    masks, rows = base / "all_masks", []
+    for (s, y), paths in found.items():
+        for uid, path in paths.items() if s in ("train_set", "full_test_set") else ():
+            robust, easy = (uid in found[other, y] for other in ("robust_test_set", "non_robust_test_set"))
+            if s == "full_test_set" and robust == easy:
+                raise UsageError(f"siim: {path} is in {'both' if robust else 'neither'} of robust_test_set and "
+                                 "non_robust_test_set; prepare the folders again")
+            tube = None if s == "train_set" else int(robust != bool(y))
+            mask = siim.Runs(()) if not y else siim.Mask(masks / f"{uid}.png", not drawn) if masks.is_dir() else None
+            rows.append((uid, path, y, tube, mask))
+    return sorted(rows, key=lambda row: row[0])
+
+
+def load_imagenet(root, size, seed):
+    """ImageNet-1K: <split>/<wnid>/<file>; a class is the rank of its wnid. val is the test split, as in every paper.
+
+    A miniature has few of the 1000 classes and lists their real numbers in miniature.json: {"wnids": {wnid: class}}.
+    """
+    base = root / "imagenet"
+    there = [split for split in ("train", "val") if (base / split).is_dir()]
+    listed = {split: folders("imagenet", base / split) for split in there or ["train"]}
+    wnids = listed[there[0]]
+    for split, names in listed.items():
+        if odd := set(names) ^ set(wnids):
+            raise UsageError(f"imagenet: {base / 'train'} and {base / 'val'} differ in {sorted(odd)[0]}; val needs the "
+                             "same wnid folders (its archive is flat: sort it with the usual valprep script)")
+    number, classes = {wnid: i for i, wnid in enumerate(wnids)}, wnids
+    if is_miniature(root) and (given := json.loads((root / "miniature.json").read_text()).get("wnids")):
+        number = given
+        if unknown := [wnid for wnid in wnids if wnid not in number]:
+            raise UsageError(f"imagenet: {root / 'miniature.json'} has no class for {unknown[0]}; draw it again")
+        classes = [str(i) for i in range(1000)]
+        for wnid in wnids:
+            classes[number[wnid]] = wnid
+
+    found = {}
+    for name, folder in (("train", "train"), ("test", "val")):
+        if folder in there:
+            blocks = [np.array([os.fsencode(f"{folder}/{wnid}/{f}") for f in
+                                files("imagenet", base / folder / wnid, *PHOTOS)], dtype=bytes) for wnid in wnids]
+            names = Names(base, np.concatenate(blocks))
+            labels = np.repeat([number[wnid] for wnid in wnids], [len(b) for b in blocks])
+            found[name] = Samples("imagenet", name, size, classes, names.ids, names, labels, pipeline=PHOTOGRAPHS,
+                                  seed=seed)
+    return found
+
+
+IN9_VARIANTS = ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "no_fg", "only_bg_b", "only_bg_t")
+IN9 = {     # class: those of ImageNet's 1000 that belong to it, first-last
+    "00_dog": "151-170 173-268",
+    "01_bird": "7-24 87-100 127-146",
+    "02_wheeled vehicle": "407-408 428 436 444 468 511 547 555 561 565 569 573 586 603 609 612 627 656 661 665 670-671 "
+                          "675 690 705 717 734 751 757 791 802-803 817 820 829 847 864 866-867 870 880",
+    "03_reptile": "33-68",
+    "04_carnivore": "269-280 286-299 356-362 387-388",
+    "05_insect": "300-326",
+    "06_musical instrument": "401-402 420 432 486 494 513 541 546 558 566 577 579 593-594 641-642 683-684 687 699 776 "
+                             "822 875 881 889",
+    "07_primate": "365-384",
+    "08_fish": "0-6 389-397"}
+
+
+def in9_classes():
+    """(1000,): which of the nine classes each class of ImageNet is, -1 for none."""
+    merge = torch.full((1000,), -1)
+    for c, ranges in enumerate(IN9.values()):
+        for part in ranges.split():
+            first, *last = map(int, part.split("-"))
+            merge[first:(last or [first])[0] + 1] = c
+    return merge
+
+
+def load_imagenet9(root, size, seed):
+    """Backgrounds Challenge (Xiao et al., 2021): variants of the same 4,050 images, at the model's size as they are.
+
+    An arg-max over all 1000 outputs is mapped to nine classes; the 630 others are wrong. test is the original images.
+    """
+    base = root / "bg_challenge"
+    drawn = is_miniature(root)
+
+    def variant(name):
+        paths, labels = [], []
+        there = folders("imagenet9", base / name / "val")
+        if there != list(IN9) and not (drawn and set(there) <= set(IN9)):
+            raise UsageError(f"imagenet9: {base / name / 'val'} has the folders {', '.join(there)}; expected "
+                             f"{', '.join(IN9)}; unpack the archive again")
+        for folder in there:
+            paths += (mine := [base / name / "val" / folder / f
+                               for f in files("imagenet9", base / name / "val" / folder, *PHOTOS)])
+            labels += [list(IN9).index(folder)] * len(mine)
+        masks = None
+        if (base / "fg_mask").is_dir() and name in IN9_VARIANTS[:4]:
+            # fg_n02085620_01234_bg_n01530575_05678 stands on the mask of n02085620_01234
+            stem = lambda path: re.match(r"(?:fg_)?(.*?)(?:_bg_.*)?$", path.stem)[1]
+            masks = [base / "fg_mask" / "val" / p.parent.name / f"{stem(p)}.npy" for p in paths]
+        return Samples("imagenet9", name, size, [c[3:] for c in IN9], [f"{name}/{p.stem}" for p in paths], paths,
+                       labels, masks=masks, pipeline=AS_THEY_ARE, seed=seed, merge=in9_classes())
+    found = {name: variant(name) for name in IN9_VARIANTS
+             if name in IN9_VARIANTS[:3] or not drawn or (base / name).is_dir()}
+    return {"test": found.pop("original"), **found}
+
+
+# ---------------------------------------------------------------- the table
 @dataclass(frozen=True)
 class Benchmark:
-    """What the command line, the errors and the reports need to know about a benchmark; settings are the paper's."""
+    """What the command line, the errors, the reports and the README say about a benchmark; settings are the paper's."""
     load: Callable               # (root, size, seed) -> {split: Samples}
     classes: int
     size: int                    # pixels
     k: int                       # parts, as in the paper's main tables
+    layout: str                  # under --root
     source: str                  # archive and where it comes from
+    licence: str
+    metrics: tuple               # names in report.json
+    paper: dict                  # {parts: {metric or set: number in the paper's tables}}
+    settings: dict = field(default_factory=dict)         # of train.Config, where they are not its defaults
     rare: tuple = ()             # groups that are rare in training: the paper's worst group is the worst of these
+    sets: tuple = ()             # splits that are measured beside "test"
+    trained_on: str = ""         # only for evaluation: the benchmark that its models train on
+
+
+def top1(*rows):
+    return {k: {"aa": value} for k, value in rows}
 
 
 BENCHMARKS = {
-    "waterbirds": Benchmark(load_waterbirds, 2, 518, 8, "waterbird_complete95_forest2water2.tar.gz "
-                            "(nlp.stanford.edu/data/dro; masks and keypoints: CUB_200_2011)", rare=(1, 2)),
-    "cub": Benchmark(load_cub, 200, 518, 8, "CUB_200_2011.tgz, and segmentations.tgz "
-                     "moved into it (data.caltech.edu/records/65de6-vp158 and w9d68-gec53)"),
+    "waterbirds": Benchmark(
+        load_waterbirds, 2, 518, 8,
+        "CUB_200_2011/waterbird_complete95_forest2water2/metadata.csv and images (or beside CUB_200_2011); masks and "
+        "keypoints are used where CUB's segmentations/ and parts/ are there",
+        "waterbird_complete95_forest2water2.tar.gz (nlp.stanford.edu/data/dro; masks and keypoints: CUB_200_2011)",
+        "images under CUB's and Places' terms", ("aa", "aa_train_weighted", "worst_group", "worst_group_rare"),
+        {8: {"aa": 99.0, "worst_group_rare": 97.0}}, rare=(1, 2)),
+    "cub": Benchmark(
+        load_cub, 200, 518, 8,
+        "CUB_200_2011/images.txt, images/, parts/, bounding_boxes.txt, and segmentations/ moved into it from its own "
+        "archive",
+        "CUB_200_2011.tgz, and segmentations.tgz moved into it (data.caltech.edu/records/65de6-vp158 and w9d68-gec53)",
+        "non-commercial research", ("aa",), top1((4, 90.1), (8, 90.4), (16, 90.6))),
+    "waterbird200": Benchmark(
+        load_waterbird200, 200, 518, 8,
+        "CUB_200_2011 with images.txt, and waterbird_complete95_forest2water2 inside or beside",
+        "CUB_200_2011.tgz and waterbird_complete95_forest2water2.tar.gz (see cub and waterbirds)",
+        "as cub and waterbirds", ("aa",), top1((4, 86.1), (8, 86.2), (16, 86.2)), trained_on="cub"),
+    "metashift": Benchmark(
+        load_metashift, 2, 224, 4, "MetaDatasetCatDog/{train,test}/{cat,dog}/<animal>(<context>)/<id>.jpg",
+        "metashifts.zip (links in github.com/Wuyxin/DISC)", "code MIT; images under Visual Genome's terms",
+        ("aa", "worst_group"), {4: {"aa": 88.7, "worst_group": 88.6}, 8: {"aa": 84.5, "worst_group": 78.8}},
+        sets=("test_and_val",)),
+    "siim": Benchmark(
+        load_siim, 2, 518, 8,
+        "siim/dicom-images-train/<study>/<series>/<image>.dcm, train-rle.csv and cxr_tube_dict.pkl (or .csv with "
+        "columns ImageId,chest_tube); or the published code's siim/train_set/{0,1}/, full_test_set/ and so on",
+        "kaggle.com/datasets/jesperdramsch/siim-acr-pneumothorax-segmentation-data, and cxr_tube_dict.pkl "
+        "(github.com/khaledsaab/spatial_specificity)", "Kaggle's competition rules; tube labels Apache-2.0",
+        ("auroc", "aa", "worst_group"), {8: {"auroc": 92.1, "robust": 65.9}}, rare=(1, 2),
+        sets=("robust", "non_robust"), settings={"weights": "rad-dino", "registers": 0, "weight_background": 0.0}),
+    "imagenet": Benchmark(
+        load_imagenet, 1000, 224, 1, "imagenet/{train,val}/<wnid>/<file>.JPEG",
+        "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (image-net.org)", "registration, non-commercial research",
+        ("aa",), top1((1, 84.3)), settings={"epochs": 120, "ema": 0.9999}),
+    "imagenet9": Benchmark(
+        load_imagenet9, 9, 224, 1, "bg_challenge/<variant>/val/<class>/<file>.JPEG and fg_mask/val/<class>/<file>.npy",
+        "backgrounds_challenge_data.tar.gz (github.com/MadryLab/backgrounds_challenge, release \"data\")",
+        "none stated; images are ImageNet's", ("aa", "bg_gap"),
+        {1: {"aa": 97.5, "mixed_same": 93.5, "mixed_rand": 91.1, "bg_gap": 2.4}}, sets=IN9_VARIANTS[1:],
+        trained_on="imagenet"),
 }
+
+
+def overview():
+    """For --help: every benchmark with its classes, and what is for evaluation only."""
+    only = lambda b: f", only to evaluate a model of {b.trained_on}" * bool(b.trained_on)
+    return "; ".join(f"{name}: {b.classes} classes{only(b)}"
+                     for name, b in BENCHMARKS.items())
+
+
+def readme_table():
+    """The README's table of benchmarks, as Markdown."""
+    lines = ["| `--data` | classes | size | K | layout under `--root` | from | terms | paper |", "|---" * 8 + "|"]
+    for name, b in BENCHMARKS.items():
+        paper = "; ".join(f"K={k}: " + ", ".join(f"{m} {v}" for m, v in row.items()) for k, row in b.paper.items())
+        only = f" (evaluates models of `{b.trained_on}`)" * bool(b.trained_on)
+        lines.append(f"| `{name}`{only} | {b.classes} | {b.size} | {b.k} | {b.layout.replace('<', '&lt;')} | "
+                     f"{b.source} | {b.licence} | {paper} |")
+    return "\n".join(lines)
 
 
 def find_root(name, root, mini):

@@ -8,6 +8,7 @@ Writes report.json and parts.png beside the checkpoint: accuracy by group, the p
 and leakage, that is, each way in which the background can reach a prediction, for the early mask (stage 2) beside the
 late one (stage 1). Nothing is drawn at random: two runs write the same report. Letters: ifam.py.
 """
+import copy
 import math
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -20,24 +21,29 @@ import torch.nn.functional as F
 import data
 from baselines import build
 from ifam import discretize
-from metrics import ari, foreground_counts, foreground_ious, keypoint_error, landmarks, nmi
+from metrics import ari, auroc, foreground_counts, foreground_ious, keypoint_error, landmarks, nmi
+from samples import patch_keep
 from settings import UsageError, opt, parse, run_script, write_json
 from weights import find_published, load_strictly, read_file, rename_published
+
+
+SPLITS = ("test", "val", "train", *dict.fromkeys(name for b in data.BENCHMARKS.values() for name in b.sets))
 
 
 @dataclass
 class Config:
     ckpt: str = opt(MISSING, "checkpoint of train.py (best.pt or last.pt), or snapshot of the published code")
-    data: str = opt("", "another benchmark with the same classes; if not given, the one it was trained on, which a "
-                       "published snapshot does not say",
+    data: str = opt("", "another benchmark for the same model (cub: waterbird200; imagenet: imagenet9); if not given, "
+                        "the one it was trained on, which a published snapshot does not say",
                     choices=("", *data.BENCHMARKS))
     root: str = opt("", "folder of the benchmarks, if they moved since training")
-    split: str = opt("test", "which images to measure on", choices=("test", "val", "train"))
+    split: str = opt("test", "which images to measure on", choices=SPLITS)
     intervention: str = opt("", "intervention.json of intervene.py for this checkpoint, to measure the corrected model")
-    limit: int = opt(0, "use only the first N images (0: as in training)")
+    limit: int = opt(0, "use only N images, spread evenly (0: as in training)")
     leakage: int = opt(500, "images that leakage is measured on, spread evenly over the split (0: all)")
     kp_normalise: bool = opt(False, "keypoint metrics: normalise images as in training; the published ones are taken "
                              "without")
+    adversarial: bool = opt(False, "imagenet9: each object on every background until one fools the model (hours)")
     batch: int = opt(32, "images at once")
     workers: int = opt(0, "processes that load data")
     device: str = opt("auto", "auto, cpu, cuda or mps")
@@ -72,7 +78,7 @@ def checked(path, state):
 def from_published(path, state_dict, name):
     """A snapshot of the published two-stage code -> a checkpoint like train.py's, under benchmark `name`.
 
-    It carries no settings: sizes come from the tensors, everything else from the benchmark's preset.
+    It carries no settings: sizes come from the tensors, everything else from the preset of the benchmark it is for.
     """
     import train                                         # here: train.py imports this module
     if not name:
@@ -81,6 +87,7 @@ def from_published(path, state_dict, name):
         model, sizes = rename_published(state_dict)
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
+    name = data.BENCHMARKS[name].trained_on or name
     classes, (height, width) = sizes.pop("classes"), sizes.pop("size")
     if classes != data.BENCHMARKS[name].classes:
         raise UsageError(f"{path} is a published snapshot with {classes} classes, --data {name} has "
@@ -103,9 +110,11 @@ def load_model(path, device="cpu", name=""):
     published = find_published(state)
     state = from_published(path, published, name) if published else checked(path, state)
     try:
-        model = build(state["config"], data.BENCHMARKS[state["config"]["data"]].classes)
+        heads = [state["model"][key] for key in ("predictor.head.weight", "selector.classifier.weight")
+                 if key in state["model"]]               # a miniature may have fewer classes than its benchmark
+        model = build(state["config"], len(heads[0]))
         load_strictly(model, state.get("ema") or state["model"])
-    except (KeyError, ValueError) as error:
+    except (IndexError, KeyError, ValueError) as error:
         raise UsageError(f"{path}: its weights do not fit its settings: {error}") from None
     return model.to(device).eval(), state
 
@@ -113,7 +122,7 @@ def load_model(path, device="cpu", name=""):
 # ---------------------------------------------------------------- predictions and accuracy
 def given_mask(model, batch, device):
     """True mask of a batch's images as patches (B, N), for the baselines that are given it; None for all others."""
-    return data.patch_keep(batch["mask"].to(device), model.predictor.backbone.patch) if model.needs_truth else None
+    return patch_keep(batch["mask"].to(device), model.predictor.backbone.patch) if model.needs_truth else None
 
 
 @torch.no_grad()
@@ -145,14 +154,21 @@ def predict(model, samples, batch=32, device="cpu", workers=0):
     return {name: torch.cat([p[name] for _, p in pieces])[order] for name in pieces[0][1]}
 
 
+def answers(logits, samples):
+    """The class of samples that each row of logits (n, outputs) votes for, -1 where that is none of them."""
+    guess = logits.argmax(1)
+    return guess if samples.merge is None else samples.merge[guess]
+
+
 def accuracies(result, samples, key="logits", rare=(), train_groups=None):
     """Accuracy as the tables give it: {"aa", "worst_group", "groups": {name: {"n", "accuracy"}}, ...}.
 
     aa: share of images that are right. aa_train_weighted: group accuracies weighted by their share in training,
     which is the "average" of many Waterbirds papers. worst_group: least over all groups; worst_group_rare: over
-    `rare` only, the paper's definition. Groups without images have accuracy None and count nowhere.
+    `rare` only, the paper's definition. Groups without images have accuracy None and count nowhere. auroc: times 100,
+    of the softmax probability of class 1, where there are two classes.
     """
-    right = (result[key].argmax(1) == samples.labels).double()
+    right = (answers(result[key], samples) == samples.labels).double()
     by_group = {g: right[samples.groups == g] for g in range(len(samples.group_names))}
     groups = {g: x.mean().item() if len(x) else None for g, x in by_group.items()}
     least = lambda some: min((groups[g] for g in some if groups[g] is not None), default=None)
@@ -163,6 +179,9 @@ def accuracies(result, samples, key="logits", rare=(), train_groups=None):
         out["aa_train_weighted"] = sum(n[g].item() * groups[g] for g in seen) / n[seen].sum().item() if seen else None
     if rare:
         out["worst_group_rare"] = least(rare)
+    if result[key].shape[1] == 2:
+        both = len(samples.labels.unique()) == 2         # a few images may all be of one class
+        out["auroc"] = 100 * auroc(result[key].double().softmax(1)[:, 1], samples.labels) if both else None
     out["groups"] = {samples.group_names[g]: {"n": len(x), "accuracy": groups[g]} for g, x in by_group.items()}
     return out
 
@@ -262,7 +281,7 @@ def linear_head(x, y, classes, penalty=0.1):
 
 
 def linear_probe(x, y, folds=5):
-    """Cross-validated accuracy of linear_head at reading y (n,) from x (n, d); None if n < 10: too few to fit and test."""
+    """Cross-validated accuracy of linear_head at reading y (n,) from x (n, d); None if n < 10: too few."""
     if len(y) < 2 * folds:
         return None
     fold, right = torch.arange(len(y)) % folds, 0
@@ -287,7 +306,7 @@ def measure_leakage(classifier, samples, backbone, device="cpu", count=0):
     indices = torch.linspace(0, len(samples) - 1, min(count or len(samples), len(samples))).round().long()
     indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]     # mixed groups
     groups = [g.tolist() for g in indices.tensor_split(math.ceil(len(indices) / LEAKAGE_GROUP))]
-    rows, budget = {}, GRADIENTS // len(samples.classes)
+    rows, budget = {}, GRADIENTS // samples.outputs
     for number, images in enumerate(torch.utils.data.DataLoader(samples, batch_sampler=groups)):
         truth = images["mask"].to(device) if "mask" in images else None
         with_gradient = number * LEAKAGE_GROUP < budget
@@ -299,8 +318,8 @@ def measure_leakage(classifier, samples, backbone, device="cpu", count=0):
     row = {name: torch.cat(x).double() for name, x in rows.items()}
     mean = lambda name: row[name].mean().item() if name in row and len(row[name]) else None
     probe = None
-    if samples.places:
-        place = samples.groups[indices] % len(samples.places)
+    place = samples.groups[indices] % max(1, len(samples.places))
+    if len(place.unique()) > 1:
         probe = {"representation": linear_probe(row["features"], place), "mask": linear_probe(row["keep"], place),
                  "chance": torch.bincount(place).max().item() / len(place)}
     return {"images": len(indices), "mask": classifier.mask,
@@ -315,7 +334,7 @@ def measure_leakage(classifier, samples, backbone, device="cpu", count=0):
 def leakage_of_group(classifier, images, truth, backbone, number, with_gradient):
     """Per image: what measure_leakage averages. truth: true masks (B, S, S) or None; number seeds the noise."""
     with torch.no_grad():
-        keep, held = classifier.find(images, None if truth is None else data.patch_keep(truth, backbone.patch))
+        keep, held = classifier.find(images, None if truth is None else patch_keep(truth, backbone.patch))
         if keep is None:
             return None
         shown = pixels(keep, backbone.grid, backbone.patch)
@@ -347,7 +366,7 @@ def pool_by_place(backbone, samples, device="cpu", batch=32, workers=0):
     """
     found = {place: [] for place in ("none", "late", "early")}
     for part in torch.utils.data.DataLoader(samples, batch, num_workers=workers):
-        images, keep = part["image"].to(device), data.patch_keep(part["mask"].to(device), backbone.patch)
+        images, keep = part["image"].to(device), patch_keep(part["mask"].to(device), backbone.patch)
         whole, masked = (backbone(images, k)[:, backbone.prefix:] for k in (None, keep))
         for place, patches, weight in (("none", whole, torch.ones_like(keep)), ("late", whole, keep),
                                        ("early", masked, keep)):
@@ -391,7 +410,7 @@ def localisation(model, result, samples, train=None, kp_normalise=False, **loadi
     both = (names, test.clusters[visible])
     out |= {"kp": None, "nmi": nmi(*both) if len(names) else None, "ari": ari(*both) if len(names) else None,
             "kp_normalise": kp_normalise}
-    if train is None or not train.points or not all(path.is_file() for path in train.paths):
+    if train is None or not train.points:
         out["kp_skipped"] = "the training images or their keypoints are not on disk"
     elif samples.boxes is None or train.boxes is None:
         out["kp_skipped"] = "bounding_boxes.txt is not there"
@@ -405,9 +424,92 @@ def localisation(model, result, samples, train=None, kp_normalise=False, **loadi
 
 
 # ---------------------------------------------------------------- the report
-def evaluate(model, samples, train=None, rare=(), device="cpu", batch=32, leakage=500, workers=0, kp_normalise=False):
-    """Everything report.json says about a model on a split -> dict. train: the training split, where there is one."""
-    train_groups = None if train is None else train.groups
+def predict_more(model, samples, known, **how):
+    """Logits as predict() gives them; an image in `known`, {path: its logits by name}, is not computed again."""
+    new = [i for i, path in enumerate(samples.paths) if path not in known]
+    if new:
+        result = predict(model, copy.copy(samples).keep(new), **how)
+        remember(known, [samples.paths[i] for i in new], result)
+    rows = [known[path] for path in samples.paths]
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def remember(known, paths, result):
+    logits = {key: x for key, x in result.items() if key.startswith("logits")}
+    known.update((path, {key: x[i] for key, x in logits.items()}) for i, path in enumerate(paths))
+
+
+def measure_sets(model, samples, result, sets, metrics, **how):
+    """Accuracy on the other sets of a benchmark, {name: Samples} -> {name: {"images", "stage1", "stage2"}}."""
+    known, out = {}, {}
+    if sets:
+        remember(known, samples.paths, result)
+    for name, some in sets.items():
+        found = predict_more(model, some, known, **how)
+        out[name] = {"images": len(some)}
+        for stage, key in stages_of(model):
+            out[name][stage] = only(metrics, accuracies(found, some, key))
+    return out
+
+
+def stages_of(model):
+    """The stages that classify, first the one that counts: ((name in the report, key of its logits), ...)."""
+    both = (("stage2", "logits"), ("stage1", "logits_stage1"))
+    return both if model.predictor and model.selector else both[:1] if model.predictor else both[1:]
+
+
+def only(metrics, numbers):
+    """What the benchmark reports, and the groups."""
+    return {name: value for name, value in numbers.items() if name in (*metrics, "groups")}
+
+
+def background_gap(found, stage):
+    """ImageNet-9's BG-GAP, in points: what a background of a random class costs against one of the same class."""
+    return 100 * (found["mixed_same"][stage]["aa"] - found["mixed_rand"][stage]["aa"])
+
+
+def adversarial(model, originals, backgrounds, device="cpu", batch=32, workers=0):
+    """ImageNet-9's adversarial-background challenge -> {"challenge_accuracy", "vulnerable", "classes"}, in percent.
+
+    Every object, cut out by its mask, is pasted on every background until one prediction is not its class: such an
+    object is vulnerable, whatever the model says of the original image. Challenge accuracy: 100 - % vulnerable.
+    All backgrounds are held in memory: 2.4 GB for the 4,050 of the benchmark.
+    """
+    if originals.masks is None:
+        raise UsageError("--adversarial needs bg_challenge/fg_mask; unpack it")
+    loader = torch.utils.data.DataLoader(backgrounds, batch, num_workers=workers)
+    scenes, vulnerable = [part["image"] for part in loader], []
+    for sample in torch.utils.data.DataLoader(originals, None, num_workers=workers):
+        vulnerable.append(fooled(model, originals, sample, scenes, device))
+    vulnerable = torch.tensor(vulnerable, dtype=torch.float64)
+    share = lambda some: 100 * (1 - some.mean().item())
+    return {"challenge_accuracy": share(vulnerable), "vulnerable": int(vulnerable.sum()), "objects": len(originals),
+            "backgrounds": len(backgrounds), "classes": {name: share(vulnerable[originals.labels == c]) for c, name in
+                                                         enumerate(originals.classes) if (originals.labels == c).any()}}
+
+
+@torch.no_grad()
+def fooled(model, originals, sample, scenes, device):
+    """Does any of the backgrounds, a list of (B, 3, S, S), change the answer? Stops at the first portion that does."""
+    mask, image = sample["mask"][None].float(), sample["image"]
+    for portion in scenes:
+        logits = model((mask * image + (1 - mask) * portion).to(device)).logits.float().cpu()
+        if (answers(logits, originals) != sample["label"]).any():
+            return True
+    return False
+
+
+def evaluate(model, samples, train=None, rare=(), device="cpu", batch=32, leakage=500, workers=0, sets=None,
+             kp_normalise=False):
+    """Everything report.json says about a model on a split -> dict.
+
+    train: the training split, where there is one; what is fitted on its images is left out if they are not all on
+    disk. sets: {name: Samples} to measure accuracy on as well.
+    """
+    comparable = train is not None and train.places == samples.places      # SIIM knows tubes of its test images alone
+    train_groups = train.groups if comparable else None
+    train = train if train is not None and train.on_disk() else None
+    metrics, loading = data.BENCHMARKS[samples.name].metrics, dict(device=device, batch=batch, workers=workers)
     result = predict(model, samples, batch, device, workers)
     report = {"split": samples.split, "images": len(samples)}
     stages = [("stage2", "leakage", "logits", stage2_classifier)] if model.predictor else []
@@ -416,21 +518,25 @@ def evaluate(model, samples, train=None, rare=(), device="cpu", batch=32, leakag
         kept = result["keep"].sum(1)
         report["mask"] = {"kept_share": kept.mean().item() / result["keep"].shape[1], "empty": int((kept == 0).sum())}
     for stage, _, key, _ in stages:
-        report[stage] = accuracies(result, samples, key, rare, train_groups)
-    if found := localisation(model, result, samples, train, kp_normalise, device=device, batch=batch, workers=workers):
+        report[stage] = only(metrics, accuracies(result, samples, key, rare, train_groups))
+    if found := localisation(model, result, samples, train, kp_normalise, **loading):
         report["localisation"] = found
+    if sets:
+        report["sets"] = found = measure_sets(model, samples, result, sets, metrics, **loading)
+        if {"mixed_same", "mixed_rand"} <= found.keys():
+            report["bg_gap"] = {stage: background_gap(found, stage) for stage, _ in stages_of(model)}
     backbone = (model.selector or model.predictor).backbone
     for _, leak, _, classifier in stages:
         report[leak] = measure_leakage(classifier(model), samples, backbone, device, leakage)
-    if report["leakage"] and train is not None and train.paths[0].is_file():      # else only this split was unpacked
-        report["leakage"]["place_of_mask"] = place_of_mask(model, train, samples, device, batch, workers)
+    if report["leakage"] and train is not None:
+        report["leakage"]["place_of_mask"] = place_of_mask(model, train, samples, **loading)
     return report
 
 
 ROWS = (  # of the table: where a number stands in the report, and what it is
     ("accuracy", "aa"), ("accuracy, groups weighted as in training", "aa_train_weighted"),
     ("worst group", "worst_group"),
-    ("worst of the groups that are rare in training", "worst_group_rare"),
+    ("worst of the groups that are rare in training", "worst_group_rare"), ("AUROC, times 100", "auroc"),
     ("repaint: largest logit change", "leak.repaint.max_logit_change"),
     ("repaint: predictions flipped", "leak.repaint.flip_rate"),
     ("gradient: largest at a hidden pixel", "leak.gradient.max_abs"),
@@ -460,11 +566,22 @@ def table(report, second="early, hard"):
         return "-" if numbers is None else "0" if numbers == 0 else f"{numbers:.{3 if numbers >= 5e-4 else 5}f}"
 
     line = lambda name, values: f"  {name:<46}" + "".join(f"{v:>23}" for v in values)
-    lines = [line("", columns)] + [line(name, [value(c, path) for c in columns.values()]) for name, path in ROWS]
+    rows = {name: [value(c, path) for c in columns.values()] for name, path in ROWS}
+    rows = {name: values for name, values in rows.items() if set(values) != {"-"}}
+    lines = [line("", columns)] + [line(name, values) for name, values in rows.items()]
     groups = next(iter(columns.values()))["groups"]
-    if len(groups) <= 8:
+    after = 1 + sum("leak." not in path for name, path in ROWS if name in rows)
+    extra = [(f"{part} (n = {numbers['images']})", part) for part, numbers in report.get("sets", {}).items()]
+    stages = [stage for stage in ("stage1", "stage2") if stage in report]
+    for metric, title in (("aa", "accuracy"), ("worst_group", "worst group"), ("auroc", "AUROC, times 100")):
+        each = lambda part: [value(report["sets"][part][stage], metric) for stage in stages]
+        lines[after:after] = [line(f"  {title}: {name}", each(part)) for name, part in extra
+                              if metric in report["sets"][part][stages[0]]]
+    if len(groups) <= 9:
         each = lambda name: [value(c["groups"][name], "accuracy") for c in columns.values()]
-        lines[5:5] = [line(f"  {name} (n = {group['n']})", each(name)) for name, group in groups.items()]
+        lines[after:after] = [line(f"  {name} (n = {group['n']})", each(name)) for name, group in groups.items()]
+    if "bg_gap" in report:
+        lines.append(line("BG-GAP, in points", [f"{report['bg_gap'][stage]:.1f}" for stage in stages]))
     if "mask" in report:
         lines.append(line("patches kept", [f"{report['mask']['kept_share']:.1%}"]))
         lines.append(line("images without any", [report["mask"]["empty"]]))
@@ -479,21 +596,27 @@ def table(report, second="early, hard"):
     return "\n".join(lines)
 
 
-def open_split(cfg, trained):
-    """-> (name for the report, the split to measure on, the training split)."""
+def open_split(cfg, trained, outputs):
+    """-> (name for the report, the split to measure on, the training split or None, {name: other sets})."""
     name = cfg.data or trained["data"]
-    here, there = (data.BENCHMARKS[n] for n in (name, trained["data"]))
-    if here.classes != there.classes:
-        raise UsageError(f"--data {name} has {here.classes} classes, the checkpoint was trained on {trained['data']} "
-                         f"with {there.classes}")
+    here = data.BENCHMARKS[name]
+    if trained["data"] not in (name, here.trained_on):
+        raise UsageError(f"--data {name} has {here.classes} classes that are not those of {trained['data']} "
+                         f"({data.BENCHMARKS[trained['data']].classes}), which the checkpoint was trained on; evaluate "
+                         f"a model of {here.trained_on or name}")
     root = data.find_root(name, cfg.root or trained["root"], trained["mini"] and not cfg.root)
-    splits = data.load(name, root, trained["size"], check=False)         # images of other splits need not be there
+    splits = data.load(name, root, trained["size"], limit=cfg.limit or trained["limit"], check=False,
+                       val_share=trained.get("val_share", 0.0) * (name == trained["data"]))
     if cfg.split not in splits:
-        raise UsageError(f"{name} has no split {cfg.split!r}; choose another --split")
-    train = splits["train"].first(trained["limit"])
-    samples = splits[cfg.split].first(cfg.limit or trained["limit"])
-    samples.check()
-    return name + "-mini" * trained["mini"], samples, train
+        raise UsageError(f"{name} has no split {cfg.split!r}; choose another --split: {', '.join(splits)}")
+    samples = splits[cfg.split]
+    if samples.outputs != outputs:
+        raise UsageError(f"--data {name} needs {samples.outputs} classes, the checkpoint has {outputs}; evaluate it on "
+                         "the data it was trained on")
+    sets = {n: splits[n] for n in here.sets if n in splits and cfg.split == "test"}
+    for some in (samples, *sets.values()):
+        some.check()                                     # images of other splits need not be there
+    return name + "-mini" * trained["mini"], samples, splits.get("train"), sets
 
 
 def main(argv=None):
@@ -507,20 +630,33 @@ def main(argv=None):
     model, state = load_model(cfg.ckpt, device, cfg.data)
     trained = state["config"]
     intervention = intervene.apply(model, cfg.intervention, cfg.ckpt) if cfg.intervention else None
-    name, samples, train = open_split(cfg, trained)
+    outputs = (model.predictor.head if model.predictor else model.selector.classifier).out_features
+    name, samples, train, sets = open_split(cfg, trained, outputs)
+    if cfg.adversarial and "only_bg_t" not in sets:
+        raise UsageError("--adversarial is of --data imagenet9, --split test, and needs its variant only_bg_t")
     rare = data.BENCHMARKS[samples.name].rare
     source = "published snapshot" if state["step"] is None else "train.py"
     report = {"data": name, "method": trained["method"], "source": source, "seed": trained["seed"],
               "step": state["step"], "selection": state["best"],
-              **evaluate(model, samples, train, rare, device, cfg.batch, cfg.leakage, cfg.workers, cfg.kp_normalise)}
+              **evaluate(model, samples, train, rare, device, cfg.batch, cfg.leakage, cfg.workers, sets,
+                         cfg.kp_normalise)}
+    if paper := data.BENCHMARKS[samples.name].paper.get(trained["k"], {}) if not trained["mini"] else {}:
+        report["paper"] = paper
+    if cfg.adversarial:
+        report["adversarial"] = adversarial(model, samples, sets["only_bg_t"], device, cfg.batch, cfg.workers)
     chosen = f"epoch {state['best']['epoch']}, chosen on {state['best']['split']}" if source == "train.py" else source
     print(f"{cfg.ckpt}: {trained['method']}, {chosen}; {name} {cfg.split}, {len(samples)} images")
-    suffix = f"-{samples.name}" * (samples.name != trained["data"]) + f"-{cfg.split}" * (cfg.split != "test")
     if intervention:
         report["intervention"] = intervention
-        print(f"  {intervene.summary(intervention, cfg.split)}")
-        suffix += f"-{Path(cfg.intervention).stem}"
+        print(f"  {intervene.summary(intervention, name, cfg.split)}")
     print(table(report, f"{trained['masking']}, {trained['hardness']}"))
+    if paper:
+        print(f"  the paper's iFAM with K = {trained['k']}: " + ", ".join(f"{n} {v}" for n, v in paper.items()))
+    if cfg.adversarial:
+        print("  adversarial backgrounds: challenge accuracy {challenge_accuracy:.1f} ({vulnerable} of {objects} "
+              "objects vulnerable)".format(**report["adversarial"]))
+    suffix = f"-{samples.name}" * (samples.name != trained["data"]) + f"-{cfg.split}" * (cfg.split != "test")
+    suffix += f"-{Path(cfg.intervention).stem}" * bool(intervention)
     written = [Path(cfg.ckpt).with_name(f"report{suffix}.json")]
     write_json(written[0], report)
     if model.selector:

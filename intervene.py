@@ -46,11 +46,11 @@ class Config:
     tolerance: float = opt(0.01, "what a removal that the rule accepts may cost the average: 0.01 is one point")
     split: str = opt("val", "images that effects are measured on and the rule decides by; test only if you mean it",
                      choices=("val", "test"))
-    data: str = opt("", "another benchmark with the same classes; if not given, the one it was trained on, which a "
-                        "published snapshot does not say",
+    data: str = opt("", "another benchmark for the same model (cub: waterbird200; imagenet: imagenet9); if not given, "
+                        "the one it was trained on, which a published snapshot does not say",
                     choices=("", *data.BENCHMARKS))
     root: str = opt("", "folder of the benchmarks, if they moved since training")
-    limit: int = opt(0, "use only the first N images of the split (0: as in training)")
+    limit: int = opt(0, "use only N images of each split, spread evenly (0: as in training)")
     batch: int = opt(32, "images at once")
     workers: int = opt(0, "processes that load data")
     device: str = opt("auto", "auto, cpu, cuda or mps")
@@ -258,14 +258,14 @@ def apply(model, path, ckpt):
     return {"file": str(path), **{key: content[key] for key in ("drop", "q", "thresholds", "calibration", "decision")}}
 
 
-def summary(content, split):
-    """One line about an intervention, which says so if it was decided on the very images it is measured on."""
-    where = content["decision"]["split"]
+def summary(content, name="", split=""):
+    """One line about an intervention, which says so if it was chosen on the very images that are measured now."""
+    where = (content["decision"]["data"], content["decision"]["split"])
     parts = f"parts removed: {', '.join(map(str, content['drop'])) or 'none'}"
     tokens = f"patches removed: {'none' if content['q'] is None else 'beyond the quantile ' + str(content['q'])}"
     by_rule = content["decision"]["parts_by_rule"] or content["decision"]["q_by"] == "rule"
-    biased = by_rule and where == split
-    return f"{parts}; {tokens}" + f"; CHOSEN ON {where.upper()}, the images measured here: too good" * biased
+    biased = by_rule and where == (name, split)
+    return f"{parts}; {tokens}" + f"; CHOSEN ON {split.upper()}, the images measured here: too good" * biased
 
 
 # ---------------------------------------------------------------- what a person reads
@@ -347,11 +347,15 @@ def main(argv=None):
     model, state = load_model(cfg.ckpt, device, cfg.data)
     trained = state["config"]
     check(cfg, model, trained["method"])
-    name, samples, train = open_split(cfg, trained)
+    outputs = (model.predictor.head if model.predictor else model.selector.classifier).out_features
+    name, samples, train, _ = open_split(cfg, trained, outputs)
     loading = dict(device=device, batch=cfg.batch, workers=cfg.workers)
     trials, calibration = Trials(model, samples, **loading), None
     listed = lambda limits: [None if t == math.inf else t for t in limits.tolist()]
     if cfg.q:
+        if train is None:
+            raise UsageError(f"--q is calibrated on training images, and {name} has none; make the intervention on "
+                             f"{trained['data']}, it can be evaluated on {name} too")
         train.check()
         distances = calibrate(model, train, **loading)
         trials.thresholds |= {q: distances.at(q) for q in cfg.q}
@@ -380,7 +384,7 @@ def main(argv=None):
         if cfg.loo or len(set(cfg.q)) > 1:
             on_test = "; it saw the test set, so test numbers are too good" * (samples.split == "test")
             print(f"  rule, on {samples.split}: {RULE} (tolerance {cfg.tolerance:g}){on_test}")
-        print(f"  * {summary(content, None)}")
+        print(f"  * {summary(content)}")
         write_json(Path(cfg.out), content)
         written.append(Path(cfg.out))
     print(f"  wrote {written[0]}" + f" and {len(written) - 1} more beside it" * (len(written) > 1)

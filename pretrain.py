@@ -34,12 +34,14 @@ from tqdm import tqdm
 import data
 import ifam
 import miniature
+import transforms
 from evaluate import linear_head, pick_device
+from samples import patch_keep
 from settings import UsageError, opt, parse, run_script, write_json, write_whole
 from train import lr_at
 from weights import read_file
 
-MEAN, STD = (torch.tensor(x)[:, None, None] for x in data.IMAGENET)
+MEAN, STD = (torch.tensor(x)[:, None, None] for x in transforms.IMAGENET)
 
 
 @dataclass
@@ -268,9 +270,9 @@ def centre_features(vit, scenes, spread, seed):
     """
     images = []
     for i, scene in enumerate(scenes):
-        view = data.View(Image.fromarray(scene.permute(1, 2, 0).mul(255).round().byte().numpy()))
-        data.augment(view, 96, np.random.default_rng([seed, i]))
-        images.append(data.to_tensor(view.image))
+        view = transforms.View(Image.fromarray(scene.permute(1, 2, 0).mul(255).round().byte().numpy()))
+        transforms.augment(view, 96, np.random.default_rng([seed, i]))
+        images.append(transforms.to_tensor(view.image))
     x = features(vit, torch.stack(images)).flatten(0, 1)
     draw = torch.Generator().manual_seed(seed)
     origin = k_means(x[torch.randperm(len(x), generator=draw)[:8000]], 5, draw).mean(0).to(vit.norm.bias.device)
@@ -302,7 +304,7 @@ def pretrain(cfg):
         raise UsageError(f"{folder} holds a run: go on with --resume, or choose another --out")
     scenes, _ = miniature.pretraining_scenes(cfg.scenes, cfg.seed, size=128)
     unseen, masks = miniature.pretraining_scenes(min(400, cfg.scenes), cfg.seed + 1, size=96)
-    unseen, objects = (to_images(unseen) - MEAN) / STD, data.patch_keep(torch.from_numpy(masks > 127), 8).bool()
+    unseen, objects = (to_images(unseen) - MEAN) / STD, patch_keep(torch.from_numpy(masks > 127), 8).bool()
 
     torch.manual_seed(cfg.seed)
     model = Reader(cfg.words)

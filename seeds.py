@@ -25,13 +25,18 @@ def place(report, *names):
 
 
 COLUMNS = {     # title: what it is of a report
-    "worst group": lambda r: stage(r)["worst_group"], "accuracy": lambda r: stage(r)["aa"],
+    "worst group": lambda r: stage(r).get("worst_group"), "accuracy": lambda r: stage(r)["aa"],
     "foreground IoU": lambda r: r.get("localisation", {}).get("foreground_iou"),
     "kept": lambda r: r.get("mask", {}).get("kept_share"),
     "empty": lambda r: r["mask"]["empty"] / r["images"] if "mask" in r else None,
     "repaint, logits": lambda r: r["leakage"] and r["leakage"]["repaint"]["max_logit_change"],
     "late": lambda r: place(r, "late"), "early": lambda r: place(r, "early"),
     "early - late": lambda r: place(r, "early", "late")}
+
+
+def least(reports):
+    worst = [stage(r)["worst_group"] for r in reports if "worst_group" in stage(r)]
+    return f"{min(worst):.3f}" if worst else "–"
 
 
 def interval(values):
@@ -60,7 +65,7 @@ def main(argv=None):
                 continue
             mean, half = interval(values)
             cells.append(f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else ""))
-        print("| " + " | ".join(cells) + f" | {min(stage(r)['worst_group'] for r in reports):.3f} |")
+        print("| " + " | ".join(cells) + " | " + least(reports) + " |")
 
 
 if __name__ == "__main__":

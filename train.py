@@ -29,16 +29,19 @@ import data
 import ifam
 from baselines import METHODS, build
 from evaluate import accuracies, given_mask, pick_device, predict, read_checkpoint
+from samples import Plan
 from settings import RunError, UsageError, opt, parse, run_script, write_json, write_whole
 from weights import load_pretrained
 
 
 @dataclass
 class Config:
-    data: str = opt("waterbirds", "benchmark", choices=tuple(data.BENCHMARKS))
+    data: str = opt("waterbirds", f"benchmark ({data.overview()})", choices=tuple(data.BENCHMARKS))
     root: str = opt("data", "folder that holds the unpacked benchmarks")
     mini: bool = opt(False, "use the miniature of the benchmark: drawn on first use, no download")
-    limit: int = opt(0, "use only the first N training and evaluation samples (0: all)")
+    limit: int = opt(0, "use only N training and evaluation samples, spread evenly (0: all)")
+    val_share: float = opt(0.0, "hold out this share of the training images of each class as validation, where a "
+                                "benchmark has none, such as 0.1 (0: none)")
 
     method: str = opt("ifam", "ifam, or a baseline", choices=METHODS)
     arch: str = opt("b", "size of the vision transformers", choices=tuple(ifam.ARCHS))
@@ -104,7 +107,10 @@ FREE = {"root", "device", "workers", "out", "resume", "save_every", "log_every",
 def preset(given):
     """What was typed -> the settings of its benchmark that replace Config's defaults."""
     benchmark = data.BENCHMARKS[given.get("data", Config.data)]
-    return {"size": benchmark.size, "k": benchmark.k, **(MINI if given.get("mini") else {})}
+    settings = benchmark.settings
+    if given.get("mini"):                                # its own network and schedule, the benchmark's loss
+        settings = {**{name: x for name, x in settings.items() if name.startswith("weight_")}, **MINI}
+    return {"size": benchmark.size, "k": benchmark.k, **settings}
 
 
 # ---------------------------------------------------------------- functions of the step
@@ -327,7 +333,10 @@ def check(cfg):
         least = int(f.name in ("k", "size", "epochs", "batch", "save_every", "log_every"))
         if f.type in (int, float) and not (math.isfinite(value) and value >= least):
             raise UsageError(f"{flag} must be a number of at least {least}, not {value}")
-    for name in ("part_dropout1", "part_dropout2", "ema"):
+    if where := data.BENCHMARKS[cfg.data].trained_on:
+        raise UsageError(f"--data {cfg.data} is for evaluation only: train with --data {where}, then "
+                         f"evaluate.py --ckpt runs/{where}/best.pt --data {cfg.data}")
+    for name in ("part_dropout1", "part_dropout2", "ema", "val_share"):
         if not 0 <= getattr(cfg, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be in [0, 1), not {getattr(cfg, name)}")
     if cfg.tau <= 0:
@@ -336,10 +345,11 @@ def check(cfg):
         raise UsageError("--mini draws its own data: leave out --root or --mini")
 
 
-def build_model(cfg, device):
+def build_model(cfg, device, classes=None):
+    """classes: if they are not the benchmark's, on a miniature or a part of it."""
     torch.manual_seed(cfg.seed)
     try:
-        model = build(asdict(cfg), data.BENCHMARKS[cfg.data].classes)
+        model = build(asdict(cfg), classes or data.BENCHMARKS[cfg.data].classes)
     except ValueError as error:
         raise UsageError(f"these settings make no model: {error}") from None
     load_pretrained(model, cfg.weights, cfg.arch, cfg.registers)
@@ -368,7 +378,7 @@ def open_data(cfg, rank, world):
     if world > 1:
         dist.barrier()
     root = data.find_root(cfg.data, cfg.root, cfg.mini)
-    splits = data.load(cfg.data, root, cfg.size, cfg.seed, cfg.limit, ("train", "val"))
+    splits = data.load(cfg.data, root, cfg.size, cfg.seed, cfg.limit, ("train", "val"), val_share=cfg.val_share)
     if len(splits["train"]) < cfg.batch:
         raise UsageError(f"--batch {cfg.batch} is larger than the training set ({len(splits['train'])} images)")
     return splits["train"], splits.get("val")
@@ -379,7 +389,7 @@ def train(cfg):
     rank, world, device = start_processes(cfg)
     dtype, scaler = autocast_of(cfg, device)
     samples, val = open_data(cfg, rank, world)
-    model = build_model(cfg, device)
+    model = build_model(cfg, device, len(samples.classes))
     if model.needs_truth:
         if samples.masks is None:
             raise UsageError(f"--method {cfg.method} needs true masks, and {cfg.data} has none here; "
@@ -400,10 +410,10 @@ def train(cfg):
     folder = Path(cfg.out)
     log = Log(folder, rank, start)
     log({"step": start, "command": sys.argv, "config": asdict(cfg), "torch": torch.__version__, "processes": world},
-        f"{describe(samples)}\n{cfg.method}: {sum(p.numel() for p in trained):,} trained parameters, steps {start} to "
+        f"{cfg.method}: {sum(p.numel() for p in trained):,} trained parameters, steps {start} to "
         f"{steps} ({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
 
-    plan = data.Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world)
+    plan = Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world)
     loader = torch.utils.data.DataLoader(samples, batch_sampler=plan, num_workers=cfg.workers,
                                          pin_memory=device.type == "cuda")
     clock, since = time.perf_counter(), start
@@ -453,14 +463,6 @@ def train(cfg):
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-def describe(samples):
-    counts = torch.bincount(samples.groups, minlength=len(samples.group_names)).tolist()
-    named = f"{len(samples.classes)} classes"
-    if len(counts) <= 8:
-        named = ", ".join(f"{n} {g}" for n, g in zip(counts, samples.group_names))
-    return f"{samples.name} {samples.split}: {len(samples)} images ({named})"
 
 
 def main(argv=None):

@@ -10,6 +10,7 @@ import data
 import evaluate
 import ifam
 import train
+from samples import patch_keep
 from settings import parse
 from tiny import TINY, fails
 from tiny import train as run
@@ -37,6 +38,7 @@ class Fixed:
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     groups = torch.tensor([0, 0, 0, 1, 2, 3, 3, 3])
     group_names = ["a", "b", "c", "d"]
+    merge = None
 
 
 def test_accuracies_are_the_ones_counted_by_hand():
@@ -203,7 +205,7 @@ def test_only_the_place_of_the_mask_moves_between_the_pooled_features(test_split
     vit = ifam.build_vit("mini", 96).eval()
     found = evaluate.pool_by_place(vit, test_split)
     batch = torch.utils.data.default_collate([test_split[i] for i in range(4)])
-    keep = data.patch_keep(batch["mask"], 8)
+    keep = patch_keep(batch["mask"], 8)
     with torch.no_grad():
         whole = vit(batch["image"])[:, 5:]
         dense = vit(batch["image"], keep, hard=False)[:, 5:]          # the dense path: attention weighted by the mask

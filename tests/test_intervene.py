@@ -236,7 +236,7 @@ def test_the_file_says_what_was_removed_on_what_grounds_and_for_which_checkpoint
     assert made["drop"] == [1] and made["q"] == 0.8 and made["checkpoint"]["sha256"] == hashlib.sha256(trained.read_bytes()).hexdigest()
     assert made["decision"] | {"rule": ""} == {"data": "waterbirds-mini", "split": "val", "images": 24, "tolerance": 0.01, "rule": "",
                                                "parts_by_hand": [1], "parts_by_rule": [], "q_by": "hand"}
-    assert made["calibration"]["split"] == "train" and made["calibration"]["images"] == 32
+    assert made["calibration"]["split"] == "train" and made["calibration"]["images"] == 24
     assert made["thresholds"] == made["calibration"]["squared_distances"]["0.8"] and len(made["thresholds"]) == 3
     rows = {(tuple(row["drop"]), row["q"]): row for row in made["rows"]}
     assert {((), None), ((0,), None), ((1,), None), ((2,), None), ((1,), 0.8)} == rows.keys()
@@ -258,7 +258,7 @@ def test_evaluate_measures_the_corrected_model_in_its_whole_report(done):
 def test_the_rows_are_what_the_model_does_when_set_to_that_intervention(trained, done):
     cfg = intervene.Config(str(trained), limit=24)
     model, state = evaluate.load_model(trained)
-    samples = evaluate.open_split(cfg, state["config"])[1]
+    samples = evaluate.open_split(cfg, state["config"], 2)[1]
     intervene.apply(model, trained.with_name("intervention.json"), trained)
     result = evaluate.predict(model, samples)
     expected = evaluate.accuracies(result, samples)
@@ -288,7 +288,8 @@ def test_what_was_decided_on_test_says_so(trained, tmp_path, capsys):
     content = json.loads(file.read_text())
     assert content["decision"]["split"] == "test"
     content["decision"]["parts_by_rule"] = [0]
-    assert "CHOSEN ON TEST" in intervene.summary(content, "test") and "CHOSEN" not in intervene.summary(content, "val")
+    assert "CHOSEN ON TEST" in intervene.summary(content, "waterbirds-mini", "test")
+    assert "CHOSEN" not in intervene.summary(content, "waterbirds-mini", "val")
 
 
 # ---------------------------------------------------------------- mistakes

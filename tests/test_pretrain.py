@@ -10,6 +10,8 @@ import data
 import ifam
 import miniature
 import pretrain
+import transforms
+from samples import patch_keep
 from settings import parse
 from tiny import ROOT, fails
 from weights import load_backbone, read_file
@@ -82,10 +84,10 @@ def test_afterwards_the_mean_of_five_clusters_of_patches_is_the_origin():
     scenes, _ = miniature.pretraining_scenes(6, 0, size=96)
     vit = ifam.build_vit("mini", 96)
     pretrain.centre_features(vit, pretrain.to_images(scenes), 0.32, 5)
-    views = [data.View(miniature.Image.fromarray(s)) for s in scenes]
+    views = [transforms.View(miniature.Image.fromarray(s)) for s in scenes]
     for i, view in enumerate(views):
-        data.augment(view, 96, np.random.default_rng([5, i]))
-    x = pretrain.features(vit, torch.stack([data.to_tensor(v.image) for v in views])).flatten(0, 1)
+        transforms.augment(view, 96, np.random.default_rng([5, i]))
+    x = pretrain.features(vit, torch.stack([transforms.to_tensor(v.image) for v in views])).flatten(0, 1)
     draw = torch.Generator().manual_seed(5)
     centres = pretrain.k_means(x[torch.randperm(len(x), generator=draw)[:8000]], 5, draw)
     assert centres.mean(0).abs().max() < 1e-3 and x.var(0).mean().sqrt() == pytest.approx(0.32, rel=1e-3)
@@ -125,6 +127,6 @@ def test_the_committed_file_is_small_and_measures_as_written_beside_it():
     cfg = parse(pretrain.Config, "", [])
     images, masks = miniature.pretraining_scenes(400, cfg.seed + 1, size=96)
     images = (pretrain.to_images(images) - pretrain.MEAN) / pretrain.STD
-    found = pretrain.measures(vit, images, data.patch_keep(torch.from_numpy(masks > 127), 8).bool())
+    found = pretrain.measures(vit, images, patch_keep(torch.from_numpy(masks > 127), 8).bool())
     for name, value in found.items():
         assert value == pytest.approx(made[name], abs=0.02), name

@@ -16,6 +16,7 @@ import evaluate
 import ifam
 import train
 from baselines import METHODS
+from samples import Plan, read_image
 from settings import parse
 from tiny import ROOT, TINY, fails, torchrun
 from tiny import train as run
@@ -35,7 +36,7 @@ def first_gradients(rank, world, flags, path):
     cfg = config(*flags)
     model = train.build_model(cfg, torch.device("cpu")).train()
     samples = data.load(cfg.data, data.find_root(cfg.data, cfg.root, True), cfg.size, limit=cfg.limit)["train"]
-    batch = torch.utils.data.default_collate([samples[key] for key in next(iter(data.Plan(64, 16, 0, 1, 0, rank, world)))])
+    batch = torch.utils.data.default_collate([samples[key] for key in next(iter(Plan(64, 16, 0, 1, 0, rank, world)))])
     sums = train.gradients(model, cfg, batch, 5, rank, world)
     if rank == 0:
         torch.save({"terms": sums, "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, path)
@@ -295,9 +296,9 @@ def test_a_file_that_is_no_image_is_found_before_the_run_begins(tmp_path, capsys
 
 
 def test_pixels_that_do_not_decode_stop_training_with_their_path_also_from_a_worker(tmp_path, capsys, monkeypatch):
-    original = data.read_image
+    original = read_image
     bad = lambda path, mode=None: original(tmp_path / "gone.jpg", mode) if mode else None
-    monkeypatch.setattr(data, "read_image", bad)
+    monkeypatch.setattr("samples.read_image", bad)
     for workers in (0, 1):
         line = fails(train.main, *TINY, "--workers", workers, "--out", tmp_path / "run")(capsys)
         assert "cannot read image" in line and "gone.jpg" in line

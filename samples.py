@@ -1,0 +1,200 @@
+"""samples.py: one split of a benchmark, image by image, and the order in which training sees it.
+
+Randomness is a function: how a sample is augmented depends on (seed, epoch, sample id) and on nothing else, so results
+do not depend on workers, processes or resuming. Coordinates of keypoints and boxes are x (column), y (row) in pixels.
+"""
+import os
+import zlib
+
+import numpy as np
+import torch
+from PIL import Image
+
+import siim
+from settings import UsageError
+from transforms import FINE_GRAINED, View, to_tensor
+
+
+def patch_keep(masks, patch, share=0.5):
+    """True masks (B, S, S) in {0, 1} -> keep (B, N): 1 where more than `share` of a patch is object.
+
+    An object that no patch holds enough of keeps its best patch. A mask without any object keeps nothing.
+    """
+    cover = torch.nn.functional.avg_pool2d(masks[:, None].float(), patch).flatten(1)
+    keep = cover > share
+    small = (~keep.any(1) & (cover > 0).any(1)).nonzero()[:, 0]
+    keep[small, cover.argmax(1)[small]] = True
+    return keep.float()
+
+
+class Names:
+    """A list of file names below `base` in one block of bytes: ImageNet's 1.28 million are one object, not a million.
+
+    names[i] is a Path; names.ids the same list as plain strings.
+    """
+
+    def __init__(self, base, block, plain=False):
+        self.base, self.block, self.plain = base, block, plain
+
+    @property
+    def ids(self):
+        return Names(self.base, self.block, plain=True)
+
+    def __len__(self):
+        return len(self.block)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return Names(self.base, self.block[i], self.plain)
+        name = os.fsdecode(bytes(self.block[i]))
+        return name if self.plain else self.base / name
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+
+def pick(values, indices):
+    """The entries of a list, a tensor or Names at these indices; None stays None."""
+    if isinstance(values, Names):
+        return Names(values.base, values.block[indices], values.plain)
+    if values is None or isinstance(values, torch.Tensor):
+        return values if values is None else values[indices]
+    return [values[i] for i in indices]
+
+
+class Samples(torch.utils.data.Dataset):
+    """One split of a benchmark. groups[i] = label * len(places) + place; places is () where there are none.
+
+    samples[epoch, i] is sample i as augmented in that epoch; samples[i] the evaluation view, with
+    "mask" (S, S) uint8, "points" (P, 3) and "box" (4,) where the benchmark has them. train_masks: True adds the mask
+    to augmented samples too. merge (outputs,): the class that each output of the model stands for, -1 for none, where
+    a model of another benchmark is evaluated. Raises UsageError for an unreadable file.
+    """
+    train_masks = False
+
+    def __init__(self, name, split, size, classes, ids, paths, labels, places=(), groups=None, masks=None,
+                 points=None, boxes=None, pipeline=FINE_GRAINED, seed=0, merge=None):
+        self.name, self.split, self.size, self.seed, self.pipeline = name, split, size, seed, pipeline
+        self.normalisation, self.merge = pipeline.normalisation, merge
+        self.classes, self.places = tuple(classes), tuple(places)
+        self.ids, self.paths, self.masks, self.points, self.boxes = ids, paths, masks, points, boxes
+        self.labels = torch.as_tensor(labels, dtype=torch.long)
+        self.groups = self.labels if groups is None else torch.as_tensor(groups, dtype=torch.long)
+        self.group_names = [f"{c} {p}" for c in self.classes for p in self.places] or list(self.classes)
+
+    def __len__(self):
+        return len(self.ids)
+
+    @property
+    def outputs(self):
+        """Outputs that a model needs to be evaluated here."""
+        return len(self.classes) if self.merge is None else len(self.merge)
+
+    def keep(self, indices):
+        """These samples only, in this order."""
+        for key in ("ids", "paths", "labels", "groups", "masks", "points", "boxes"):
+            setattr(self, key, pick(getattr(self, key), indices))
+        return self
+
+    def first(self, n):
+        """n samples only, spread evenly: files are often sorted by class. All of them if n is 0."""
+        return self.keep([i * len(self) // n for i in range(n)]) if 0 < n < len(self) else self
+
+    def on_disk(self):
+        """Are all images there? Names come from listing the folder, so they are."""
+        return isinstance(self.paths, Names) or all(path.is_file() for path in self.paths)
+
+    def check(self):
+        """Every image is there and is one, and so is every mask; or a UsageError names the first that is not.
+
+        Only headers are read: pixels that do not decode stop the run when they are needed. Names come from listing
+        the folder, and a million headers would take an hour: those are not read.
+        """
+        for what, paths in (("image", self.paths), ("mask", self.masks or ())):
+            for name, path in zip(self.ids, () if isinstance(paths, Names) else paths):
+                if isinstance(path, siim.Runs):          # out of a csv that has been read
+                    continue
+                path = getattr(path, "path", path)
+                if not path.is_file():
+                    raise UsageError(f"{self.name}: {what} of sample {name} ({self.split}) is missing: {path}; "
+                                     "unpack the archive again or remove its row")
+                read_image(path)
+
+    def __getitem__(self, key):
+        epoch, i = key if isinstance(key, tuple) else (None, key)
+        sample = {"label": int(self.labels[i]), "group": int(self.groups[i]), "id": self.ids[i]}
+        annotated = epoch is None or self.train_masks    # most methods train on images and labels alone
+        view = View(read_image(self.paths[i], "RGB"),
+                    read_image(self.masks[i], "L") if self.masks and annotated else None,
+                    *(x[i] if x and epoch is None else None for x in (self.points, self.boxes)))
+        if view.mask and view.mask.size != view.image.size:
+            raise UsageError(f"mask {self.masks[i]} is {view.mask.size}, its image {view.image.size}; unpack both "
+                             "again")
+        if epoch is not None:
+            rng = np.random.default_rng([self.seed, epoch, zlib.crc32(self.ids[i].encode())])
+            self.pipeline.train(view, self.size, rng)
+        else:
+            try:
+                self.pipeline.evaluate(view, self.size)
+            except ValueError as error:
+                raise UsageError(f"cannot use image {self.paths[i]}: {error}; unpack the archive again") from None
+        if view.mask:
+            # CUB's masks are soft (how many annotators agree): any agreement is object, as published
+            sample["mask"] = torch.from_numpy((np.asarray(view.mask) > 0).astype(np.uint8))
+        for name, at in (("points", view.points), ("box", view.box)):
+            if at is not None:
+                sample[name] = torch.from_numpy(at).float()
+        sample["image"] = to_tensor(view.image, self.normalisation)
+        return sample
+
+
+def describe(samples):
+    """One line: images, classes or groups, and how many of each where they are few."""
+    counts = torch.bincount(samples.groups, minlength=len(samples.group_names)).tolist()
+    named = f"{len(samples.classes)} classes"
+    if len(counts) <= 9:
+        named = ", ".join(f"{n} {g}" for n, g in zip(counts, samples.group_names))
+    return f"{samples.name} {samples.split}: {len(samples)} images ({named})"
+
+
+def read_image(path, mode=None):
+    """Open and decode as PIL's mode, or look at the header only; UsageError that names a file that is no image.
+
+    Also DICOM files, masks that are arrays (.npy, 1 = object) and masks that are runs.
+    """
+    try:
+        if isinstance(path, (siim.Runs, siim.Mask)):
+            return path.image()
+        if path.suffix == ".dcm":
+            image = siim.read_dicom(path, pixels=bool(mode))
+            return image and image.convert(mode)
+        if path.suffix == ".npy":
+            return Image.fromarray((np.load(path, allow_pickle=False) > 0).astype(np.uint8) * 255)
+        with Image.open(path) as image:
+            return image.convert(mode) if mode else None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UsageError(f"cannot read image {path}: {error}; replace the file") from None
+
+
+class Plan(torch.utils.data.Sampler):
+    """Which samples this process sees at each step: a list of (epoch, index) per step, for steps start..stop.
+
+    The global batch of a step is the same however many processes share it; each takes one contiguous slice. The
+    samples left over at the end of an epoch are dropped (another set each epoch).
+    """
+
+    def __init__(self, count, batch, start, stop, seed=0, rank=0, world=1):
+        self.count, self.batch, self.start, self.stop = count, batch, start, stop
+        self.seed, self.rank, self.world, self.per_epoch = seed, rank, world, count // batch
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        share = self.batch // self.world
+        for step in range(self.start, self.stop):
+            epoch, place = divmod(step, self.per_epoch)
+            if step == self.start or place == 0:
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            first = place * self.batch + self.rank * share
+            yield [(epoch, int(i)) for i in order[first:first + share]]

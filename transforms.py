@@ -1,0 +1,244 @@
+"""transforms.py: what happens to an image between its file and the model, in training and in evaluation.
+
+    view = View(image, mask, points)
+    FINE_GRAINED.train(view, 518, np.random.default_rng([seed, epoch, number]))
+    tensor = to_tensor(view.image, FINE_GRAINED.normalisation)
+
+Each benchmark names one Pipeline. All randomness comes from the generator that is passed in.
+Coordinates of keypoints and boxes are x (column), y (row) in pixels.
+"""
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+BILINEAR, BICUBIC, NEAREST = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.NEAREST
+
+# channel means and deviations of [0, 1] pixels
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CHEST = ((0.48865,) * 3, (0.24621,) * 3)                   # the published code's, of the SIIM-ACR training images
+
+# (red, green, blue) of blackbodies, 3000 K to 15000 K in steps of 500 K: Zini et al., PlanckianJitter (MIT)
+PLANCKIAN = np.array([
+    (.6743, .4029, .0013), (.6281, .4241, .1665), (.5919, .4372, .2513), (.5623, .4457, .3154), (.5376, .4515, .3672),
+    (.5163, .4555, .4103), (.4979, .4584, .4468), (.4816, .4604, .4782), (.4672, .4619, .5053), (.4542, .4630, .5289),
+    (.4426, .4638, .5497), (.4320, .4644, .5681), (.4223, .4648, .5844), (.4135, .4651, .5990), (.4054, .4653, .6121),
+    (.3980, .4654, .6239), (.3911, .4655, .6346), (.3847, .4656, .6444), (.3787, .4656, .6532), (.3732, .4656, .6613),
+    (.3680, .4655, .6688), (.3632, .4655, .6756), (.3586, .4655, .6820), (.3544, .4654, .6878), (.3503, .4653, .6933)])
+
+
+# ---------------------------------------------------------------- an image and its annotations
+class View:
+    """An image on its way to the model, with what is annotated on it. Each step changes all of them alike.
+
+    image: PIL RGB; mask: PIL L, 0 = background, or None; points (P, 3): x, y, visible, or None; box (4,): x, y, width,
+    height, or None. Coordinates are continuous: 0 is the left edge of the first pixel, the width the right edge of
+    the last.
+    """
+
+    def __init__(self, image, mask=None, points=None, box=None):
+        self.image, self.mask = image, mask
+        self.points, self.box = (None if x is None else np.array(x, dtype=np.float64) for x in (points, box))  # copies
+
+    def each(self, step):
+        self.image = step(self.image)
+        self.mask = self.mask and step(self.mask)
+
+    def move(self, matrix):
+        """Move the points by a 2x3 matrix, and the box to the smallest one around its moved corners."""
+        if self.points is not None:
+            self.points[:, :2] = self.points[:, :2] @ matrix[:, :2].T + matrix[:, 2]
+        if self.box is not None:
+            corners = self.box[:2] + self.box[2:] * np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
+            corners = corners @ matrix[:, :2].T + matrix[:, 2]
+            self.box = np.concatenate([corners.min(0), np.ptp(corners, axis=0)])
+
+    def stretch(self, new, resample=BILINEAR):
+        """To `new` = (width, height), with antialiasing; the mask nearest."""
+        old = self.image.size
+        self.image = self.image.resize(new, resample)
+        self.mask = self.mask and self.mask.resize(new, NEAREST)
+        self.move(np.array([[new[0] / old[0], 0, 0], [0, new[1] / old[1], 0]]))
+
+    def resize(self, size, resample=BILINEAR):
+        """Shorter side to `size`."""
+        old = self.image.size
+        self.stretch(tuple(size if n == min(old) else int(size * n / min(old)) for n in old), resample)
+
+    def flip(self):
+        """Mirror left to right."""
+        self.each(lambda x: x.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        self.move(np.array([[-1.0, 0, self.image.width], [0, 1, 0]]))
+
+    def recolour(self, illuminant):
+        """Planckian jitter: red times r/g and blue times b/g, clipped, cut to whole grey levels."""
+        red, green, blue = illuminant
+        pixels = np.asarray(self.image) * np.array([red / green, 1, blue / green])
+        self.image = Image.fromarray(np.minimum(pixels, 255).astype(np.uint8))
+
+    def warp(self, linear, offset, resample=NEAREST, fill=(0, 0, 0)):
+        """Move what is at p to linear p + offset, (2, 2) and (2,); `fill` and no mask where nothing arrives."""
+        back = np.linalg.inv(linear)
+        inverse = tuple(np.column_stack([back, -back @ offset]).ravel())      # PIL asks where pixels come from
+        where = (self.image.size, Image.Transform.AFFINE, inverse)
+        self.image = self.image.transform(*where, resample, fillcolor=fill)
+        self.mask = self.mask and self.mask.transform(*where, NEAREST)
+        self.move(np.column_stack([linear, offset]))
+
+    def affine(self, angle, shift, scale, **how):
+        """Turn clockwise by `angle` degrees and scale about the centre, then shift by (x, y) pixels."""
+        turn, centre = np.deg2rad(angle), np.array(self.image.size) / 2
+        linear = scale * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+        self.warp(linear, centre + shift - linear @ centre, **how)
+
+    def crop(self, left, top, width, height=None):
+        """Cut a rectangle, a square if no height is given; points outside become invisible, moved onto its edge.
+
+        So is the corner of the box, which keeps its width and height: the published keypoint evaluation divides by them.
+        """
+        size = (width, height or width)
+        self.each(lambda x: x.crop((left, top, left + size[0], top + size[1])))
+        if self.points is not None:
+            at = self.points[:, :2] - (left, top)
+            self.points[:, 2] *= ((at >= 0) & (at <= size)).all(1)
+            self.points[:, :2] = at.clip(0, size)
+        if self.box is not None:
+            self.box[:2] = (self.box[:2] - (left, top)).clip(0, size)
+
+
+# ---------------------------------------------------------------- birds, cats and dogs
+def augment(view, size, rng):
+    """The published "fine-grained" training pipeline (cub_original), in its order."""
+    view.resize(size)
+    if rng.random() < 0.5:
+        view.flip()
+    if rng.random() < 0.8:
+        view.recolour(PLANCKIAN[rng.integers(len(PLANCKIAN))])
+    shift = np.round(rng.uniform(-0.2, 0.2, 2) * view.image.size)
+    view.affine(rng.uniform(-90, 90), shift, rng.uniform(0.8, 1.2))
+    width, height = view.image.size
+    view.crop(int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1)), size)
+
+
+def centre(view, size):
+    """The evaluation pipeline: shorter side to size, centre crop."""
+    view.resize(size)
+    view.crop(*(round((n - size) / 2) for n in view.image.size), size)
+
+
+# ---------------------------------------------------------------- ImageNet
+def augment_imagenet(view, size, rng):
+    """timm's training pipeline: random resized crop, flip, RandAugment rand-m6-mstd0.5."""
+    view.crop(*random_box(view.image.size, rng))
+    view.stretch((size, size), BICUBIC)
+    if rng.random() < 0.5:
+        view.flip()
+    rand_augment(view, rng)
+
+
+def random_box(size, rng):
+    """(left, top, width, height): 8 to 100 % of the area at 3/4 to 4/3; after ten misses the largest, centred."""
+    width, height = size
+    for _ in range(10):
+        area, ratio = rng.uniform(0.08, 1) * width * height, np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def recoloured(change):
+    """An operation on pixel values alone, change(image, amount) -> image, as an operation on a View."""
+    def operation(view, amount):
+        view.image = change(view.image, amount)
+    return operation
+
+
+def warped(linear, offset):
+    """linear(a) (2, 2) and offset(a, size) (2,): where the output pixel comes from, as PIL and timm write it."""
+    def operation(view, amount):
+        back = np.linalg.inv(np.array(linear(amount), dtype=float))
+        view.warp(back, -back @ offset(amount, np.array(view.image.size)), BICUBIC, FILL)
+    return operation
+
+
+FILL = (124, 116, 104)                                     # ImageNet's mean, where a warp brings nothing
+unmoved, straight = lambda a, size: np.zeros(2), lambda a: ((1, 0), (0, 1))
+
+# Name: (what it does with an amount, amount at magnitude m in [0, 10], whether its sign is drawn).
+# "Non-increasing" set: Posterize and Solarize do more at a lower magnitude, factors cross 1 at m = 5.
+OPERATIONS = {
+    "AutoContrast": (recoloured(lambda x, a: ImageOps.autocontrast(x)), lambda m: None, False),
+    "Equalize": (recoloured(lambda x, a: ImageOps.equalize(x)), lambda m: None, False),
+    "Invert": (recoloured(lambda x, a: ImageOps.invert(x)), lambda m: None, False),
+    "Rotate": (lambda view, a: view.affine(-a, (0, 0), 1, resample=BICUBIC, fill=FILL), lambda m: 3 * m, True),
+    "Posterize": (recoloured(lambda x, a: x.point([v & 256 - 2 ** (8 - a) for v in range(256)] * 3)),
+                  lambda m: int(0.4 * m), False),                                          # bits that stay
+    "Solarize": (recoloured(ImageOps.solarize), lambda m: int(25.6 * m), False),           # inverts from here on
+    "SolarizeAdd": (recoloured(lambda x, a: x.point([min(255, i + a) if i < 128 else i for i in range(256)] * 3)),
+                    lambda m: int(11 * m), False),
+    "Color": (recoloured(lambda x, a: ImageEnhance.Color(x).enhance(a)), lambda m: 0.1 + 0.18 * m, False),
+    "Contrast": (recoloured(lambda x, a: ImageEnhance.Contrast(x).enhance(a)), lambda m: 0.1 + 0.18 * m, False),
+    "Brightness": (recoloured(lambda x, a: ImageEnhance.Brightness(x).enhance(a)), lambda m: 0.1 + 0.18 * m, False),
+    "Sharpness": (recoloured(lambda x, a: ImageEnhance.Sharpness(x).enhance(a)), lambda m: 0.1 + 0.18 * m, False),
+    "ShearX": (warped(lambda a: ((1, a), (0, 1)), unmoved), lambda m: 0.03 * m, True),
+    "ShearY": (warped(lambda a: ((1, 0), (a, 1)), unmoved), lambda m: 0.03 * m, True),
+    "TranslateXRel": (warped(straight, lambda a, size: a * size * (1, 0)), lambda m: 0.045 * m, True),
+    "TranslateYRel": (warped(straight, lambda a, size: a * size * (0, 1)), lambda m: 0.045 * m, True)}
+
+
+def rand_augment(view, rng, magnitude=6.0, deviation=0.5):
+    """Two operations drawn with replacement, each applied with probability 1/2 at magnitude ~ N(6, 0.5) in [0, 10]."""
+    for name in rng.choice(list(OPERATIONS), 2):
+        operate, amount, signed = OPERATIONS[name]
+        if rng.random() < 0.5:
+            value = amount(float(np.clip(rng.normal(magnitude, deviation), 0, 10)))
+            operate(view, -value if signed and rng.random() < 0.5 else value)
+
+
+def centre_imagenet(view, size):
+    """Shorter side to 256/224 of the size, bicubic, centre crop."""
+    view.resize(round(size * 256 / 224), BICUBIC)
+    view.crop(*(round((n - size) / 2) for n in view.image.size), size)
+
+
+def unchanged(view, size):
+    """ImageNet-9: no resize, no crop; the images have the model's size."""
+    if view.image.size != (size, size):
+        raise ValueError(f"it is {view.image.width} x {view.image.height} pixels, not {size} x {size}, and this "
+                         "benchmark is not resized")
+
+
+# ---------------------------------------------------------------- chest radiographs
+def augment_chest(view, size, rng):
+    """The published SIIM-ACR pipeline: the whole image as a square, flipped half of the time."""
+    squash(view, size)
+    if rng.random() < 0.5:
+        view.flip()
+
+
+def squash(view, size):
+    view.stretch((size, size))
+
+
+# ---------------------------------------------------------------- together
+class Pipeline(NamedTuple):
+    """How a benchmark's images reach the model."""
+    train: Callable              # (view, size, numpy generator); None for a benchmark that is only evaluated
+    evaluate: Callable           # (view, size)
+    normalisation: tuple = IMAGENET
+
+
+FINE_GRAINED = Pipeline(augment, centre)
+PHOTOGRAPHS = Pipeline(augment_imagenet, centre_imagenet)
+AS_THEY_ARE = Pipeline(None, unchanged)
+RADIOGRAPHS = Pipeline(augment_chest, squash, CHEST)
+
+
+def to_tensor(image, normalisation=IMAGENET):
+    """PIL RGB -> normalised float tensor (3, height, width)."""
+    mean, std = (np.array(x, dtype=np.float32) for x in normalisation)
+    pixels = (np.asarray(image, dtype=np.float32) / 255 - mean) / std
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
