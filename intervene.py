@@ -178,7 +178,8 @@ class Trials:
         if new:
             limits = [limits_of(self.model.selector.k, drop, self.thresholds[q]) for drop, q in new]
             found, self.census = predict_each(self.model, self.samples, limits, **self.loading)
-            self.rows |= {option: self.row(*option, *result) for option, result in zip(new, found)}
+            for option, result in zip(new, found):       # one by one: effects look up the untouched model's row
+                self.rows[option] = self.row(*option, *result)
         return [self.rows[option] for option in options]
 
     def row(self, drop, q, logits, kept):
