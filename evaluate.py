@@ -39,7 +39,7 @@ class Config:
     root: str = opt("", "folder of the benchmarks, if they moved since training")
     split: str = opt("test", "which images to measure on", choices=SPLITS)
     intervention: str = opt("", "intervention.json of intervene.py for this checkpoint, to measure the corrected model")
-    limit: int = opt(0, "use only N images, spread evenly (0: as in training)")
+    limit: int = opt(0, "use only N images of each split, spread evenly (0: as in training)")
     leakage: int = opt(500, "images that leakage is measured on, spread evenly over the split (0: all)")
     kp_normalise: bool = opt(False, "keypoint metrics: normalise images as in training; the published ones are taken "
                              "without")

@@ -31,7 +31,6 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-import data
 import ifam
 import miniature
 import transforms

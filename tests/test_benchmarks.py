@@ -1,5 +1,4 @@
 """Every benchmark in its own layout, written small by the tests: what the loaders must and must not do with it."""
-import csv
 import json
 import pickle
 import re
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 
 import data
 import evaluate
@@ -622,6 +621,12 @@ def test_radiographs_are_squashed_grey_and_normalised_and_monochrome1_is_inverte
     assert (compressed["image"] - plain["image"]).abs().max() < 0.05
     flipped = [torch.equal(samples[epoch, 0]["image"], plain["image"].flip(2)) for epoch in range(8)]
     assert all(flipped)                                    # columns are equal: a flip changes nothing, and nothing else happens
+
+
+@pytest.mark.parametrize("row", ["10 5 3", f"{1024 * 1024 - 2} 4", "10 x"])
+def test_runs_that_are_no_pairs_or_leave_the_image_are_refused(row):
+    with pytest.raises(UsageError, match="cannot read image .1 rows of train-rle.csv"):
+        read_image(siim.Runs((row,)), "L")
 
 
 def test_a_radiograph_is_mirrored_half_of_the_time_and_otherwise_left_alone():

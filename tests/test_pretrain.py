@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import ifam
 import miniature
 import pretrain

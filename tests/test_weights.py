@@ -344,6 +344,7 @@ def test_a_snapshot_becomes_a_model_with_the_settings_of_its_benchmark(layout, r
     config = state["config"]
     expected = dict(data="cub", method="ifam", size=96, k=3, registers=registers, masking="early", hardness="hard", pooling="cls", mini=False)
     assert {name: config[name] for name in expected} == expected and config["tau"] == train.Config.tau
+    assert evaluate.load_model(tmp_path / "snapshot_best.pt", "cpu", "waterbird200")[1]["config"] == config
 
 
 @pytest.mark.parametrize("old", [True, False])
