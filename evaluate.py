@@ -38,6 +38,7 @@ class Config:
                     choices=("", *data.BENCHMARKS))
     root: str = opt("", "folder of the benchmarks, if they moved since training")
     split: str = opt("test", "which images to measure on", choices=SPLITS)
+    intervention: str = opt("", "intervention.json of intervene.py for this checkpoint, to measure the corrected model")
     limit: int = opt(0, "use only N images of each split, spread evenly (0: as in training)")
     leakage: int = opt(500, "images that leakage is measured on, spread evenly over the split (0: all)")
     kp_normalise: bool = opt(False, "keypoint metrics: normalise images as in training; the published ones are taken "
@@ -629,6 +630,7 @@ def open_split(cfg, trained, outputs):
 
 def main(argv=None):
     import figures                                       # here: training uses this module and needs no matplotlib
+    import intervene
     cfg = parse(Config, __doc__, argv)
     for name, least in (("limit", 0), ("leakage", 0), ("workers", 0), ("batch", 1)):
         if getattr(cfg, name) < least:
@@ -636,6 +638,7 @@ def main(argv=None):
     device = pick_device(cfg.device)
     model, state = load_model(cfg.ckpt, device, cfg.data)
     trained = state["config"]
+    intervention = intervene.apply(model, cfg.intervention, cfg.ckpt) if cfg.intervention else None
     outputs = (model.predictor.head if model.predictor else model.selector.classifier).out_features
     name, samples, train, sets = open_split(cfg, trained, outputs)
     if cfg.adversarial and "only_bg_t" not in sets:
@@ -652,6 +655,9 @@ def main(argv=None):
         report["adversarial"] = adversarial(model, samples, sets["only_bg_t"], device, cfg.batch, cfg.workers)
     chosen = f"epoch {state['best']['epoch']}, chosen on {state['best']['split']}" if source == "train.py" else source
     print(f"{cfg.ckpt}: {trained['method']}, {chosen}; {name} {cfg.split}, {len(samples)} images")
+    if intervention:
+        report["intervention"] = intervention
+        print(f"  {intervene.summary(intervention, name, cfg.split)}")
     print(table(report, f"{trained['masking']}, {trained['hardness']}"))
     if paper:
         print(f"  the paper's iFAM with K = {trained['k']}: " + ", ".join(f"{n} {v}" for n, v in paper.items()))
@@ -659,6 +665,7 @@ def main(argv=None):
         print("  adversarial backgrounds: challenge accuracy {challenge_accuracy:.1f} ({vulnerable} of {objects} "
               "objects vulnerable)".format(**report["adversarial"]))
     suffix = f"-{samples.name}" * (samples.name != trained["data"]) + f"-{cfg.split}" * (cfg.split != "test")
+    suffix += f"-{Path(cfg.intervention).stem}" * bool(intervention)
     written = [Path(cfg.ckpt).with_name(f"report{suffix}.json")]
     write_json(written[0], report)
     if model.selector:

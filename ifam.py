@@ -276,7 +276,7 @@ class Noise(NamedTuple):
 
 
 class Selection(NamedTuple):
-    part_logits: torch.Tensor    # (B, K+1, N)      minus the squared distance to each prototype, background last
+    part_logits: torch.Tensor    # (B, K+1, N)      minus squared distance to each prototype; -inf: refused
     maps: torch.Tensor           # (B, K+1, h, w)   their softmax over parts, with Gumbel noise in training
     part_features: torch.Tensor  # (B, K+1, D)      modulated mean feature of each part
     logits: torch.Tensor         # (B, C)           average over foreground parts
@@ -296,14 +296,25 @@ class Selector(nn.Module):
         self.prototypes = nn.Parameter(torch.randn(k + 1, backbone.width) * 0.02)
         self.modulation = nn.LayerNorm((k + 1, backbone.width), eps=1e-5)
         self.classifier = nn.Linear(backbone.width, classes, bias=False)
+        # (K,) while an intervention is on (see `refuse`), which no checkpoint holds: it has a file of its own
+        self.register_buffer("limits", None, persistent=False)
 
     def forward(self, images, noise=Noise(), maps=None):
         """images (B, 3, S, S) -> Selection. maps (B, K+1, h, w), if given, replace the discovered ones."""
-        features = self.backbone(images)[:, self.backbone.prefix:]               # (B, N, D)
+        return self.select(self.features(images), noise, maps)
+
+    def features(self, images):
+        """images (B, 3, S, S) -> patch features (B, N, D)."""
+        return self.backbone(images)[:, self.backbone.prefix:]
+
+    def select(self, features, noise=Noise(), maps=None):
+        """The head of stage 1 alone: patch features (B, N, D) -> Selection."""
         with torch.autocast(features.device.type, enabled=False):                # distances cancel: not in bf16
             features = features.to(self.prototypes.dtype)
             part_logits = 2 * self.prototypes @ features.mT - features.square().sum(-1)[:, None] \
                 - self.prototypes.square().sum(-1)[:, None]
+            if self.limits is not None:
+                part_logits = refuse(part_logits, self.limits)
             if maps is None:
                 maps = assign(part_logits, noise.maps, self.tau).unflatten(2, self.backbone.grid)
             # as published: the mean runs over all N positions, it is not divided by the area of the map
@@ -318,6 +329,21 @@ class Selector(nn.Module):
 def assign(part_logits, gumbel=None, tau=1.0):
     """Soft assignment of patches to parts: softmax over parts of (logits + Gumbel noise) / tau, all (B, K+1, N)."""
     return ((part_logits if gumbel is None else part_logits + gumbel) / tau).softmax(1)
+
+
+def refuse(part_logits, limits):
+    """Test-time intervention (paper section 3.4): patches too far from the prototype of their part become background.
+
+    part_logits (B, K+1, N); limits (K,): the largest squared distance at which a patch still belongs to its part, inf
+    for any, -inf for none: that part is removed. A patch's part is the arg-max, without noise. -> part logits in which
+    a refused patch has -inf for every part, so that maps, masks and pictures all see it as background, and not as its
+    second-best part. Everything else stays as it is.
+    differs from published: theirs scores by dot product, swaps the logits while thresholds are on, and finds the
+    patches of a removed part from the noisy maps.
+    """
+    nearest, part = part_logits.max(1)                                           # (B, N), (B, N)
+    refused = -nearest > F.pad(limits, (0, 1), value=math.inf)[part]
+    return torch.cat([part_logits[:, :-1].masked_fill(refused[:, None], -math.inf), part_logits[:, -1:]], 1)
 
 
 def discretize(part_logits, gumbel=None, parts=None, tau=1.0, hard=True):

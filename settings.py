@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from dataclasses import MISSING, asdict, field, fields
+from typing import get_args, get_origin
 
 
 class UsageError(Exception):
@@ -40,7 +41,7 @@ def nearest(word, known):
 def parse(cls, doc, argv=None, preset=None):
     """Command line -> cls. Values: the field's default, then preset(what was typed), then what was typed.
 
-    Booleans become --flag / --no-flag, pairs take two values, an empty string means "not given".
+    Booleans become --flag / --no-flag, pairs take two values, lists one or more; "" and () mean "not given".
     """
     parser = Parser(description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,7 +51,9 @@ def parse(cls, doc, argv=None, preset=None):
             kind = dict(action=argparse.BooleanOptionalAction)
         elif f.type is tuple:
             kind = dict(type=type(f.default[0]), nargs=len(f.default))
-        default = "required" if f.default is MISSING else f"default {f.default}"
+        elif get_origin(f.type) is list:
+            kind = dict(type=get_args(f.type)[0], nargs="+")
+        default = "required" if f.default is MISSING else f"default {'none' if f.default == () else f.default}"
         known = f" [{', '.join(filter(None, f.metadata['choices']))}]" if f.metadata["choices"] else ""
         text = f"{f.metadata['help']}{known} ({default})".replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), required=f.default is MISSING, help=text, **kind)

@@ -1,0 +1,396 @@
+"""intervene.py: correct a trained model at test time: remove a part, or patches that are unlike the part they went to.
+
+    python intervene.py --ckpt runs/waterbirds-mini/best.pt                     # look: a sheet and an effect per part
+    python intervene.py --ckpt runs/waterbirds-mini/best.pt --drop 2            # remove part 2
+    python intervene.py --ckpt runs/waterbirds-mini/best.pt --loo               # let the rule decide which parts
+    python intervene.py --ckpt runs/waterbirds-mini/best.pt --loo --q 0.9 0.95 0.99
+    python evaluate.py --ckpt runs/waterbirds-mini/best.pt --intervention runs/waterbirds-mini/intervention.json
+
+Parts (--drop, --loo): patches of a removed part become background. Patches (--q): in each part, those whose distance to
+the prototype is beyond the q-quantile of the training set's become background. The weights stay as they are (paper
+section 3.4). --drop and a single --q are done as told; --loo and several --q are decided by this rule, on --split:
+
+    a removal is accepted if the worst group rises, and the average stays within --tolerance of the untouched model's.
+
+--loo takes the accepted part with the best worst group (then average, then number) and looks again among the rest. An
+image that loses all its patches is classified from class token and registers alone, and counted as empty.
+
+Writes one contact sheet per part and, if anything was asked for, intervention.json, which holds for this checkpoint
+only, and a picture of what --q removed. Letters: ifam.py.
+"""
+import copy
+import hashlib
+import json
+import math
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import data
+import figures
+from evaluate import accuracies, load_model, open_split, pick_device
+from ifam import discretize
+from settings import UsageError, opt, parse, run_script, write_json
+
+
+@dataclass
+class Config:
+    ckpt: str = opt(MISSING, "checkpoint of train.py (best.pt or last.pt), or snapshot of the published code")
+    drop: list[int] = opt((), "numbers of the parts to remove")
+    loo: bool = opt(False, "leave one out: remove the parts that the rule accepts, beside those of --drop")
+    q: list[float] = opt((), "remove patches beyond this quantile of the distances in the training set; of several, "
+                             "the rule chooses one or none")
+    tolerance: float = opt(0.01, "what a removal that the rule accepts may cost the average: 0.01 is one point")
+    split: str = opt("val", "images that effects are measured on and the rule decides by; test only if you mean it",
+                     choices=("val", "test"))
+    data: str = opt("", "another benchmark for the same model (cub: waterbird200; imagenet: imagenet9); if not given, "
+                        "the one it was trained on, which a published snapshot does not say",
+                    choices=("", *data.BENCHMARKS))
+    root: str = opt("", "folder of the benchmarks, if they moved since training")
+    limit: int = opt(0, "use only N images of each split, spread evenly (0: as in training)")
+    batch: int = opt(32, "images at once")
+    workers: int = opt(0, "processes that load data")
+    device: str = opt("auto", "auto, cpu, cuda or mps")
+    out: str = opt("", "file to write; pictures lie beside it (default intervention.json beside the checkpoint)")
+
+    def __post_init__(self):
+        self.out = self.out or str(Path(self.ckpt).with_name("intervention.json"))
+
+
+RULE = "the worst group rises, and the average stays within the tolerance of the untouched model's"
+
+
+# ---------------------------------------------------------------- thresholds
+class Quantiles:
+    """Streaming quantiles of non-negative numbers, for each of several parts: memory is fixed and order irrelevant.
+
+    The bits of a positive float32, read as a whole number, are in the order of the floats. This is a histogram over
+    the leading ones, exponent and BITS of the mantissa: a bin is 2**-BITS of its value wide (0.024 %), whatever the
+    scale. 8 MiB a part, for CUB as for ImageNet's 300 million patches.
+    """
+    BITS = 12
+
+    def __init__(self, parts):
+        self.bins = 1 << (8 + self.BITS)
+        self.counts = torch.zeros(parts * self.bins, dtype=torch.int64)
+
+    def add(self, part, values):
+        """part (n,) whole numbers, values (n,) >= 0."""
+        tiny = torch.finfo(torch.float32).tiny           # distances come from a difference: -0.0 is possible, and less
+        bits = values.float().clamp_min(tiny).view(torch.int32) >> (23 - self.BITS)
+        self.counts.index_add_(0, part * self.bins + bits, torch.ones_like(part))
+
+    def at(self, q):
+        """The least bin edge that at least a share q of a part's numbers do not exceed. -> (parts,), inf for a part
+        without any.
+
+        It is never below the exact quantile, and above it by 2**-BITS of it at most.
+        """
+        counts = self.counts.view(-1, self.bins).cumsum(1)
+        rank = (q * counts[:, -1:].double() - 1e-6).ceil().clamp_min(1).long()   # 0.07 * 100 is 7.000000000000001
+        bin = torch.searchsorted(counts, rank)[:, 0]
+        edge = ((bin + 1 << 23 - self.BITS) - 1).int().view(torch.float32)
+        return torch.where(counts[:, -1] > 0, edge, math.inf)
+
+    def seen(self):
+        """-> how many numbers of each part came in (parts,)."""
+        return self.counts.view(-1, self.bins).sum(1)
+
+
+@torch.no_grad()
+def calibrate(model, train, device="cpu", batch=32, workers=0):
+    """Squared distances of training patches, in evaluation view, to the prototype of their part -> Quantiles."""
+    selector, distances = model.selector, Quantiles(model.selector.k)
+    for images in loader(train, batch, workers, "calibrate"):
+        nearest, part = selector(images["image"].to(device)).part_logits.cpu().max(1)
+        distances.add(part[part < selector.k], -nearest[part < selector.k])
+    return distances
+
+
+def limits_of(k, drop=(), thresholds=None):
+    """What Selector.limits wants: squared distances (K,), inf without a threshold, -inf for removed parts."""
+    limits = torch.full((k,), math.inf) if thresholds is None else thresholds.clone()
+    limits[list(drop)] = -math.inf
+    return limits
+
+
+# ---------------------------------------------------------------- the effect of a removal
+def loader(samples, batch, workers, title):
+    samples = copy.copy(samples)
+    samples.masks = samples.points = samples.boxes = None          # only images are needed: spare the decoding
+    return tqdm(torch.utils.data.DataLoader(samples, batch, num_workers=workers), title, disable=None, leave=False)
+
+
+class Census(NamedTuple):
+    """Where the untouched model puts its parts, for the n images of a split."""
+    closest: torch.Tensor        # (n, K)  squared distance of the part's closest patch, inf where it has none
+    where: torch.Tensor          # (n, K)  that patch
+    count: torch.Tensor          # (n, K)  patches of the part
+
+
+def census(part_logits):
+    """Part logits (B, K+1, N) -> Census."""
+    nearest, part = part_logits.max(1, keepdim=True)
+    mine = part == torch.arange(part_logits.shape[1] - 1, device=part.device)[:, None]   # (B, K, N)
+    closest, where = torch.where(mine, -nearest, math.inf).min(2)
+    return Census(closest, where, mine.sum(2))
+
+
+@torch.no_grad()
+def predict_each(model, samples, options, device="cpu", batch=32, workers=0):
+    """Predictions under several interventions, stage 1's backbone run once -> ([(logits (n, C), kept (n,))], Census).
+
+    options: limits (K,), each as Selector.limits has them, or None. kept: patches left in each image.
+    """
+    selector, found, where = model.selector, [[] for _ in options], []
+    try:
+        for part in loader(samples, batch, workers, f"{len(options)} interventions"):
+            images = part["image"].to(device)
+            selector.limits = None
+            features = selector.features(images)
+            where.append(census(selector.select(features).part_logits.cpu()))
+            for rows, limits in zip(found, options):
+                selector.limits = None if limits is None else limits.to(device)
+                first = selector.select(features)
+                logits = model.second_stage(images, first).logits
+                rows.append((logits.float().cpu(), discretize(first.part_logits).sum(1).cpu()))
+    finally:
+        selector.limits = None
+    gather = lambda rows: [torch.cat(column) for column in zip(*rows)]
+    return [gather(rows) for rows in found], Census(*gather(where))
+
+
+class Trials:
+    """A model on the split that decides. rows: what was measured, by (parts removed, q), first the untouched model."""
+
+    def __init__(self, model, samples, **loading):
+        self.model, self.samples, self.loading = model, samples, loading
+        self.patches = math.prod(model.selector.backbone.grid)
+        self.thresholds = {None: None}                   # {q: (K,) squared distances}
+        self.rows, self.census = {}, None
+
+    def measure(self, *options):
+        """Rows of these (parts removed, q); those not yet known are measured, in one pass."""
+        new = [option for option in dict.fromkeys(options) if option not in self.rows]
+        if new:
+            limits = [limits_of(self.model.selector.k, drop, self.thresholds[q]) for drop, q in new]
+            found, self.census = predict_each(self.model, self.samples, limits, **self.loading)
+            for option, result in zip(new, found):       # one by one: effects look up the untouched model's row
+                self.rows[option] = self.row(*option, *result)
+        return [self.rows[option] for option in options]
+
+    def row(self, drop, q, logits, kept):
+        """The numbers of one intervention, and its effect: their difference from the untouched model's."""
+        numbers = accuracies({"logits": logits}, self.samples)
+        row = {"drop": list(drop), "q": q, "aa": numbers["aa"], "worst_group": numbers["worst_group"],
+               "groups": {name: group["accuracy"] for name, group in numbers["groups"].items() if group["n"]},
+               "kept_share": kept.mean().item() / self.patches, "empty": int((kept == 0).sum())}
+        row["worst_group_name"] = min(row["groups"], key=row["groups"].get)
+        if self.samples.places:                          # else the classes are the groups
+            by_class = copy.copy(self.samples)
+            by_class.groups, by_class.group_names = by_class.labels, by_class.classes
+            of_class = accuracies({"logits": logits}, by_class)["groups"]
+            row["classes"] = {name: c["accuracy"] for name, c in of_class.items() if c["n"]}
+        base = self.rows.get(UNTOUCHED, row)
+        row["effect"] = {key: difference(row[key], base[key]) for key in EFFECTS if key in row}
+        return row
+
+    def accepts(self, new, old, tolerance):
+        """RULE, as the one place that decides. new, old: rows."""
+        return new["worst_group"] > old["worst_group"] and new["aa"] >= self.rows[UNTOUCHED]["aa"] - tolerance - 1e-9
+
+    def best(self, old, options, tolerance):
+        """The best option that the rule accepts over the option `old`, or `old` if it accepts none."""
+        rows = dict(zip([old, *options], self.measure(old, *options)))
+        good = [option for option in options if self.accepts(rows[option], rows[old], tolerance)]
+        return max(good, key=lambda option: (rows[option]["worst_group"], rows[option]["aa"]), default=old)
+
+
+def difference(now, before):
+    """now - before, of numbers or of dicts of them."""
+    return {n: x - before[n] for n, x in now.items()} if isinstance(now, dict) else now - before
+
+
+UNTOUCHED = ((), None)
+EFFECTS = ("aa", "worst_group", "groups", "classes")
+
+
+def leave_one_out(trials, drop, tolerance):
+    """Remove the best part that the rule accepts, and again among the rest. -> parts removed, `drop` among them."""
+    while True:
+        rest = [p for p in range(trials.model.selector.k) if p not in drop]
+        options = [(tuple(sorted((*drop, p))), None) for p in rest if len(rest) > 1]     # one part always stays
+        chosen, _ = trials.best((drop, None), options, tolerance)
+        if chosen == drop:
+            return drop
+        drop = chosen
+
+
+# ---------------------------------------------------------------- the file
+def hash_of(path):
+    """SHA-256 of a file, as `sha256sum` prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def apply(model, path, ckpt):
+    """Set a model to the intervention in a file, if it was made for this checkpoint -> its content, for the report.
+
+    UsageError for a file that is not there, not an intervention, or made for another checkpoint.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        drop, thresholds, made_for = content["drop"], content["thresholds"], content["checkpoint"]
+        hash = made_for["sha256"]
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; make it with intervene.py --ckpt {ckpt}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged, or not a file of intervene.py ({type(error).__name__}); make it "
+                         "again") from None
+    if hash != hash_of(ckpt):
+        raise UsageError(f"{path} is an intervention on another checkpoint ({made_for['path']}, sha256 {hash[:12]}), "
+                         f"not on {ckpt}: its parts are not these; make one with intervene.py --ckpt {ckpt}")
+    if thresholds is not None:
+        thresholds = torch.tensor([math.inf if t is None else t for t in thresholds])
+    model.selector.limits = limits_of(model.selector.k, drop, thresholds).to(model.selector.prototypes.device)
+    return {"file": str(path), **{key: content[key] for key in ("drop", "q", "thresholds", "calibration", "decision")}}
+
+
+def summary(content, name="", split=""):
+    """One line about an intervention, which says so if it was chosen on the very images that are measured now."""
+    where = (content["decision"]["data"], content["decision"]["split"])
+    parts = f"parts removed: {', '.join(map(str, content['drop'])) or 'none'}"
+    tokens = f"patches removed: {'none' if content['q'] is None else 'beyond the quantile ' + str(content['q'])}"
+    by_rule = content["decision"]["parts_by_rule"] or content["decision"]["q_by"] == "rule"
+    biased = by_rule and where == (name, split)
+    return f"{parts}; {tokens}" + f"; CHOSEN ON {split.upper()}, the images measured here: too good" * biased
+
+
+# ---------------------------------------------------------------- what a person reads
+def table(trials, chosen):
+    """The rows as text: each intervention, what it does on average, to the worst group and to the most changed ones."""
+    cells = [("", "average", "worst group", "", "loses most", "gains most", "kept", "empty")]
+    for option, row in trials.rows.items():
+        drop, q = option
+        title = " and ".join(["without part " + ", ".join(map(str, drop))] * bool(drop) + [f"q {q}"] * (q is not None))
+        changes = {**row["effect"].get("classes", {}), **row["effect"]["groups"]}
+        low, high = min(changes, key=changes.get), max(changes, key=changes.get)
+        cells.append(((title or "untouched") + " *" * (option == chosen), f"{row['aa']:.3f}",
+                      f"{row['worst_group']:.3f}", row["worst_group_name"],
+                      f"{low} {changes[low]:+.3f}" if changes[low] < 0 else "-",
+                      f"{high} {changes[high]:+.3f}" if changes[high] > 0 else "-", f"{row['kept_share']:.1%}",
+                      str(row["empty"])))
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    align = "<>><<<>>"
+    return "\n".join("  " + "  ".join(f"{x:{a}{w}}" for x, a, w in zip(row, align, widths)).rstrip() for row in cells)
+
+
+def sheets(trials, stem, where, device):
+    """One contact sheet per part, titled with what the part is and what its removal does -> paths."""
+    before, paths = trials.rows[UNTOUCHED], []
+    kept = trials.census.count.sum().clamp_min(1)
+    for part in range(trials.model.selector.k):
+        count = trials.census.count[:, part]
+        title = (f"part {part}: {count.sum() / kept:.0%} of the foreground patches, in "
+                 f"{(count > 0).double().mean():.0%} of {len(count)} images ({where})\n")
+        if after := trials.rows.get(((part,), None)):
+            title += (f"removed: average {before['aa']:.3f} → {after['aa']:.3f}, worst group "
+                      f"{before['worst_group']:.3f} → {after['worst_group']:.3f} ({after['worst_group_name']})")
+        else:
+            title += "the only part: it cannot be removed"
+        paths.append(stem.with_name(f"{stem.name}-part-{part}.png"))
+        figures.part_sheet(trials.model, trials.samples, part, trials.census, title, paths[-1], device)
+    return paths
+
+
+# ---------------------------------------------------------------- the command
+def check(cfg, model, method):
+    """UsageError for an intervention that this model cannot have."""
+    for name, least in (("limit", 0), ("workers", 0), ("batch", 1), ("tolerance", 0)):
+        if not getattr(cfg, name) >= least:
+            raise UsageError(f"--{name} must be at least {least}, not {getattr(cfg, name)}")
+    if model.selector is None:
+        raise UsageError(f"{cfg.ckpt} is of the method {method}, which has no parts: there is nothing to remove; name "
+                         "a checkpoint of ifam or pdiscoformer")
+    k = model.selector.k
+    for part in cfg.drop:
+        if not 0 <= part < k:
+            raise UsageError(f"--drop {part}: this model has no such part; its parts are 0 to {k - 1}")
+    if len(set(cfg.drop)) == k:
+        raise UsageError(f"--drop removes all {k} parts, and stage 2 would see nothing; leave it at least one")
+    for q in cfg.q:
+        if not 0 < q < 1:
+            raise UsageError(f"--q {q}: a quantile lies between 0 and 1; 0.99 removes what is farther than 99 % of the "
+                             "training patches of its part")
+    folder = Path(cfg.out).parent
+    if Path(cfg.out).suffix != ".json" or not folder.is_dir():
+        raise UsageError(f"--out {cfg.out}: name a .json file in a folder that exists")
+
+
+def decide(trials, cfg):
+    """Everything that is measured, and what comes out -> the option (parts removed, q)."""
+    k, by_hand = trials.model.selector.k, tuple(sorted(set(cfg.drop)))
+    trials.measure(UNTOUCHED, *[((p,), None) for p in range(k) if k > 1], (by_hand, None))
+    drop = leave_one_out(trials, by_hand, cfg.tolerance) if cfg.loo else by_hand
+    options = [(drop, q) for q in sorted(set(cfg.q))]
+    if len(options) == 1:
+        trials.measure(*options)
+        return options[0]
+    return trials.best((drop, None), options, cfg.tolerance) if options else (drop, None)
+
+
+def main(argv=None):
+    cfg = parse(Config, __doc__, argv)
+    device = pick_device(cfg.device)
+    model, state = load_model(cfg.ckpt, device, cfg.data)
+    trained = state["config"]
+    check(cfg, model, trained["method"])
+    outputs = (model.predictor.head if model.predictor else model.selector.classifier).out_features
+    name, samples, train, _ = open_split(cfg, trained, outputs)
+    loading = dict(device=device, batch=cfg.batch, workers=cfg.workers)
+    trials, calibration = Trials(model, samples, **loading), None
+    listed = lambda limits: [None if t == math.inf else t for t in limits.tolist()]
+    if cfg.q:
+        if train is None:
+            raise UsageError(f"--q is calibrated on training images, and {name} has none; make the intervention on "
+                             f"{trained['data']}, it can be evaluated on {name} too")
+        train.check()
+        distances = calibrate(model, train, **loading)
+        trials.thresholds |= {q: distances.at(q) for q in cfg.q}
+        calibration = {"data": name, "split": train.split, "images": len(train), "view": "evaluation",
+                       "patches": distances.seen().tolist(),
+                       "squared_distances": {str(q): listed(trials.thresholds[q]) for q in sorted(set(cfg.q))}}
+    drop, q = chosen = decide(trials, cfg)
+    decision = {"data": name, "split": samples.split, "images": len(samples), "tolerance": cfg.tolerance, "rule": RULE,
+                "parts_by_hand": sorted(set(cfg.drop)), "parts_by_rule": [p for p in drop if p not in cfg.drop],
+                "q_by": None if q is None else "hand" if len(set(cfg.q)) == 1 else "rule"}
+    content = {"checkpoint": {"path": str(cfg.ckpt), "sha256": hash_of(cfg.ckpt)}, "drop": list(drop), "q": q,
+               "thresholds": None if q is None else listed(trials.thresholds[q]), "calibration": calibration,
+               "decision": decision, "rows": list(trials.rows.values())}
+
+    print(f"{cfg.ckpt}: {trained['method']}, {model.selector.k} parts; {name} {samples.split}, {len(samples)} images")
+    print(table(trials, chosen))
+    for part in [p for p, n in enumerate(calibration["patches"]) if n == 0] if calibration else ():
+        print(f"  part {part} has no patch in the training set, so it gets no threshold")
+    stem, asked = Path(cfg.out).with_suffix(""), bool(cfg.drop or cfg.loo or cfg.q)
+    written = sheets(trials, stem, f"{name} {samples.split}", device)
+    if cfg.q:
+        written.append(stem.with_name(f"{stem.name}-patches.png"))
+        steps = [(f"q {x}", limits_of(model.selector.k, drop, trials.thresholds[x])) for x in sorted(set(cfg.q))[::-1]]
+        figures.removals(model, samples, limits_of(model.selector.k, drop), steps, written[-1], device)
+    if asked:
+        if cfg.loo or len(set(cfg.q)) > 1:
+            on_test = "; it saw the test set, so test numbers are too good" * (samples.split == "test")
+            print(f"  rule, on {samples.split}: {RULE} (tolerance {cfg.tolerance:g}){on_test}")
+        print(f"  * {summary(content)}")
+        write_json(Path(cfg.out), content)
+        written.append(Path(cfg.out))
+    print(f"  wrote {written[0]}" + f" and {len(written) - 1} more beside it" * (len(written) > 1)
+          + f"; apply with: python evaluate.py --ckpt {cfg.ckpt} --intervention {cfg.out}" * asked)
+
+
+if __name__ == "__main__":
+    run_script(main)

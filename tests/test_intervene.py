@@ -1,0 +1,347 @@
+"""Interventions: what is removed and nothing else, thresholds against exact quantiles, the rule, the file, the guarantee."""
+import hashlib
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import figures
+import intervene
+from baselines import ERM, PDiscoFormer
+from ifam import discretize, refuse
+from models import TINY as ARCH
+from models import pictures, tiny
+from tiny import fails, train
+
+INF = math.inf
+
+
+def reference(part_logits, drop, limits):
+    """keep, written out patch by patch."""
+    B, parts, N = part_logits.shape
+    keep = torch.zeros(B, N)
+    for b in range(B):
+        for n in range(N):
+            distance = (-part_logits[b, :, n]).tolist()
+            part = min(range(parts), key=distance.__getitem__)
+            keep[b, n] = part < parts - 1 and part not in drop and distance[part] <= limits[part]
+    return keep
+
+
+# ---------------------------------------------------------------- what is removed
+@pytest.mark.parametrize("drop", [(), (1,), (0, 3)])
+@pytest.mark.parametrize("limits", [[INF] * 4, [3.0, 5.0, INF, 2.0]])
+def test_a_patch_is_kept_if_its_nearest_part_stands_and_is_near_enough(drop, limits):
+    part_logits = -10 * torch.rand(3, 5, 40, generator=torch.Generator().manual_seed(2))
+    keep = discretize(refuse(part_logits, intervene.limits_of(4, drop, torch.tensor(limits))))
+    assert torch.equal(keep, reference(part_logits, drop, limits))
+    assert keep.any() and not keep.all()
+
+
+def test_a_patch_of_a_removed_part_does_not_fall_to_its_second_best_part():
+    part_logits = torch.tensor([-1.0, -2.0, -3.0]).view(1, 3, 1)                 # parts 0 and 1 both beat the background
+    assert discretize(part_logits).item() == 1
+    assert discretize(refuse(part_logits, intervene.limits_of(2, [0]))).item() == 0
+    assert discretize(part_logits, parts=torch.tensor([[0.0, 1.0]])).item() == 1         # as part dropout would have it
+
+
+def test_patches_that_are_not_refused_keep_their_logits_and_background_is_never_touched():
+    part_logits = -torch.rand(2, 4, 30, generator=torch.Generator().manual_seed(0))
+    after = refuse(part_logits, intervene.limits_of(3, [2]))
+    refused = part_logits.argmax(1) == 2
+    same = ~refused[:, None].expand_as(after)
+    same[:, 3] = True
+    assert torch.equal(after[same], part_logits[same]) and (after[~same] == -INF).all() and refused.any()
+
+
+def test_no_limits_and_infinite_limits_are_the_untouched_model_bit_for_bit():
+    model, images = tiny(), pictures()
+    before = model(images)
+    model.selector.limits = intervene.limits_of(4)
+    for a, b in zip(before, model(images)):
+        assert torch.equal(a, b)
+
+
+def test_the_whole_model_sees_the_intervention_masks_maps_and_both_predictions():
+    model, images = tiny(), pictures()
+    before = model(images)
+    part = before.part_logits.argmax(1).flatten().bincount(minlength=5)[:4].argmax().item()
+    model.selector.limits = intervene.limits_of(4, [part])
+    after = model(images)
+    gone = before.part_logits.argmax(1) == part
+    assert torch.equal(after.keep, before.keep * ~gone) and gone.any()
+    assert (after.maps.flatten(2)[:, -1][gone] == 1).all()                       # the late mask sees background there
+    assert torch.equal(after.logits, model(images, keep=after.keep).logits)
+    assert not torch.equal(after.logits, before.logits) and not torch.equal(after.logits_stage1, before.logits_stage1)
+
+
+def test_an_intervention_is_no_part_of_a_checkpoint():
+    model = tiny()
+    names = list(model.state_dict())
+    model.selector.limits = intervene.limits_of(4, [0])
+    assert list(model.state_dict()) == names
+
+
+def test_an_image_without_any_patch_is_classified_from_class_token_and_registers_and_counted():
+    model, images = tiny(), pictures()
+    model.selector.limits = torch.full((4,), -1.0)                               # no distance is that small
+    out = model(images)
+    assert out.keep.sum() == 0 and out.logits.isfinite().all() and out.logits_stage1.isfinite().all()
+    assert torch.equal(out.logits, out.logits[:1].expand_as(out.logits))         # there is nothing left to tell them apart
+
+
+# ---------------------------------------------------------------- the guarantee
+@pytest.mark.parametrize("settings", [{}, {"pooling": "mean"}, {"hardness": "soft"}])
+def test_under_an_intervention_no_hidden_pixel_reaches_a_logit_exactly(settings):
+    model, images = tiny(**settings), pictures(4)
+    raw = model.selector(images).part_logits
+    near = torch.tensor([np.median((-raw.amax(1))[raw.argmax(1) == p].detach()) for p in range(4)])
+    used = model(images).part_logits.argmax(1).flatten().bincount(minlength=5)[:4].argmax().item()
+    model.selector.limits = intervene.limits_of(4, [used], near)
+    classifier = evaluate.stage2_classifier(model)
+    keep, held = classifier.find(images, None)
+    base = discretize(raw)
+    assert 0 < keep.sum() < base.sum()                   # some patches were taken away, some are left
+    hidden = evaluate.pixels(keep, model.selector.backbone.grid, 14) == 0
+    with torch.no_grad():
+        logits = classifier.head(classifier.features(images, held))
+        change, flips = evaluate.repaint(classifier, images, held, hidden, logits, torch.Generator().manual_seed(0))
+    gradient = evaluate.hidden_gradient(classifier, images, held, hidden)
+    if settings.get("hardness") == "soft":               # a soft mask hides nothing but what was removed
+        removed = evaluate.pixels(base * (1 - keep), model.selector.backbone.grid, 14) == 1
+        change, _ = evaluate.repaint(classifier, images, held, removed, logits, torch.Generator().manual_seed(0))
+        gradient = evaluate.hidden_gradient(classifier, images, held, removed)
+    assert (change == 0).all() and (gradient == 0).all()
+
+
+# ---------------------------------------------------------------- thresholds
+@pytest.mark.parametrize("q", [0.001, 0.5, 0.9, 0.99, 0.9999])
+def test_streamed_quantiles_are_the_exact_ones_to_a_bin_and_never_below(q):
+    rng = np.random.default_rng(0)
+    values = [rng.lognormal(3, 1, 5000), 1e-3 * rng.random(7), 900 + rng.random(20000), 1e6 * rng.random(333)]
+    values = [v.astype(np.float32) for v in values]
+    part = torch.tensor(np.concatenate([[p] * len(v) for p, v in enumerate(values)]))
+    everything = torch.tensor(np.concatenate(values))
+    order = torch.tensor(rng.permutation(len(part)))
+    found = intervene.Quantiles(4)
+    for some in order.split(777):                        # in portions and in any order
+        found.add(part[some], everything[some])
+    exact = torch.tensor([np.quantile(v, q, method="inverted_cdf") for v in values])
+    ours = found.at(q)
+    assert (ours >= exact).all() and (ours <= exact * (1 + 2 ** -12)).all()
+    assert found.seen().tolist() == [len(v) for v in values]
+    for v, t in zip(values, ours.tolist()):
+        assert (v <= t).mean() >= q
+
+
+def test_zero_and_rounding_below_zero_are_small_distances_and_an_unseen_part_has_no_limit():
+    found = intervene.Quantiles(2)
+    found.add(torch.tensor([0, 0, 0]), torch.tensor([-1e-6, 0.0, -0.0]))
+    zero, unseen = found.at(0.5).tolist()
+    assert 0 <= zero < 1e-30 and unseen == INF
+
+
+def test_calibration_counts_every_training_patch_under_its_part_in_the_evaluation_view():
+    class Samples(torch.utils.data.Dataset):             # no annotations, and augmented only when asked with an epoch
+        masks = points = boxes = None
+        images = pictures(5)
+
+        def __len__(self):
+            return len(self.images)
+
+        def __getitem__(self, i):
+            assert isinstance(i, int)
+            return {"image": self.images[i]}
+
+    model = tiny()
+    found = intervene.calibrate(model, Samples(), batch=2)
+    distance, part = (-model.selector(Samples.images).part_logits).min(1)
+    for p in range(4):
+        mine = distance[part == p].detach().numpy()
+        assert found.seen()[p] == len(mine)
+        if len(mine):
+            exact = np.quantile(mine, 0.8, method="inverted_cdf")
+            assert found.at(0.8)[p].item() == pytest.approx(exact, rel=2 ** -11)
+
+
+# ---------------------------------------------------------------- the rule
+class Scripted(intervene.Trials):
+    """Trials whose numbers are known: {parts removed: (worst group, average)}."""
+
+    def __init__(self, numbers, k):
+        self.numbers, self.asked, self.rows = numbers, [], {}
+        self.model = type("Model", (), {"selector": type("Selector", (), {"k": k})})
+
+    def measure(self, *options):
+        for option in options:
+            worst, average = self.numbers.get(option[0] if option[1] is None else option, (0.0, 0.0))
+            self.rows.setdefault(option, {"worst_group": worst, "aa": average})
+        return [self.rows[option] for option in options]
+
+
+def found(numbers, k=3, drop=(), tolerance=0.01):
+    trials = Scripted(numbers, k)
+    trials.measure(intervene.UNTOUCHED)
+    return intervene.leave_one_out(trials, drop, tolerance)
+
+
+def test_a_removal_must_raise_the_worst_group_and_may_not_cost_the_average_more_than_the_tolerance():
+    base = {(): (0.5, 0.9)}
+    assert found(base | {(0,): (0.5, 0.95)}) == ()                               # raised nothing
+    assert found(base | {(0,): (0.6, 0.88)}) == ()                               # cost too much
+    assert found(base | {(0,): (0.6, 0.88)}, tolerance=0.02) == (0,)
+    assert found(base | {(0,): (0.6, 0.89), (1,): (0.55, 0.99)}) == (0,)         # the better worst group
+    assert found(base | {(0,): (0.6, 0.89), (1,): (0.6, 0.9)}) == (1,)           # then the better average
+
+
+def test_removals_add_up_while_each_raises_the_worst_group_and_one_part_always_stays():
+    rising = {(): (0.1, 0.9), (0,): (0.2, 0.9), (1,): (0.3, 0.9), (0, 1): (0.4, 0.9), (1, 2): (0.35, 0.9), (0, 1, 2): (1, 1)}
+    assert found(rising) == (0, 1)
+    assert found(rising, drop=(2,)) == (1, 2)                                    # beside those dropped by hand
+    # what two removals cost together is counted from the untouched model
+    assert found({(): (0.1, 0.9), (0,): (0.2, 0.894), (0, 1): (0.3, 0.888)}) == (0,)
+
+
+def test_of_several_quantiles_the_rule_takes_the_best_or_none_and_a_single_one_is_taken_as_told():
+    cfg = lambda *q: intervene.Config("x.pt", q=q)
+    numbers = {(): (0.5, 0.9), ((), 0.9): (0.7, 0.8), ((), 0.95): (0.6, 0.9), ((), 0.99): (0.55, 0.9)}
+    assert intervene.decide(Scripted(numbers, 2), cfg(0.9, 0.95, 0.99)) == ((), 0.95)
+    assert intervene.decide(Scripted(numbers, 2), cfg(0.9)) == ((), 0.9)
+    numbers |= {((), 0.95): (0.5, 0.9), ((), 0.99): (0.4, 0.9)}
+    assert intervene.decide(Scripted(numbers, 2), cfg(0.9, 0.95, 0.99)) == ((), None)
+
+
+# ---------------------------------------------------------------- the scripts
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("runs") / "run", "--limit", "32", "--k", "3") / "best.pt"
+
+
+@pytest.fixture(scope="module")
+def done(trained):
+    """intervene.py with everything on, then evaluate.py with and without its file -> (intervention, plain, corrected)."""
+    intervene.main(["--ckpt", str(trained), "--drop", "1", "--q", "0.8", "--limit", "24", "--device", "cpu"])
+    files = ("intervention", "report", "report-intervention")
+    for more in ([], ["--intervention", str(trained.with_name("intervention.json"))]):
+        evaluate.main(["--ckpt", str(trained), "--limit", "24", "--device", "cpu", *more])
+    return [json.loads(trained.with_name(f"{name}.json").read_text()) for name in files]
+
+
+def test_the_file_says_what_was_removed_on_what_grounds_and_for_which_checkpoint(trained, done):
+    made = done[0]
+    assert made["drop"] == [1] and made["q"] == 0.8 and made["checkpoint"]["sha256"] == hashlib.sha256(trained.read_bytes()).hexdigest()
+    assert made["decision"] | {"rule": ""} == {"data": "waterbirds-mini", "split": "val", "images": 24, "tolerance": 0.01, "rule": "",
+                                               "parts_by_hand": [1], "parts_by_rule": [], "q_by": "hand"}
+    assert made["calibration"]["split"] == "train" and made["calibration"]["images"] == 24
+    assert made["thresholds"] == made["calibration"]["squared_distances"]["0.8"] and len(made["thresholds"]) == 3
+    rows = {(tuple(row["drop"]), row["q"]): row for row in made["rows"]}
+    assert {((), None), ((0,), None), ((1,), None), ((2,), None), ((1,), 0.8)} == rows.keys()
+    for row in rows.values():
+        for key in ("groups", "classes"):
+            assert row["effect"][key] == {n: x - rows[(), None][key][n] for n, x in row[key].items()}
+
+
+def test_evaluate_measures_the_corrected_model_in_its_whole_report(done):
+    made, plain, corrected = done
+    assert corrected["intervention"]["drop"] == [1] and "intervention" not in plain
+    assert corrected["mask"]["kept_share"] < plain["mask"]["kept_share"]
+    assert corrected["mask"]["empty"] >= plain["mask"]["empty"]
+    leak = corrected["leakage"]
+    assert leak["repaint"]["max_logit_change"] == 0 and leak["gradient"]["max_abs"] == 0
+    assert corrected["localisation"]["foreground_iou"] != plain["localisation"]["foreground_iou"]
+
+
+def test_the_rows_are_what_the_model_does_when_set_to_that_intervention(trained, done):
+    cfg = intervene.Config(str(trained), limit=24)
+    model, state = evaluate.load_model(trained)
+    samples = evaluate.open_split(cfg, state["config"], 2)[1]
+    intervene.apply(model, trained.with_name("intervention.json"), trained)
+    result = evaluate.predict(model, samples)
+    expected = evaluate.accuracies(result, samples)
+    row = next(r for r in done[0]["rows"] if r["q"] == 0.8)
+    assert row["aa"] == expected["aa"] and row["worst_group"] == expected["worst_group"]
+    assert row["empty"] == (result["keep"].sum(1) == 0).sum()
+    assert row["kept_share"] == pytest.approx(result["keep"].mean().item())
+
+
+def test_there_is_a_sheet_for_every_part_and_a_picture_of_the_removed_patches(trained, done):
+    for name in ("part-0", "part-1", "part-2", "patches"):
+        assert trained.with_name(f"intervention-{name}.png").stat().st_size > 10_000
+
+
+def test_looking_writes_sheets_but_decides_nothing(trained, tmp_path, capsys):
+    shutil.copy(trained, tmp_path / "best.pt")
+    intervene.main(["--ckpt", str(tmp_path / "best.pt"), "--limit", "8", "--device", "cpu"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", *[f"intervention-part-{p}.png" for p in range(3)]]
+    printed = capsys.readouterr().out
+    assert all(f"without part {p}" in printed for p in range(3)) and "empty" in printed
+
+
+def test_what_was_decided_on_test_says_so(trained, tmp_path, capsys):
+    file = tmp_path / "x.json"
+    intervene.main(["--ckpt", str(trained), "--loo", "--split", "test", "--tolerance", "1", "--limit", "8", "--out", str(file), "--device", "cpu"])
+    assert "it saw the test set" in capsys.readouterr().out
+    content = json.loads(file.read_text())
+    assert content["decision"]["split"] == "test"
+    content["decision"]["parts_by_rule"] = [0]
+    assert "CHOSEN ON TEST" in intervene.summary(content, "waterbirds-mini", "test")
+    assert "CHOSEN" not in intervene.summary(content, "waterbirds-mini", "val")
+
+
+# ---------------------------------------------------------------- mistakes
+@pytest.mark.parametrize("flags, says", [
+    (["--drop", 3], "no such part; its parts are 0 to 2"), (["--drop", -1], "no such part"),
+    (["--drop", 0, 1, 2], "removes all 3 parts"), (["--q", 1], "between 0 and 1"), (["--q", 0.9, 0], "between 0 and 1"),
+    (["--q", "nan"], "between 0 and 1"), (["--tolerance", -1], "at least 0"), (["--out", "nowhere/x.json"], "folder that exists"),
+    (["--split", "train"], "unknown --split")])
+def test_a_mistake_is_one_line_and_writes_nothing(trained, tmp_path, capsys, flags, says):
+    shutil.copy(trained, tmp_path / "best.pt")
+    assert says in fails(intervene.main, "--ckpt", tmp_path / "best.pt", *flags)(capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
+
+
+def test_a_model_without_parts_has_no_intervention_and_pdiscoformer_has():
+    cfg = intervene.Config("x.pt")
+    with pytest.raises(intervene.UsageError, match="has no parts"):
+        intervene.check(cfg, ERM(2, ARCH, 70), "erm")
+    torch.manual_seed(0)
+    model = PDiscoFormer(3, 2, ARCH, 70).eval()
+    intervene.check(cfg, model, "pdiscoformer")
+    torch.nn.init.normal_(model.selector.prototypes, std=0.5)
+    before = model(pictures()).logits
+    model.selector.limits = intervene.limits_of(2, [0, 1])
+    assert not torch.equal(model(pictures()).logits, before)
+
+
+def test_an_intervention_on_another_checkpoint_is_refused(trained, done, tmp_path, capsys):
+    state = torch.load(trained, weights_only=True)
+    torch.save(state | {"step": state["step"] + 1}, tmp_path / "best.pt")
+    file = trained.with_name("intervention.json")
+    line = fails(evaluate.main, "--ckpt", tmp_path / "best.pt", "--intervention", file)(capsys)
+    assert "is an intervention on another checkpoint" in line
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
+
+
+@pytest.mark.parametrize("content, says", [(None, "no such file"), ("{", "damaged"), ("[]", "damaged"), ('{"drop": []}', "damaged")])
+def test_a_damaged_intervention_is_one_line(trained, tmp_path, capsys, content, says):
+    file = tmp_path / "x.json"
+    if content:
+        file.write_text(content)
+    assert says in fails(evaluate.main, "--ckpt", trained, "--intervention", file)(capsys)
+
+
+# ---------------------------------------------------------------- pictures
+def test_the_strongest_patch_of_each_image_is_found_and_framed_in_the_colour_of_its_part():
+    part_logits = torch.full((2, 3, 4), -9.0)
+    part_logits[0, 0] = torch.tensor([-5.0, -1.0, -2.0, -10.0])                  # part 0: patches 0, 1, 2; strongest 1
+    part_logits[0, 2, 3] = -1.0
+    part_logits[1, 2] = -1.0                                                     # all background
+    found = intervene.census(part_logits)
+    assert found.closest[0, 0] == 1 and found.where[0, 0] == 1 and found.count.tolist() == [[3, 0], [0, 0]]
+    assert found.closest[1, 0] == INF
+    tile = figures.neighbourhood(np.zeros((12, 12, 3)), 4, 0, 1, figures.part_colour(5), around=1, least=12)
+    assert np.allclose(tile[4, 4:8], figures.part_colour(5)) and np.allclose(tile[:4], 0.8) and (tile[8:] == 0).all()
