@@ -129,7 +129,7 @@ def read_run(folder):
     """-> (config of a run, its reports). UsageError if it has none."""
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: it is not a run of train.py; leave it out")
-    reports = sorted(folder.glob("report*.json"))
+    reports = sorted(folder.glob("report*.json"), key=lambda path: path.stem)
     if not reports:
         raise UsageError(f"{folder} has no report.json: run evaluate.py --ckpt {folder}/best.pt first, or leave it out")
     try:

@@ -12,6 +12,7 @@ from PIL import Image
 
 import data
 import evaluate
+import ifam
 import siim
 import train
 import transforms
@@ -480,7 +481,7 @@ class Eye:
         logits = torch.zeros(len(images), 1000)
         logits[:, 151] = 1
         logits[images[:, 0].mean((1, 2)) > self.limit, 999] = 2
-        return type("Output", (), {"logits": logits, "maps": None})
+        return ifam.Output(logits)
 
 
 def test_the_adversarial_challenge_pastes_every_object_on_every_background_and_stops_at_the_first_failure(challenge):
