@@ -301,7 +301,7 @@ def linear_probe(x, y, folds=5):
 
 
 LEAKAGE_GROUP = 16         # images that lend each other backgrounds: fixed, so that --batch changes no number
-GRADIENTS = 8000           # backward passes of images, at most: many classes mean fewer images
+GRADIENTS = 2000           # backward passes of images, at most: many classes mean fewer images
 
 
 def measure_leakage(classifier, samples, backbone, device="cpu", count=0):
@@ -314,11 +314,11 @@ def measure_leakage(classifier, samples, backbone, device="cpu", count=0):
     indices = torch.linspace(0, len(samples) - 1, min(count or len(samples), len(samples))).round().long()
     indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]     # mixed groups
     groups = [g.tolist() for g in indices.tensor_split(math.ceil(len(indices) / LEAKAGE_GROUP))]
-    rows, budget = {}, GRADIENTS // samples.outputs
+    rows, budget = {}, max(1, GRADIENTS // samples.outputs)
     for number, images in enumerate(torch.utils.data.DataLoader(samples, batch_sampler=groups)):
         truth = images["mask"].to(device) if "mask" in images else None
-        with_gradient = number * LEAKAGE_GROUP < budget
-        found = leakage_of_group(classifier, images["image"].to(device), truth, backbone, number, with_gradient)
+        gradients = max(0, budget - number * LEAKAGE_GROUP)
+        found = leakage_of_group(classifier, images["image"].to(device), truth, backbone, number, gradients)
         if found is None:
             return None                                  # no mask of its own and no true one: nothing to hold fixed
         for name, x in found.items():
@@ -339,8 +339,11 @@ def measure_leakage(classifier, samples, backbone, device="cpu", count=0):
             "admitted": mean("admitted"), "probe": probe}
 
 
-def leakage_of_group(classifier, images, truth, backbone, number, with_gradient):
-    """Per image: what measure_leakage averages. truth: true masks (B, S, S) or None; number seeds the noise."""
+def leakage_of_group(classifier, images, truth, backbone, number, gradients):
+    """Per image: what measure_leakage averages. truth: true masks (B, S, S) or None; number seeds the noise.
+
+    gradients: how many of these images the gradient is taken of.
+    """
     with torch.no_grad():
         keep, held = classifier.find(images, None if truth is None else patch_keep(truth, backbone.patch))
         if keep is None:
@@ -360,8 +363,9 @@ def leakage_of_group(classifier, images, truth, backbone, number, with_gradient)
         if truth is not None:
             area = shown.sum((1, 2, 3))
             row["admitted"] = ((shown * (1 - objects)).sum((1, 2, 3)) / area)[area > 0]
-    if with_gradient:
-        row["gradient"] = hidden_gradient(classifier, images, held, shown == 0)
+    if gradients:
+        first = None if held is None else held[:gradients]
+        row["gradient"] = hidden_gradient(classifier, images[:gradients], first, shown[:gradients] == 0)
     return row
 
 

@@ -35,6 +35,7 @@ SETS = {        # {name of a set: {name of a run: flags of train.py}}
         "no-stage1-class": ["--no-stage1-class"],
         "freeze-stage2": ["--freeze-stage2"],
         "no-joint": ["--no-joint"],
+        "frozen-tokens": ["--no-train-tokens"],
         "mean": ["--pooling", "mean"],                   # what the late mask is compared with
         "late": ["--masking", "late", "--pooling", "mean"],
         **{f"k{k}": ["--k", str(k)] for k in (1, 2, 4, 8, 16)},
