@@ -159,12 +159,6 @@ def predict(model, samples, batch=32, device="cpu", workers=0):
     return {name: torch.cat([p[name] for _, p in pieces])[order] for name in pieces[0][1]}
 
 
-def answers(logits, samples):
-    """The class of samples that each row of logits (n, outputs) votes for, -1 where that is none of them."""
-    guess = logits.argmax(1)
-    return guess if samples.merge is None else samples.merge[guess]
-
-
 def accuracies(result, samples, key="logits", rare=(), train_groups=None):
     """Accuracy as the tables give it: {"aa", "worst_group", "groups": {name: {"n", "accuracy"}}, ...}.
 
@@ -173,7 +167,7 @@ def accuracies(result, samples, key="logits", rare=(), train_groups=None):
     `rare` only, the paper's definition. Groups without images have accuracy None and count nowhere. auroc: times 100,
     of the softmax probability of class 1, where there are two classes.
     """
-    right = (answers(result[key], samples) == samples.labels).double()
+    right = (samples.answers(result[key]) == samples.labels).double()
     by_group = {g: right[samples.groups == g] for g in range(len(samples.group_names))}
     groups = {g: x.mean().item() if len(x) else None for g, x in by_group.items()}
     least = lambda some: min((groups[g] for g in some if groups[g] is not None), default=None)
@@ -506,7 +500,7 @@ def fooled(model, originals, sample, scenes, device):
     mask, image = sample["mask"][None].float(), sample["image"]
     for portion in scenes:
         logits = model((mask * image + (1 - mask) * portion).to(device)).logits.float().cpu()
-        if (answers(logits, originals) != sample["label"]).any():
+        if (originals.answers(logits) != sample["label"]).any():
             return True
     return False
 

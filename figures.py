@@ -44,6 +44,7 @@ def parts(model, samples, path, device="cpu", count=8):
     chosen = order[torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()].tolist()
     batch = [samples[i] for i in chosen]
     out = model(torch.stack([b["image"] for b in batch]).to(device))
+    guesses = samples.answers(out.logits.cpu()).tolist()
     h, w = out.maps.shape[2:]
     k = out.maps.shape[1] - 1
     figure, axes = plt.subplots(3, len(batch), figsize=(1.6 * len(batch), 5.4), squeeze=False)
@@ -51,12 +52,12 @@ def parts(model, samples, path, device="cpu", count=8):
         picture = to_picture(sample["image"], samples.normalisation)
         keep = spread(out.keep[column].clamp(0, 1).view(h, w).cpu().numpy(), len(picture))[..., None]
         assigned = out.part_logits[column].argmax(0).view(h, w).cpu().numpy()
-        guess = samples.classes[out.logits[column].argmax().item()]
         for row, shown in enumerate((picture, overlay(picture, assigned, k), picture * keep + 0.93 * (1 - keep))):
             axes[row, column].imshow(shown, interpolation="nearest")
             axes[row, column].set(xticks=[], yticks=[])
         axes[0, column].set_title(samples.group_names[sample["group"]].replace(" on ", "\non "), fontsize=8)
-        sign = "✓" if guess == samples.classes[sample["label"]] else "✗"
+        sign = "✓" if guesses[column] == sample["label"] else "✗"
+        guess = samples.classes[guesses[column]] if guesses[column] >= 0 else "another class"
         axes[2, column].set_xlabel(f"{sign} {guess}", fontsize=8)
     for row, name in enumerate(("image", "parts", "what stage 2 sees" if model.predictor else "patches of parts")):
         axes[row, 0].set_ylabel(name, fontsize=9)

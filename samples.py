@@ -90,6 +90,11 @@ class Samples(torch.utils.data.Dataset):
         """Outputs that a model needs to be evaluated here."""
         return len(self.classes) if self.merge is None else len(self.merge)
 
+    def answers(self, logits):
+        """The class that each row of logits (n, outputs) votes for, -1 where that is none of these classes."""
+        guess = logits.argmax(1)
+        return guess if self.merge is None else self.merge[guess]
+
     def keep(self, indices):
         """These samples only, in this order."""
         for key in ("ids", "paths", "labels", "groups", "masks", "points", "boxes"):

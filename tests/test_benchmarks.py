@@ -462,7 +462,7 @@ def test_a_prediction_outside_the_nine_classes_is_wrong_and_logits_are_neither_s
     logits[0, [151, 152, 900]] = torch.tensor([2.0, 2.0, 3.0])          # two dogs together say dog, the arg-max is no class
     logits[1, 8], logits[2, 33] = 1, 1                                  # bird: right; reptile: wrong
     found = evaluate.accuracies({"logits": logits}, samples)
-    assert evaluate.answers(logits, samples).tolist() == [-1, 1, 3] and found["aa"] == pytest.approx(1 / 3)
+    assert samples.answers(logits).tolist() == [-1, 1, 3] and found["aa"] == pytest.approx(1 / 3)
 
 
 class Eye:
@@ -503,6 +503,15 @@ def test_the_adversarial_challenge_pastes_every_object_on_every_background_and_s
     assert found["classes"] == {"dog": 50.0, "bird": 0.0} and found["challenge_accuracy"] == pytest.approx(100 / 3)
     first = next(j for j, red in enumerate(reds[expected.index(True)]) if red > limit)
     assert model.seen == 10 + (first + 1) + 1
+
+
+def test_a_picture_of_parts_names_an_answer_that_is_none_of_the_nine(challenge, tmp_path):
+    import figures
+    samples = data.load("imagenet9", challenge, 32)["test"]
+    samples.merge = torch.full((1000,), -1)
+    model = ifam.IFAM(1000, k=2, arch="mini", size=32).eval()
+    figures.parts(model, samples, tmp_path / "parts.png")
+    assert (tmp_path / "parts.png").stat().st_size > 1000
 
 
 def test_the_background_gap_is_the_difference_of_two_sets_and_shared_images_are_seen_once(challenge, metashift):
