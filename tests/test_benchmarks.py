@@ -507,9 +507,9 @@ def test_the_adversarial_challenge_pastes_every_object_on_every_background_and_s
 
 def test_a_picture_of_parts_names_an_answer_that_is_none_of_the_nine(challenge, tmp_path):
     import figures
-    samples = data.load("imagenet9", challenge, 32)["test"]
+    samples = data.load("imagenet9", challenge, 28)["test"]
     samples.merge = torch.full((1000,), -1)
-    model = ifam.IFAM(1000, k=2, arch="mini", size=32).eval()
+    model = ifam.IFAM(1000, k=2, arch=dict(ifam.ARCHS["mini"], patch=7), size=28).eval()
     figures.parts(model, samples, tmp_path / "parts.png")
     assert (tmp_path / "parts.png").stat().st_size > 1000
 
