@@ -14,6 +14,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import data
 import train
 from baselines import GIVEN
 from settings import Parser, UsageError, run_script, write_json, write_whole
@@ -62,52 +63,57 @@ COLUMNS = {     # title: what it is of a report; a column that no row has is lef
 
 # ---------------------------------------------------------------- the paper's numbers
 # Tables 1, 2 and 5: real data, full size (ViT-B/14), in percent. {benchmark: (columns, {row: numbers})}; a row that
-# ends in @K is of that number of parts. The paper's fine-tuned DINOv2 is erm here, its worst group on Waterbirds that
-# of the rare groups, its masks from FOUND those of FOUND's trained head. Its early masks read the class token, its
-# late masks are pooled by mean-all.
+# ends in @K is of that number of parts; those of iFAM itself are in data.BENCHMARKS. The paper's fine-tuned DINOv2 is
+# erm here, its worst group on Waterbirds that of the rare groups, its masks from FOUND those of FOUND's trained head.
+# Its early masks read the class token, its late masks are pooled by mean-all.
 PAPER = {
     "waterbirds": (("accuracy", "worst rare group"), {
         "early-truth": (99.2, 97.2), "late-truth": (95.7, 84.0), "frozen": (95.9, 88.5), "erm": (98.6, 95.8),
         "late-found": (95.3, 83.3), "ep": (96.0, 91.0), "aim": (97.6, 93.9), "pdiscoformer@8": (94.2, 84.3),
-        "early-found": (98.6, 95.2), "ifam@8": (99.0, 97.0)}),
+        "early-found": (98.6, 95.2)}),
     "metashift": (("accuracy", "worst group"), {
         "frozen": (83.2, 72.6), "erm": (84.7, 76.8), "late-found": (82.3, 73.5), "ep": (80.4, 70.3),
-        "aim": (88.9, 83.0), "pdiscoformer@4": (83.2, 75.5), "early-found": (84.5, 77.1), "ifam@4": (88.7, 88.6),
-        "ifam@8": (84.5, 78.8),
+        "aim": (88.9, 83.0), "pdiscoformer@4": (83.2, 75.5), "early-found": (84.5, 77.1),
         "ifam --hardness soft@4": (88.0, 86.3), "ifam --no-shaping@4": (85.4, 79.1),
         "ifam --no-stage1-class@4": (86.9, 82.3), "ifam --freeze-stage2@4": (85.0, 85.0)}),
     "cub": (("accuracy",), {
         "early-truth": (91.4,), "late-truth": (90.7,), "frozen": (89.2,), "erm": (91.6,), "pdiscoformer@4": (89.1,),
-        "pdiscoformer@8": (88.8,), "pdiscoformer@16": (88.7,), "ifam@4": (90.1,), "ifam@8": (90.4,), "ifam@16": (90.6,),
+        "pdiscoformer@8": (88.8,), "pdiscoformer@16": (88.7,),
         "ifam --hardness soft@4": (90.6,), "ifam --no-shaping@4": (90.3,), "ifam --no-stage1-class@4": (88.9,),
         "ifam --freeze-stage2@4": (89.1,)}),
     "waterbird200": (("accuracy",), {
         "early-truth": (88.8,), "late-truth": (74.8,), "frozen": (76.6,), "erm": (68.4,), "pdiscoformer@4": (76.0,),
-        "pdiscoformer@8": (76.8,), "pdiscoformer@16": (75.8,), "ifam@4": (86.1,), "ifam@8": (86.2,), "ifam@16": (86.2,),
+        "pdiscoformer@8": (76.8,), "pdiscoformer@16": (75.8,),
         "ifam --hardness soft@4": (85.7,), "ifam --no-shaping@4": (80.2,), "ifam --no-stage1-class@4": (85.0,),
         "ifam --freeze-stage2@4": (83.7,)}),
     "siim": (("AUROC", "worst group AUROC"), {
-        "frozen": (90.6, 40.6), "erm": (92.6, 54.3), "pdiscoformer@8": (92.6, 48.1), "ifam@8": (92.1, 65.9)}),
-    "imagenet": (("accuracy",), {"erm": (84.6,), "pdiscoformer@1": (83.3,), "ifam@1": (84.3,)}),
+        "frozen": (90.6, 40.6), "erm": (92.6, 54.3), "pdiscoformer@8": (92.6, 48.1)}),
+    "imagenet": (("accuracy",), {"erm": (84.6,), "pdiscoformer@1": (83.3,)}),
     "imagenet9": (("accuracy", "mixed-same", "mixed-rand", "BG-GAP"), {
-        "erm": (98.1, 93.1, 87.1, 6.0), "pdiscoformer@1": (98.4, 93.9, 88.6, 5.3), "ifam@1": (97.5, 93.5, 91.1, 2.4)})}
+        "erm": (98.1, 93.1, 87.1, 6.0), "pdiscoformer@1": (98.4, 93.9, 88.6, 5.3)})}
+METRICS = {"aa": "accuracy", "worst_group": "worst group", "worst_group_rare": "worst rare group", "auroc": "AUROC",
+           "robust": "worst group AUROC", "mixed_same": "mixed-same", "mixed_rand": "mixed-rand", "bg_gap": "BG-GAP"}
 PERCENT = ("AUROC", "worst group AUROC", "BG-GAP")       # columns that our reports give in percent too
 FOOTNOTE = ("paper: the number in the paper's tables, where it has one: **real data, full size** (ViT-B/14), with the "
             "number of parts. Beside a miniature it says which way to expect a difference, not how large.")
 
 
-def from_paper(data, row, k):
+def from_paper(benchmark, row, k):
     """-> {column: (number in our units, parts or None)} for a row of a benchmark; {} where the paper has none.
 
     A method with parts is looked up at the run's K. A miniature ("-mini") has a K of its own: where the paper does not
     have it, its smallest.
     """
-    columns, rows = PAPER.get(data.removesuffix("-mini"), ((), {}))
+    name = benchmark.removesuffix("-mini")
+    columns, rows = PAPER.get(name, ((), {}))
+    for parts, found in data.BENCHMARKS[name].paper.items():
+        titled = {METRICS[metric]: number for metric, number in found.items()}
+        rows = {**rows, f"ifam@{parts}": tuple(titled[title] for title in columns)}
     row = re.sub(r" --k \d+", "", row)
     if row.split()[0] in GIVEN:                          # the paper pools as published, the ladder as is comparable
         row = re.sub(r" --pooling \S+", "", row)
     known = {int(name.split("@")[1]): numbers for name, numbers in rows.items() if name.startswith(row + "@")}
-    parts = k if k in known else min(known) if known and data.endswith("-mini") else None
+    parts = k if k in known else min(known) if known and benchmark.endswith("-mini") else None
     numbers = rows.get(row) or known.get(parts, ())
     return {c: (n if c in PERCENT else n / 100, parts) for c, n in zip(columns, numbers)}
 
