@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 import data
 import figures
-from evaluate import accuracies, load_model, open_split, pick_device
+from evaluate import load_model, open_split, pick_device
 from ifam import discretize
+from metrics import accuracies
 from settings import UsageError, opt, parse, run_script, write_json
 
 

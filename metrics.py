@@ -1,5 +1,6 @@
-"""metrics.py: the numbers of the tables that are more than a mean.
+"""metrics.py: the numbers of the tables.
 
+    accuracies(predict(model, samples), samples)         # average, worst group, each group
     auroc(scores, labels)                                # area under the ROC curve, exact
     foreground_ious(foreground_counts(maps, masks))      # the parts, taken together, against the true mask
     keypoint_error(landmarks(selector, train), landmarks(selector, test))    # do the parts say where the bird's are?
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from settings import UsageError
 
 
-# ---------------------------------------------------------------- ranking
+# ---------------------------------------------------------------- classification
 def auroc(scores, labels):
     """Area under the ROC curve of scores (n,) for labels (n,) in {0, 1}: exact, no thresholds, no bins.
 
@@ -36,6 +37,32 @@ def auroc(scores, labels):
     _, place, count = scores.unique(return_inverse=True, return_counts=True)
     rank = (count.cumsum(0) - (count - 1) / 2.0)[place]              # from 1; ties share their mean rank
     return (rank[positive].double().sum().item() - ones * (ones + 1) / 2) / (ones * zeros)
+
+
+def accuracies(result, samples, key="logits", rare=(), train_groups=None):
+    """Accuracy as the tables give it: {"aa", "worst_group", "groups": {name: {"n", "accuracy"}}, ...}.
+
+    aa: share of images that are right. aa_train_weighted: group accuracies weighted by their share in training,
+    which is the "average" of many Waterbirds papers. worst_group: least over all groups; worst_group_rare: over
+    `rare` only, the paper's definition. Groups without images have accuracy None and count nowhere. auroc: times 100,
+    of the softmax probability of class 1, where there are two classes.
+    """
+    right = (samples.answers(result[key]) == samples.labels).double()
+    by_group = {g: right[samples.groups == g] for g in range(len(samples.group_names))}
+    groups = {g: x.mean().item() if len(x) else None for g, x in by_group.items()}
+    least = lambda some: min((groups[g] for g in some if groups[g] is not None), default=None)
+    out = {"aa": right.mean().item(), "worst_group": least(groups)}
+    if train_groups is not None:
+        n = torch.bincount(train_groups, minlength=len(groups)).double()
+        seen = [g for g in groups if groups[g] is not None and n[g]]
+        out["aa_train_weighted"] = sum(n[g].item() * groups[g] for g in seen) / n[seen].sum().item() if seen else None
+    if rare:
+        out["worst_group_rare"] = least(rare)
+    if result[key].shape[1] == 2:
+        both = len(samples.labels.unique()) == 2         # a few images may all be of one class
+        out["auroc"] = 100 * auroc(result[key].double().softmax(1)[:, 1], samples.labels) if both else None
+    out["groups"] = {samples.group_names[g]: {"n": len(x), "accuracy": groups[g]} for g, x in by_group.items()}
+    return out
 
 
 # ---------------------------------------------------------------- foreground

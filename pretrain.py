@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 import ifam
 import transforms
-from evaluate import linear_head, pick_device
+from evaluate import pick_device
+from leakage import linear_head
 from samples import patch_keep
 from scenes import pretraining_scenes
 from settings import UsageError, opt, parse, run_script, write_json, write_whole

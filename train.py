@@ -28,7 +28,8 @@ from tqdm import tqdm
 import data
 import ifam
 from baselines import GIVEN, METHODS, PRETRAINED, TAKES, FoundMask, build
-from evaluate import accuracies, given_mask, pick_device, predict, read_checkpoint
+from evaluate import given_mask, pick_device, predict, read_checkpoint
+from metrics import accuracies
 from samples import Plan
 from settings import RunError, UsageError, opt, parse, run_script, write_json, write_whole
 from weights import load_pretrained

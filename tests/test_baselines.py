@@ -8,6 +8,7 @@ import baselines
 import data
 import evaluate
 import ifam
+import leakage
 import train
 from baselines import AttentionPooling, BatchNorm, EfficientPooling, FoundMask, TrueMask, background_seed
 from models import TINY, pictures, tiny
@@ -51,7 +52,7 @@ def test_late_truth_sees_the_whole_image_and_pools_under_the_mask():
     by_hand = torch.stack([p[k == 1].mean(0) for p, k in zip(patches, keep)])
     head = lambda pooled: model.predictor.head(model.predictor.fc_norm(pooled.float()))
     torch.testing.assert_close(model(x, keep).logits, head(by_hand), atol=1e-5, rtol=1e-4)
-    hidden = torch.where(evaluate.pixels(keep, (5, 5), 14) == 0, torch.randn_like(x), x)
+    hidden = torch.where(leakage.pixels(keep, (5, 5), 14) == 0, torch.randn_like(x), x)
     assert (model(hidden, keep).logits - model(x, keep).logits).abs().max() > 1e-3
     model.predictor.pooling = "mean-all"                 # published: a sum over N, shorter the smaller the mask
     torch.testing.assert_close(model(x, keep).logits, head(by_hand * keep.mean(1, keepdim=True)), atol=1e-5, rtol=1e-4)
@@ -60,7 +61,7 @@ def test_late_truth_sees_the_whole_image_and_pools_under_the_mask():
 @torch.no_grad()
 def test_early_given_masks_hide_the_rest_and_a_found_mask_is_what_stage_2_reports():
     x, keep = pictures(), some_keep()
-    hidden = torch.where(evaluate.pixels(keep, (5, 5), 14) == 0, torch.randn_like(x), x)
+    hidden = torch.where(leakage.pixels(keep, (5, 5), 14) == 0, torch.randn_like(x), x)
     for kind in (TrueMask, FoundMask):
         model = given(kind, masking="early", pooling="mean")
         assert torch.equal(model(x, keep).logits, model(hidden, keep).logits)

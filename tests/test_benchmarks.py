@@ -13,6 +13,7 @@ from PIL import Image
 import data
 import evaluate
 import ifam
+import metrics
 import siim
 import train
 import transforms
@@ -461,7 +462,7 @@ def test_a_prediction_outside_the_nine_classes_is_wrong_and_logits_are_neither_s
     logits = torch.zeros(3, 1000)
     logits[0, [151, 152, 900]] = torch.tensor([2.0, 2.0, 3.0])          # two dogs together say dog, the arg-max is no class
     logits[1, 8], logits[2, 33] = 1, 1                                  # bird: right; reptile: wrong
-    found = evaluate.accuracies({"logits": logits}, samples)
+    found = metrics.accuracies({"logits": logits}, samples)
     assert samples.answers(logits).tolist() == [-1, 1, 3] and found["aa"] == pytest.approx(1 / 3)
 
 
@@ -730,5 +731,5 @@ def test_siim_reports_auroc_on_the_full_the_robust_and_the_non_robust_set(chests
         def __call__(self, images, keep=None):
             return type("Output", (), {"logits": logits[:len(images)], "maps": None})
     report = evaluate.measure_sets(Fixed(0), splits["test"], {"logits": logits}, {n: splits[n] for n in ("robust", "non_robust")}, ("auroc",))
-    assert evaluate.accuracies({"logits": logits}, splits["test"])["auroc"] == 50.0
+    assert metrics.accuracies({"logits": logits}, splits["test"])["auroc"] == 50.0
     assert report["robust"]["stage2"]["auroc"] == 0.0 and report["non_robust"]["stage2"]["auroc"] == 100.0

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 import data
 import evaluate
 import ifam
+import leakage
+import metrics
 import train
 from samples import patch_keep
 from settings import parse
@@ -38,12 +40,12 @@ class Fixed:
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     groups = torch.tensor([0, 0, 0, 1, 2, 3, 3, 3])
     group_names = ["a", "b", "c", "d"]
-    merge = None
+    answers = staticmethod(lambda logits: logits.argmax(1))
 
 
 def test_accuracies_are_the_ones_counted_by_hand():
     guess = torch.tensor([0, 0, 1, 0, 0, 1, 1, 0])       # right: 2 of 3, 1 of 1, 0 of 1, 2 of 3
-    result = evaluate.accuracies({"logits": F.one_hot(guess).float()}, Fixed, rare=(1, 3), train_groups=torch.tensor([0] * 6 + [1] * 2 + [3] * 2))
+    result = metrics.accuracies({"logits": F.one_hot(guess).float()}, Fixed, rare=(1, 3), train_groups=torch.tensor([0] * 6 + [1] * 2 + [3] * 2))
     assert result["aa"] == pytest.approx(5 / 8)
     assert result["worst_group"] == 0 and result["worst_group_rare"] == pytest.approx(2 / 3)
     assert result["aa_train_weighted"] == pytest.approx(0.6 * 2 / 3 + 0.2 * 1 + 0.2 * 2 / 3)
@@ -54,7 +56,7 @@ def test_accuracies_are_the_ones_counted_by_hand():
 def test_a_group_without_images_counts_nowhere():
     class Three(Fixed):
         group_names = [*Fixed.group_names, "empty"]
-    result = evaluate.accuracies({"logits": F.one_hot(Fixed.labels).float()}, Three, train_groups=torch.arange(5))
+    result = metrics.accuracies({"logits": F.one_hot(Fixed.labels).float()}, Three, train_groups=torch.arange(5))
     assert result["worst_group"] == 1 and result["aa_train_weighted"] == 1 and result["groups"]["empty"] == {"n": 0, "accuracy": None}
 
 
@@ -132,32 +134,32 @@ def test_two_processes_gather_every_sample_once_and_in_order(trained, tmp_path):
 def test_the_late_classifier_under_test_is_stage_1_itself(trained, test_split):
     model, _ = evaluate.load_model(trained / "best.pt")
     images = torch.stack([test_split[i]["image"] for i in range(4)])
-    classifier = evaluate.stage1_classifier(model)
+    classifier = leakage.stage1_classifier(model)
     with torch.no_grad():
         keep, maps = classifier.find(images, None)
         out = model(images)
         torch.testing.assert_close(classifier.head(classifier.features(images, maps)), out.logits_stage1)
         assert torch.equal(keep, out.keep)
-        early = evaluate.stage2_classifier(model)
+        early = leakage.stage2_classifier(model)
         assert torch.equal(early.head(early.features(images, early.find(images, None)[1])), out.logits)
 
 
 def test_the_gradient_at_hidden_pixels_is_that_of_the_whole_jacobian(trained, test_split):
     model, _ = evaluate.load_model(trained / "best.pt")
     images = test_split[0]["image"][None]
-    classifier = evaluate.stage1_classifier(model)
+    classifier = leakage.stage1_classifier(model)
     with torch.no_grad():
         keep, maps = classifier.find(images, None)
-    hidden = evaluate.pixels(keep, (12, 12), 8) == 0
+    hidden = leakage.pixels(keep, (12, 12), 8) == 0
     jacobian = torch.autograd.functional.jacobian(lambda x: classifier.head(classifier.features(x, maps))[0], images)
     expected = (jacobian[:, 0].abs() * hidden[0]).max()
-    assert evaluate.hidden_gradient(classifier, images, maps, hidden).item() == pytest.approx(expected.item())
+    assert leakage.hidden_gradient(classifier, images, maps, hidden).item() == pytest.approx(expected.item())
 
 
 def test_swapped_backgrounds_come_from_the_first_donor_that_shows_background_there():
     g = torch.Generator().manual_seed(0)
     images, objects = torch.rand(5, 3, 6, 6, generator=g), (torch.rand(5, 1, 6, 6, generator=g) < 0.5).float()
-    swapped = evaluate.swap_backgrounds(images, objects)
+    swapped = leakage.swap_backgrounds(images, objects)
     for b in range(5):
         for y in range(6):
             for x in range(6):
@@ -171,14 +173,14 @@ def test_the_probe_reads_what_is_linearly_there_and_nothing_else():
     g = torch.Generator().manual_seed(0)
     y = torch.randint(2, (400,), generator=g)
     x = torch.randn(400, 20, generator=g)
-    assert abs(evaluate.linear_probe(x, y) - 0.5) < 0.08
+    assert abs(leakage.linear_probe(x, y) - 0.5) < 0.08
     x[:, 3] += 6 * y
-    assert evaluate.linear_probe(x, y) > 0.97
+    assert leakage.linear_probe(x, y) > 0.97
 
 
 def test_mask_iou_counts_patches_and_two_empty_masks_agree():
     a, b = torch.tensor([[1., 1, 0, 0], [0, 0, 0, 0]]), torch.tensor([[1., 0, 1, 0], [0, 0, 0, 0]])
-    assert evaluate.mask_iou(a, b).tolist() == [pytest.approx(1 / 3), 1]
+    assert leakage.mask_iou(a, b).tolist() == [pytest.approx(1 / 3), 1]
 
 
 @pytest.mark.parametrize("spoil, words", [
@@ -206,7 +208,7 @@ def test_bad_flags_of_the_evaluation_are_one_line(flags, words, trained, capsys)
 
 def test_only_the_place_of_the_mask_moves_between_the_pooled_features(test_split):
     vit = ifam.build_vit("mini", 96).eval()
-    found = evaluate.pool_by_place(vit, test_split)
+    found = leakage.pool_by_place(vit, test_split)
     batch = torch.utils.data.default_collate([test_split[i] for i in range(4)])
     keep = patch_keep(batch["mask"], 8)
     with torch.no_grad():
@@ -225,7 +227,7 @@ def test_the_linear_head_solves_the_normal_equations():
     target = F.one_hot(y, 3).double()
     augmented = torch.cat([z, math.sqrt(0.1 * 50) * torch.eye(4, dtype=torch.float64)])       # ridge as least squares
     w = torch.linalg.lstsq(augmented, torch.cat([target - target.mean(0), torch.zeros(4, 3, dtype=torch.float64)])).solution
-    torch.testing.assert_close(evaluate.linear_head(x, y, 3)(x), z @ w + target.mean(0))
+    torch.testing.assert_close(leakage.linear_head(x, y, 3)(x), z @ w + target.mean(0))
 
 
 def test_the_report_has_the_clean_contrast(report):

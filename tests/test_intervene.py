@@ -11,6 +11,8 @@ import torch
 import evaluate
 import figures
 import intervene
+import leakage
+import metrics
 from baselines import ERM, PDiscoFormer
 from ifam import discretize, refuse
 from models import TINY as ARCH
@@ -102,19 +104,19 @@ def test_under_an_intervention_no_hidden_pixel_reaches_a_logit_exactly(settings)
     near = torch.tensor([np.median((-raw.amax(1))[raw.argmax(1) == p].detach()) for p in range(4)])
     used = model(images).part_logits.argmax(1).flatten().bincount(minlength=5)[:4].argmax().item()
     model.selector.limits = intervene.limits_of(4, [used], near)
-    classifier = evaluate.stage2_classifier(model)
+    classifier = leakage.stage2_classifier(model)
     keep, held = classifier.find(images, None)
     base = discretize(raw)
     assert 0 < keep.sum() < base.sum()                   # some patches were taken away, some are left
-    hidden = evaluate.pixels(keep, model.selector.backbone.grid, 14) == 0
+    hidden = leakage.pixels(keep, model.selector.backbone.grid, 14) == 0
     with torch.no_grad():
         logits = classifier.head(classifier.features(images, held))
-        change, flips = evaluate.repaint(classifier, images, held, hidden, logits, torch.Generator().manual_seed(0))
-    gradient = evaluate.hidden_gradient(classifier, images, held, hidden)
+        change, flips = leakage.repaint(classifier, images, held, hidden, logits, torch.Generator().manual_seed(0))
+    gradient = leakage.hidden_gradient(classifier, images, held, hidden)
     if settings.get("hardness") == "soft":               # a soft mask hides nothing but what was removed
-        removed = evaluate.pixels(base * (1 - keep), model.selector.backbone.grid, 14) == 1
-        change, _ = evaluate.repaint(classifier, images, held, removed, logits, torch.Generator().manual_seed(0))
-        gradient = evaluate.hidden_gradient(classifier, images, held, removed)
+        removed = leakage.pixels(base * (1 - keep), model.selector.backbone.grid, 14) == 1
+        change, _ = leakage.repaint(classifier, images, held, removed, logits, torch.Generator().manual_seed(0))
+        gradient = leakage.hidden_gradient(classifier, images, held, removed)
     assert (change == 0).all() and (gradient == 0).all()
 
 
@@ -261,7 +263,7 @@ def test_the_rows_are_what_the_model_does_when_set_to_that_intervention(trained,
     samples = evaluate.open_split(cfg, state["config"], 2)[1]
     intervene.apply(model, trained.with_name("intervention.json"), trained)
     result = evaluate.predict(model, samples)
-    expected = evaluate.accuracies(result, samples)
+    expected = metrics.accuracies(result, samples)
     row = next(r for r in done[0]["rows"] if r["q"] == 0.8)
     assert row["aa"] == expected["aa"] and row["worst_group"] == expected["worst_group"]
     assert row["empty"] == (result["keep"].sum(1) == 0).sum()

@@ -1,0 +1,233 @@
+"""leakage.py: each way in which the background can reach a prediction, as a number.
+
+    measure_leakage(stage2_classifier(model), samples, model.selector.backbone)     # repaint, gradient, swap, ...
+    place_of_mask(model, train, samples)                 # the clean contrast: only the place of the mask moves
+
+For an early, hard mask repaint and gradient are exactly 0, whatever the image. Nothing is drawn at random that a second
+run would draw otherwise. Letters: ifam.py.
+"""
+import math
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from baselines import FoundMask
+from ifam import discretize
+from metrics import accuracies
+from samples import patch_keep
+
+
+# ---------------------------------------------------------------- a classifier under test
+class Classifier(NamedTuple):
+    """A classifier under test: how it finds its mask, and what it makes of an image while that mask is held fixed."""
+    find: Callable       # images, true keep -> (keep (B, N) in {0, 1}, what to hold fixed)
+    features: Callable   # images, what is held fixed -> (B, D), the final representation
+    head: Callable       # features -> logits (B, C)
+    mask: str            # where its mask comes from, for the report
+
+
+def stage2_classifier(model):
+    """Stage 2 with its mask held fixed. A model without a mask (erm) is measured under the true one."""
+    if model.needs_truth:
+        return Classifier(lambda images, truth: (truth, truth), model.predictor.features, model.predictor.head, "truth")
+    if isinstance(model, FoundMask):
+        return Classifier(lambda images, truth: (model.find(images),) * 2, model.predictor.features,
+                          model.predictor.head, "found")
+    if model.selector is None:
+        return Classifier(lambda images, truth: (truth, None), lambda images, held: model.predictor.features(images),
+                          model.predictor.head, "truth, the model has none")
+
+    def find(images, truth):                             # a soft mask hides what a hard one would drop
+        first = model.selector(images)
+        return discretize(first.part_logits), model.mask(first)
+    return Classifier(find, model.predictor.features, model.predictor.head, "found")
+
+
+def stage1_classifier(model):
+    """The late mask: stage 1 with its part maps held fixed, its features recomputed from the whole image."""
+    def find(images, truth):
+        first = model.selector(images)
+        return discretize(first.part_logits), first.maps
+
+    def features(images, maps):                          # logits are linear in part features, so means agree
+        return model.selector(images, maps=maps).part_features[:, :-1].mean(1)
+    return Classifier(find, features, model.selector.classifier, "found")
+
+
+def pixels(keep, grid, patch):
+    """keep (B, N) -> (B, 1, h*patch, w*patch), each patch filled with its value."""
+    return keep.unflatten(1, grid)[:, None].repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
+
+def repaint(classifier, images, held, hidden, logits, generator):
+    """Replace masked-out pixels with noise, another image, grey -> largest logit change (B,), share of flips (B,)."""
+    noise = torch.randn(images.shape, generator=generator).to(images)
+    changes, flips = [], []
+    for paint in (noise, images.roll(1, 0), torch.zeros_like(images)):
+        again = classifier.head(classifier.features(torch.where(hidden, paint, images), held))
+        changes.append((again - logits).abs().amax(1))
+        flips.append((again.argmax(1) != logits.argmax(1)).float())
+    return torch.stack(changes).amax(0), torch.stack(flips).mean(0)
+
+
+def hidden_gradient(classifier, images, held, hidden):
+    """Largest |d logit / d pixel| over all logits and masked-out pixels. -> (B,)"""
+    images = images.detach().requires_grad_()
+    logits = classifier.head(classifier.features(images, held))
+    largest = torch.zeros(len(images), device=images.device)
+    for c in range(logits.shape[1]):
+        gradient, = torch.autograd.grad(logits[:, c].sum(), images, retain_graph=True)
+        largest = largest.maximum((gradient.abs() * hidden).flatten(1).amax(1))
+    return largest
+
+
+def swap_backgrounds(images, objects):
+    """Give images (B, 3, S, S) the background of others. objects (B, 1, S, S) in {0, 1}.
+
+    A pixel outside the object comes from the first of up to 7 other images of the batch that shows background there,
+    and stays as it is where none does.
+    """
+    swapped, todo = images.clone(), objects == 0
+    for donor in range(1, min(len(images), 8)):
+        give = todo & (objects.roll(donor, 0) == 0)
+        swapped = torch.where(give, images.roll(donor, 0), swapped)
+        todo = todo & ~give
+    return swapped
+
+
+def mask_iou(a, b):
+    """IoU of binary masks (B, N), 1 where both are empty. -> (B,)"""
+    both, either = (a * b).sum(1), ((a + b) > 0).sum(1)
+    return torch.where(either > 0, both / either.clamp_min(1), torch.ones_like(both))
+
+
+def linear_head(x, y, classes, penalty=0.1):
+    """Fit a linear classifier of y (n,) on x (n, d): ridge on one-hot targets -> function from (m, d) to scores (m, C).
+
+    Closed form in float64, standardised features, penalty * n on the diagonal: no randomness, nothing to tune.
+    """
+    x, target = x.double(), F.one_hot(y, classes).double()
+    mean, std, centre = x.mean(0), x.std(0).clamp_min(1e-6), target.mean(0)
+    a = (x - mean) / std
+    ridge = penalty * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
+    w = torch.linalg.solve(a.T @ a + ridge, a.T @ (target - centre))
+    return lambda other: (other.double() - mean) / std @ w + centre
+
+
+def linear_probe(x, y, folds=5):
+    """Cross-validated accuracy of linear_head at reading y (n,) from x (n, d); None if n < 10: too few."""
+    if len(y) < 2 * folds:
+        return None
+    fold, right = torch.arange(len(y)) % folds, 0
+    for f in range(folds):
+        fit, test = fold != f, fold == f
+        scores = linear_head(x[fit], y[fit], int(y.max()) + 1)(x[test])
+        right += (scores.argmax(1) == y[test]).sum().item()
+    return right / len(y)
+
+
+LEAKAGE_GROUP = 16         # images that lend each other backgrounds: fixed, so that --batch changes no number
+GRADIENTS = 2000           # backward passes of images, at most: many classes mean fewer images
+
+
+def measure_leakage(classifier, samples, backbone, device="cpu", count=0):
+    """Five ways for the background to reach a prediction -> a dict for report.json, None without annotations.
+
+    repaint and gradient hold the mask fixed: for an early, hard mask they are exactly 0. swap, admitted and probe show
+    what that does not cover: the selector's own eyes, patches at the border, and the shape of the mask. Each is
+    measured per image and averaged; max_* is the largest over images. count: how many images, spread evenly (0: all).
+    """
+    indices = torch.linspace(0, len(samples) - 1, min(count or len(samples), len(samples))).round().long()
+    indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]     # mixed groups
+    groups = [g.tolist() for g in indices.tensor_split(math.ceil(len(indices) / LEAKAGE_GROUP))]
+    rows, budget = {}, max(1, GRADIENTS // samples.outputs)
+    for number, images in enumerate(torch.utils.data.DataLoader(samples, batch_sampler=groups)):
+        truth = images["mask"].to(device) if "mask" in images else None
+        gradients = max(0, budget - number * LEAKAGE_GROUP)
+        found = leakage_of_group(classifier, images["image"].to(device), truth, backbone, number, gradients)
+        if found is None:
+            return None                                  # no mask of its own and no true one: nothing to hold fixed
+        for name, x in found.items():
+            rows.setdefault(name, []).append(x.cpu())
+    row = {name: torch.cat(x).double() for name, x in rows.items()}
+    mean = lambda name: row[name].mean().item() if name in row and len(row[name]) else None
+    probe = None
+    place = samples.groups[indices] % max(1, len(samples.places))
+    if len(place.unique()) > 1:
+        probe = {"representation": linear_probe(row["features"], place), "mask": linear_probe(row["keep"], place),
+                 "chance": torch.bincount(place).max().item() / len(place)}
+    return {"images": len(indices), "mask": classifier.mask,
+            "repaint": {"max_logit_change": row["change"].max().item(), "mean_logit_change": mean("change"),
+                        "flip_rate": mean("flip")},
+            "gradient": {"max_abs": row["gradient"].max().item(), "mean_max_abs": mean("gradient"),
+                         "images": len(row["gradient"])},
+            "swap": {"flip_rate": mean("swap"), "mask_iou": mean("iou") if classifier.mask == "found" else None},
+            "admitted": mean("admitted"), "probe": probe}
+
+
+def leakage_of_group(classifier, images, truth, backbone, number, gradients):
+    """Per image: what measure_leakage averages. truth: true masks (B, S, S) or None; number seeds the noise.
+
+    gradients: how many of these images the gradient is taken of.
+    """
+    with torch.no_grad():
+        keep, held = classifier.find(images, None if truth is None else patch_keep(truth, backbone.patch))
+        if keep is None:
+            return None
+        shown = pixels(keep, backbone.grid, backbone.patch)
+        features = classifier.features(images, held)
+        row = {"features": features, "keep": keep}
+        noise = torch.Generator().manual_seed(number)
+        logits = classifier.head(features)
+        row["change"], row["flip"] = repaint(classifier, images, held, shown == 0, logits, noise)
+        objects = shown if truth is None else truth[:, None].float()
+        if len(images) > 1:                              # a single image has nobody to swap with
+            swapped = swap_backgrounds(images, objects)
+            keep2, held2 = classifier.find(swapped, keep)
+            guess = classifier.head(classifier.features(swapped, held2)).argmax(1)
+            row["swap"], row["iou"] = (guess != logits.argmax(1)).float(), mask_iou(keep, keep2)
+        if truth is not None:
+            area = shown.sum((1, 2, 3))
+            row["admitted"] = ((shown * (1 - objects)).sum((1, 2, 3)) / area)[area > 0]
+    if gradients:
+        first = None if held is None else held[:gradients]
+        row["gradient"] = hidden_gradient(classifier, images[:gradients], first, shown[:gradients] == 0)
+    return row
+
+
+# ---------------------------------------------------------------- the clean contrast
+@torch.no_grad()
+def pool_by_place(backbone, samples, device="cpu", batch=32, workers=0):
+    """Mean patch feature of each image, {"none", "late", "early"}: (n, D), by where the true mask acts.
+
+    none: nowhere. late: on the pooling alone, after full attention. early: on attention and pooling.
+    """
+    found = {place: [] for place in ("none", "late", "early")}
+    for part in torch.utils.data.DataLoader(samples, batch, num_workers=workers):
+        images, keep = part["image"].to(device), patch_keep(part["mask"].to(device), backbone.patch)
+        whole, masked = (backbone(images, k)[:, backbone.prefix:] for k in (None, keep))
+        for place, patches, weight in (("none", whole, torch.ones_like(keep)), ("late", whole, keep),
+                                       ("early", masked, keep)):
+            mean = (weight[:, None] @ patches)[:, 0] / weight.sum(1, keepdim=True).clamp_min(1)
+            found[place].append(mean.cpu())
+    return {place: torch.cat(x) for place, x in found.items()}
+
+
+def place_of_mask(model, train, samples, device="cpu", batch=32, workers=0):
+    """What the place of the mask does, all else equal -> dict for report.json, None without true masks.
+
+    Frozen weights, true masks, the mean of the patches, a linear head in closed form fitted on the training split; only
+    the place of the mask moves. Worst-group accuracy where the benchmark has places, else accuracy. The weights
+    are those that never trained under a mask: stage 1's where there is one.
+    """
+    if train.masks is None or samples.masks is None:
+        return None
+    backbone = (model.selector or model.predictor).backbone
+    fit, test = (pool_by_place(backbone, s, device, batch, workers) for s in (train, samples))
+    measure = "worst_group" if samples.places else "aa"
+    out = {"measure": measure, "weights": "stage 1" if model.selector else "stage 2"}
+    for place in fit:
+        scores = linear_head(fit[place], train.labels, len(samples.classes))(test[place])
+        out[place] = accuracies({"logits": scores}, samples)[measure]
+    return out
