@@ -78,6 +78,13 @@ def is_miniature(root):
     return (root / "miniature.json").is_file()
 
 
+def drawn_masks(root, base, paths):
+    """True masks of a miniature whose benchmark has none (their paths), or None. paths: its images, under base."""
+    masks = root / "segmentations"
+    there = is_miniature(root) and masks.is_dir()
+    return [masks / p.relative_to(base).with_suffix(".png") for p in paths] if there else None
+
+
 def missing(name, path):
     benchmark = BENCHMARKS[name]
     offline = "; or use --mini, which needs no download" if name in miniature.BENCHMARKS else ""
@@ -236,10 +243,11 @@ def load_metashift(root, size, seed):
             rows += [(("cat", "dog").index(animal), Path(f).stem, context, folder / f)
                      for f in files("metashift", folder, *PHOTOS)]
         rows.sort()
-        return Samples("metashift", name, size, ("cat", "dog"), [f"{context}/{i}" for _, i, context, _ in rows],
-                       [path for *_, path in rows], [label for label, *_ in rows], ("indoors", "outdoors"),
+        paths = [path for *_, path in rows]
+        return Samples("metashift", name, size, ("cat", "dog"), [f"{context}/{i}" for _, i, context, _ in rows], paths,
+                       [label for label, *_ in rows], ("indoors", "outdoors"),
                        [2 * label + (context in ("dog(bench)", "dog(bike)")) for label, _, context, _ in rows],
-                       seed=seed)
+                       masks=drawn_masks(root, base, paths), seed=seed)
     found = {name: split(name, contexts) for name, contexts in METASHIFT.items()}
     everything = found["test"]
     for name, indices in zip(("test", "val"), stratified(everything.labels, 0.15)):
@@ -344,7 +352,7 @@ def load_imagenet(root, size, seed):
             names = Names(base, np.concatenate(blocks))
             labels = np.repeat([number[wnid] for wnid in wnids], [len(b) for b in blocks])
             found[name] = Samples("imagenet", name, size, classes, names.ids, names, labels, pipeline=PHOTOGRAPHS,
-                                  seed=seed)
+                                  masks=drawn_masks(root, base, names), seed=seed)
     return found
 
 
