@@ -156,7 +156,8 @@ class Samples(torch.utils.data.Dataset):
 def describe(samples):
     """One line: images, classes or groups, and how many of each where they are few."""
     counts = torch.bincount(samples.groups, minlength=len(samples.group_names)).tolist()
-    named = f"{len(samples.classes)} classes"
+    seen, known = len(samples.labels.unique()), len(samples.classes)
+    named = f"{seen} of {known} classes" if seen < known else f"{known} classes"
     if len(counts) <= 9:
         named = ", ".join(f"{n} {g}" for n, g in zip(counts, samples.group_names))
     return f"{samples.name} {samples.split}: {len(samples)} images ({named})"
