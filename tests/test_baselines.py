@@ -167,6 +167,8 @@ def normalise_a_share(rank, world, path):
     train.average_over_processes([scale.grad], world)
     if rank == 0:
         torch.save((scale.grad, layer.mean, layer.variance), f"{path}/{world}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()        # its threads must not outlive the process
 
 
 def test_batch_norm_over_two_processes_is_that_of_one_with_its_gradient(tmp_path):
