@@ -60,7 +60,8 @@ class EfficientPooling(nn.Module):
     """Efficient probing (Psomas et al., ICLR 2026): learned queries, each with a slice of the values.
 
     patches (B, N, D) -> (B, D). No key projection, no bias, one head: Q queries of D channels and one D x D value
-    projection are all that it has. Q is 32 as published, which divides the width of every backbone here, mini (128) included. ValueError otherwise.
+    projection are all that it has. Q is 32 as published, which divides the width of every backbone here, mini (128)
+    included. ValueError otherwise.
     """
 
     def __init__(self, width, queries=32):

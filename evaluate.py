@@ -21,7 +21,7 @@ from ifam import discretize
 from leakage import measure_leakage, place_of_mask, stage1_classifier, stage2_classifier
 from metrics import accuracies, ari, foreground_counts, foreground_ious, keypoint_error, landmarks, nmi
 from samples import patch_keep
-from settings import UsageError, opt, parse, run_script, write_json
+from settings import UsageError, at_least, opt, parse, run_script, write_json
 from weights import find_published, load_strictly, read_file, rename_published
 
 
@@ -29,22 +29,27 @@ SPLITS = ("test", "val", "train", *dict.fromkeys(name for b in data.BENCHMARKS.v
 
 
 @dataclass
-class Config:
+class OnCheckpoint:
+    """The options of every script that takes a checkpoint and runs it on images."""
     ckpt: str = opt(MISSING, "checkpoint of train.py (best.pt or last.pt), or snapshot of the published code")
     data: str = opt("", "another benchmark for the same model (cub: waterbird200; imagenet: imagenet9); if not given, "
                         "the one it was trained on, which a published snapshot does not say",
                     choices=("", *data.BENCHMARKS))
     root: str = opt("", "folder of the benchmarks, if they moved since training")
+    limit: int = opt(0, "use only N images of each split, spread evenly (0: as in training)")
+    batch: int = opt(32, "images at once")
+    workers: int = opt(0, "processes that load data")
+    device: str = opt("auto", "auto, cpu, cuda or mps")
+
+
+@dataclass
+class Config(OnCheckpoint):
     split: str = opt("test", "which images to measure on", choices=SPLITS)
     intervention: str = opt("", "intervention.json of intervene.py for this checkpoint, to measure the corrected model")
-    limit: int = opt(0, "use only N images of each split, spread evenly (0: as in training)")
     leakage: int = opt(500, "images that leakage is measured on, spread evenly over the split (0: all)")
     kp_normalise: bool = opt(False, "keypoint metrics: normalise images as in training; the published ones are taken "
                              "without")
     adversarial: bool = opt(False, "imagenet9: each object on every background until one fools the model (hours)")
-    batch: int = opt(32, "images at once")
-    workers: int = opt(0, "processes that load data")
-    device: str = opt("auto", "auto, cpu, cuda or mps")
 
 
 # ---------------------------------------------------------------- a model from its checkpoint
@@ -387,9 +392,7 @@ def main(argv=None):
     import figures                                       # here: training uses this module and needs no matplotlib
     import intervene
     cfg = parse(Config, __doc__, argv)
-    for name, least in (("limit", 0), ("leakage", 0), ("workers", 0), ("batch", 1)):
-        if getattr(cfg, name) < least:
-            raise UsageError(f"--{name} must be at least {least}, not {getattr(cfg, name)}")
+    at_least(cfg, limit=0, leakage=0, workers=0, batch=1)
     device = pick_device(cfg.device)
     model, state = load_model(cfg.ckpt, device, cfg.data)
     trained = state["config"]

@@ -22,24 +22,22 @@ import copy
 import hashlib
 import json
 import math
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-import data
 import figures
-from evaluate import load_model, open_split, pick_device
+from evaluate import OnCheckpoint, load_model, open_split, pick_device
 from ifam import discretize
 from metrics import accuracies
-from settings import UsageError, opt, parse, run_script, write_json
+from settings import UsageError, at_least, opt, parse, run_script, write_json
 
 
 @dataclass
-class Config:
-    ckpt: str = opt(MISSING, "checkpoint of train.py (best.pt or last.pt), or snapshot of the published code")
+class Config(OnCheckpoint):
     drop: list[int] = opt((), "numbers of the parts to remove")
     loo: bool = opt(False, "leave one out: remove the parts that the rule accepts, beside those of --drop")
     q: list[float] = opt((), "remove patches beyond this quantile of the distances in the training set; of several, "
@@ -47,14 +45,6 @@ class Config:
     tolerance: float = opt(0.01, "what a removal that the rule accepts may cost the average: 0.01 is one point")
     split: str = opt("val", "images that effects are measured on and the rule decides by; test only if you mean it",
                      choices=("val", "test"))
-    data: str = opt("", "another benchmark for the same model (cub: waterbird200; imagenet: imagenet9); if not given, "
-                        "the one it was trained on, which a published snapshot does not say",
-                    choices=("", *data.BENCHMARKS))
-    root: str = opt("", "folder of the benchmarks, if they moved since training")
-    limit: int = opt(0, "use only N images of each split, spread evenly (0: as in training)")
-    batch: int = opt(32, "images at once")
-    workers: int = opt(0, "processes that load data")
-    device: str = opt("auto", "auto, cpu, cuda or mps")
     out: str = opt("", "file to write; pictures lie beside it (default intervention.json beside the checkpoint)")
 
     def __post_init__(self):
@@ -310,9 +300,7 @@ def sheets(trials, stem, where, device):
 # ---------------------------------------------------------------- the command
 def check(cfg, model, method):
     """UsageError for an intervention that this model cannot have."""
-    for name, least in (("limit", 0), ("workers", 0), ("batch", 1), ("tolerance", 0)):
-        if not getattr(cfg, name) >= least:
-            raise UsageError(f"--{name} must be at least {least}, not {getattr(cfg, name)}")
+    at_least(cfg, limit=0, workers=0, batch=1, tolerance=0)
     if model.selector is None:
         raise UsageError(f"{cfg.ckpt} is of the method {method}, which has no parts: there is nothing to remove; name "
                          "a checkpoint of ifam or pdiscoformer")

@@ -37,7 +37,7 @@ from evaluate import pick_device
 from leakage import linear_head
 from samples import patch_keep
 from scenes import pretraining_scenes
-from settings import UsageError, opt, parse, run_script, write_json, write_whole
+from settings import UsageError, at_least, opt, parse, run_script, write_json, write_whole
 from train import lr_at
 from weights import read_file
 
@@ -290,9 +290,7 @@ def to_images(scenes):
 def pretrain(cfg):
     if cfg.view % 8 or not 24 <= cfg.view <= 96:
         raise UsageError(f"--view must be a multiple of 8 from 24 to 96, not {cfg.view}")
-    for name in ("scenes", "steps", "batch", "words", "every"):
-        if getattr(cfg, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
+    at_least(cfg, scenes=1, steps=1, batch=1, words=1, every=1)
     folder, device = Path(cfg.out), pick_device(cfg.device)
     state = None
     if cfg.resume:

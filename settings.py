@@ -66,6 +66,13 @@ def parse(cls, doc, argv=None, preset=None):
     return cls(**{**(preset(given) if preset else {}), **given})
 
 
+def at_least(settings, **bounds):
+    """UsageError for the first of these settings that is below its bound (or NaN)."""
+    for name, least in bounds.items():
+        if not getattr(settings, name) >= least:
+            raise UsageError(f"--{name} must be at least {least}, not {getattr(settings, name)}")
+
+
 def run_script(main):
     """Run a script's main(); turn our two kinds of error into one line on standard error and an exit status."""
     rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""

@@ -20,7 +20,7 @@ import data
 import settings
 import tables
 import train
-from settings import Parser, RunError, UsageError, nearest, run_script
+from settings import Parser, RunError, UsageError, at_least, nearest, run_script
 
 METHODS = {     # in the order of the paper's table; early and late masks pool alike, so that one thing differs
     name: ["--method", name] for name in ("early-truth", "late-truth", "frozen", "erm", "late-found", "ep", "aim",
@@ -120,9 +120,7 @@ def main(argv=None):
                         help="evaluate on these as well: waterbird200 for cub, imagenet9 for imagenet")
     parser.add_argument("--list", action="store_true", help="print the commands and what is finished, run nothing")
     given, flags = parser.parse_known_args(argv)
-    for name, least in (("seeds", 1), ("processes", 1), ("leakage", 0)):
-        if getattr(given, name) < least:
-            raise UsageError(f"--{name} must be at least {least}, not {getattr(given, name)}")
+    at_least(given, seeds=1, processes=1, leakage=0)
     if refused := {"--method", "--seed", "--out", "--resume"} & {flag.split("=")[0] for flag in flags}:
         raise UsageError(f"{min(refused)} is decided by the sweep: leave it out")
     runs, failed = plan(given.what, given.seeds, flags), []

@@ -177,7 +177,8 @@ def parameter_groups(model, cfg, steps):
                 "tokens" if cfg.weights != "none" and name.startswith("selector.") else "backbone")
         token = name.endswith(("cls_token", "register_tokens", "pos_embed"))
         decays = p.ndim > 1 and not token and role != "prototypes" and "modulation" not in name
-        lr = {"backbone": cfg.lr, "tokens": cfg.lr_tokens, "prototypes": cfg.lr_prototypes, "heads": cfg.lr_heads}[role] * scale
+        base = {"backbone": cfg.lr, "tokens": cfg.lr_tokens, "prototypes": cfg.lr_prototypes, "heads": cfg.lr_heads}
+        lr = base[role] * scale
         wd = cfg.weight_decay * math.sqrt(1 / steps) if decays else 0.0
         warmup = cfg.warmup if name.startswith("predictor.") else 0
         group = dict(params=[], lr=lr, base_lr=lr, weight_decay=wd, warmup=warmup)

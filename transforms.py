@@ -95,7 +95,8 @@ class View:
     def crop(self, left, top, width, height=None):
         """Cut a rectangle, a square if no height is given; points outside become invisible, moved onto its edge.
 
-        So is the corner of the box, which keeps its width and height: the published keypoint evaluation divides by them.
+        So is the corner of the box, which keeps its width and height: the published keypoint evaluation divides by
+        them.
         """
         size = (width, height or width)
         self.each(lambda x: x.crop((left, top, left + size[0], top + size[1])))
