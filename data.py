@@ -78,11 +78,14 @@ def is_miniature(root):
     return (root / "miniature.json").is_file()
 
 
-def drawn_masks(root, base, paths):
-    """True masks of a miniature whose benchmark has none (their paths), or None. paths: its images, under base."""
+def drawn_masks(root, names):
+    """A miniature's true masks of the object, where its benchmark has none -> their paths, or None.
+
+    names: the images', relative to segmentations/; an iterable that is read only if the masks are there.
+    """
     masks = root / "segmentations"
     there = is_miniature(root) and masks.is_dir()
-    return [masks / p.relative_to(base).with_suffix(".png") for p in paths] if there else None
+    return [masks / f"{name}.png" for name in names] if there else None
 
 
 def missing(name, path):
@@ -247,7 +250,7 @@ def load_metashift(root, size, seed):
         return Samples("metashift", name, size, ("cat", "dog"), [f"{context}/{i}" for _, i, context, _ in rows], paths,
                        [label for label, *_ in rows], ("indoors", "outdoors"),
                        [2 * label + (context in ("dog(bench)", "dog(bike)")) for label, _, context, _ in rows],
-                       masks=drawn_masks(root, base, paths), seed=seed)
+                       masks=drawn_masks(root, (p.relative_to(base).with_suffix("") for p in paths)), seed=seed)
     found = {name: split(name, contexts) for name, contexts in METASHIFT.items()}
     everything = found["test"]
     for name, indices in zip(("test", "val"), stratified(everything.labels, 0.15)):
@@ -261,7 +264,8 @@ def load_siim(root, size, seed):
     """SIIM-ACR Pneumothorax: Kaggle's files with Saab et al.'s chest tubes, or the folders the published code prepares.
 
     test: every image with a tube label, group = 2 * label + tube; robust, non_robust: the part of it where a tube
-    misleads, and where it helps. train: every other image with a label; nobody knows its tubes.
+    misleads, and where it helps. train: every other image with a label; nobody knows its tubes. The masks are of the
+    pneumothorax; those of a miniature are of the lungs, where all evidence lies.
     """
     places = [root / p for p in ("siim", "siim/pneumothorax", "pneumothorax", ".")]
     raw = next((p for p in places if (p / "dicom-images-train").is_dir()), None)
@@ -276,7 +280,7 @@ def load_siim(root, size, seed):
         groups = {} if name == "train" else dict(places=("without tube", "with tube"),
                                                  groups=[2 * y + tube for y, tube in zip(labels, tubes)])
         return Samples("siim", name, size, ("healthy", "pneumothorax"), uids, paths, labels, **groups,
-                       masks=masks if all(masks) else None, pipeline=RADIOGRAPHS, seed=seed)
+                       masks=drawn_masks(root, uids) or (masks if all(masks) else None), pipeline=RADIOGRAPHS, seed=seed)
     return {"train": split("train", lambda r: r[3] is None), "test": split("test", lambda r: r[3] is not None),
             "robust": split("robust", lambda r: r[3] is not None and r[2] != r[3]),
             "non_robust": split("non_robust", lambda r: r[2] == r[3])}
@@ -352,7 +356,7 @@ def load_imagenet(root, size, seed):
             names = Names(base, np.concatenate(blocks))
             labels = np.repeat([number[wnid] for wnid in wnids], [len(b) for b in blocks])
             found[name] = Samples("imagenet", name, size, classes, names.ids, names, labels, pipeline=PHOTOGRAPHS,
-                                  masks=drawn_masks(root, base, names), seed=seed)
+                                  masks=drawn_masks(root, (p.relative_to(base).with_suffix("") for p in names)), seed=seed)
     return found
 
 

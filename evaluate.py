@@ -399,6 +399,13 @@ def main(argv=None):
     intervention = intervene.apply(model, cfg.intervention, cfg.ckpt) if cfg.intervention else None
     outputs = (model.predictor.head if model.predictor else model.selector.classifier).out_features
     name, samples, train, sets = open_split(cfg, trained, outputs)
+    if model.needs_truth:
+        if samples.masks is None:
+            raise UsageError(f"{cfg.ckpt} is of the method {trained['method']}, which needs true masks, and {name} "
+                             f"{cfg.split} has none here; unpack its segmentations, or name another --ckpt")
+        if bare := [part for part, some in sets.items() if some.masks is None]:
+            print(f"{name}: left out, for they have no true masks: {', '.join(bare)}")
+        sets = {part: some for part, some in sets.items() if part not in bare}
     if cfg.adversarial and "only_bg_t" not in sets:
         raise UsageError("--adversarial is of --data imagenet9, --split test, and needs its variant only_bg_t")
     rare = data.BENCHMARKS[samples.name].rare

@@ -1,7 +1,7 @@
 """layouts.py: the miniatures of MetaShift, SIIM-ACR, ImageNet and ImageNet-9, each in its benchmark's own layout.
 
 Each is a dataclass of knobs, like those of the birds in miniature.py, which renders them. What they draw: objects.py.
-All masks are exact. MetaShift and ImageNet have none in their layout: theirs lie under segmentations/, to measure with.
+All masks are exact. MetaShift and ImageNet have none in their layout, SIIM-ACR none of the lungs: those lie under segmentations/.
 """
 import csv
 import io
@@ -107,8 +107,8 @@ class Siim(Miniature):
 
     With pydicom, Kaggle's layout: DICOM as the benchmark's (JPEG, 1024 x 1024: each drawn pixel a block), train-rle.csv
     with several rows for some images, and cxr_tube_dict.csv of the test images. Without, the layout that the published
-    code prepares, but .png where it has .dcm, upright masks, and every region in the mask. Both: all_lungs/, for
-    measuring only.
+    code prepares, but .png where it has .dcm, upright masks, and every region in the mask. Both: the lungs, as the
+    mask of the object.
     """
     train: int = opt(1600, "training examples, half of them positive")
     test: int = opt(800, "test examples, a quarter of them in each (label, tube) cell")
@@ -157,13 +157,13 @@ class Siim(Miniature):
         names = ["dicom-images-train"] if self.dicom else ["all_masks", *(
             f"{name}/{label}" for label in "01"
             for name in ("train_set", "full_test_set", "robust_test_set", "non_robust_test_set"))]
-        for name in (*names, "all_lungs"):
-            (root / "siim" / name).mkdir(parents=True)
+        for name in (*(f"siim/{name}" for name in names), "segmentations"):
+            (root / name).mkdir(parents=True)
 
     def write(self, row, root):
         """Draw one chest -> its cells in train-rle.csv, one for each row."""
         scene, base = self.scene(row), root / "siim"
-        save_mask(scene.lungs, base / f"all_lungs/{row.file}.png")
+        save_mask(scene.lungs, root / f"segmentations/{row.file}.png")
         if not self.dicom:
             for name in self.sets(row):
                 save(scene.image, base / f"{name}/{row.label}/{row.file}.png")

@@ -2,6 +2,7 @@
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import baselines
 import data
 import evaluate
 import ifam
@@ -18,7 +20,7 @@ import siim
 import train
 import transforms
 from samples import Names, pick, read_image
-from settings import UsageError
+from settings import UsageError, parse
 from tiny import ROOT, fails
 
 RNG = np.random.default_rng(0)
@@ -464,6 +466,27 @@ def test_a_prediction_outside_the_nine_classes_is_wrong_and_logits_are_neither_s
     logits[1, 8], logits[2, 33] = 1, 1                                  # bird: right; reptile: wrong
     found = metrics.accuracies({"logits": logits}, samples)
     assert samples.answers(logits).tolist() == [-1, 1, 3] and found["aa"] == pytest.approx(1 / 3)
+
+
+def test_a_model_that_needs_true_masks_is_measured_on_the_variants_that_have_them(challenge, tmp_path, capsys):
+    cfg = parse(train.Config, "", ["--data", "imagenet", "--method", "early-truth", "--arch", "mini", "--size", "32", "--weights", "none"], train.preset)
+    parts = {"model": baselines.build(train.plain(vars(cfg)), 1000)}
+    train.save(tmp_path / "best.pt", 0, cfg, 1, {"epoch": 1, "split": "val"}, parts)
+    for variant in data.IN9_VARIANTS:                       # the mini network cuts images into patches of 8 pixels
+        for path in (challenge / "bg_challenge" / variant).rglob("*.JPEG"):
+            to = tmp_path / path.relative_to(challenge)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(path).resize((32, 32)).save(to)
+    for path in challenge.rglob("*.npy"):
+        to = tmp_path / path.relative_to(challenge)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        np.save(to, np.pad(np.load(path), 2))
+    evaluate.main(["--ckpt", str(tmp_path / "best.pt"), "--data", "imagenet9", "--root", str(tmp_path), "--device", "cpu"])
+    assert "left out, for they have no true masks: only_fg, no_fg, only_bg_b, only_bg_t" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report-imagenet9.json").read_text())
+    assert list(report["sets"]) == ["mixed_same", "mixed_rand", "mixed_next"] and "bg_gap" in report
+    shutil.rmtree(tmp_path / "bg_challenge/fg_mask")
+    assert "imagenet9 test has none here" in fails(evaluate.main, "--ckpt", tmp_path / "best.pt", "--data", "imagenet9", "--root", tmp_path)(capsys)
 
 
 class Eye:
