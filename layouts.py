@@ -163,7 +163,7 @@ class Siim(Miniature):
     def write(self, row, root):
         """Draw one chest -> its cells in train-rle.csv, one for each row."""
         scene, base = self.scene(row), root / "siim"
-        save_mask(scene.lungs, root / f"segmentations/{row.file}.png")
+        save_mask(enlarge(scene.lungs) if self.dicom else scene.lungs, root / f"segmentations/{row.file}.png")
         if not self.dicom:
             for name in self.sets(row):
                 save(scene.image, base / f"{name}/{row.label}/{row.file}.png")
