@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data
 import layouts
 import miniature
 from settings import UsageError
@@ -250,6 +251,17 @@ def test_a_bad_knob_is_one_clear_line(name, knobs, word, tmp_path):
     with pytest.raises(UsageError, match=word):
         miniature.render(name, tmp_path / "none", **knobs)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name, knobs", [*((name, {}) for name in miniature.BENCHMARKS), ("siim", dict(dicom=True))])
+def test_every_image_has_the_true_mask_that_a_perfect_selector_would_find(name, knobs, tmp_path):
+    if knobs:
+        pytest.importorskip("pydicom")
+    knobs = {**TINY.get(name, TINY["cub"]), **knobs} | ({"val": 16} if name == "waterbirds" else {})
+    splits = data.load(name, miniature.render(name, tmp_path, **knobs), 48, check=False)
+    for split in splits.values():
+        for i in range(len(split) if split.split in ("train", "test", "original") else 0):
+            assert split[i]["mask"].shape == (48, 48) and .02 < split[i]["mask"].float().mean() < .6
 
 
 @pytest.mark.parametrize("name", miniature.BENCHMARKS)
