@@ -36,14 +36,15 @@ class MetaShift(Miniature):
     street (bench, bike). Training holds no indoor dog and no outdoor cat, as the benchmark: agreement is 100 %.
     One id lies in both folders of the cat: the same picture, because contexts overlap in the benchmark too.
     """
-    train: int = opt(1600, "training examples, a quarter in each of the four folders")
+    train: int = opt(2200, "training examples, a quarter in each of the four folders")
     test: int = opt(540, "test examples, half of them cats; the loader holds out its validation set from them")
     size: int = opt(96, "side of a picture in pixels, a multiple of 8")
-    things: tuple = opt((5, 8), "fewest and most small things of the room or street, at most 25")
-    thing_radius: tuple = opt((0.06, 0.09), "smallest and largest small thing, as a share of the side; sofas: twice")
+    things: tuple = opt((13, 17), "fewest and most small things of the room or street, at most 25")
+    thing_radius: tuple = opt((0.05, 0.08), "smallest and largest small thing, as a share of the side; sofas: twice")
     pet: tuple = opt((0.18, 0.22), "smallest and largest animal: half a body, as a share of the side")
-    cue: float = opt(0.7, "how much cats and dogs differ in ears, muzzle, build and tail; 0 = not at all")
+    cue: float = opt(0.7, "how much cats and dogs differ in ears, muzzle, build, tail and head hue; 0 = not at all")
     coat: float = opt(COAT, "strength of the fine grain that fur has and nothing else has, 0..1")
+    hue_noise: float = opt(0.03, "standard deviation of head hues within a class; 1 = the full circle")
     seed: int = opt(0, "a scene depends on (seed, split, index) only")
 
     SPLITS = ("train", "test")
@@ -71,7 +72,7 @@ class MetaShift(Miniature):
     def scene(self, row):
         rng = np.random.default_rng([self.seed, row.split, row.index])
         place = 0 if row.index == 0 and row.split == 0 else row.place           # the picture that lies in two folders
-        body, frame = creature(pet_look(rng, row.label, self.cue)), pose(rng, self.pet, shift=.1)
+        body, frame = creature(pet_look(rng, row.label, self.cue, self.hue_noise)), pose(rng, self.pet, shift=.1)
         return compose(rng, self.size, body, frame, self.coat, partial(
             context_things, context=self.PLACES[place], count=self.things, radius=self.thing_radius))
 

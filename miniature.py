@@ -34,7 +34,7 @@ from scenes import (COAT, PLACE_KINDS, PRETRAIN, Look, Miniature, Row, bird_look
                     empty, hsv, in_parallel, note, pose, save, save_jpeg, scatter)
 from settings import RunError, UsageError, nearest, opt, parse, run_script
 
-DRAWING_VERSION = 3     # part of every cache's name: raise it when the same seed would give another picture
+DRAWING_VERSION = 4     # part of every cache's name: raise it when the same seed would give another picture
 CACHE = Path(__file__).resolve().parent / "data" / "mini"
 
 

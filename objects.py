@@ -97,9 +97,10 @@ def context_things(rng, context, count, radius):
 
 # ---------------------------------------------------------------- MetaShift: cats and dogs
 # (cat's range, dog's range); all that is not listed is shared
-PET_CUES = {"ear": ((0, .15), (.85, 1)), "muzzle": ((0, .15), (.85, 1)), "head": ((.5, .56), (.44, .5)),
-            "neck": ((0, .15), (.2, .4)), "body": ((1.1, 1.25), (1, 1.15)), "height": ((.5, .56), (.58, .66)),
-            "leg": ((.35, .5), (.55, .7)), "tail_length": ((.95, 1.15), (.5, .7)), "tail_lift": ((35, 60), (0, 30))}
+PET_CUES = {"head_hue": ((.05, .05), (.25, .25)), "ear": ((0, .15), (.85, 1)), "muzzle": ((0, .15), (.85, 1)),
+            "head": ((.5, .56), (.44, .5)), "neck": ((0, .15), (.2, .4)), "body": ((1.1, 1.25), (1, 1.15)),
+            "height": ((.5, .56), (.58, .66)), "leg": ((.35, .5), (.55, .7)), "tail_length": ((.95, 1.15), (.5, .7)),
+            "tail_lift": ((35, 60), (0, 30))}
 
 
 def mix(a, b, t):
@@ -107,12 +108,12 @@ def mix(a, b, t):
     return (1 - t) * np.asarray(a, float) + t * np.asarray(b, float)
 
 
-def pet_look(rng, label, cue):
-    """A cat (label 0) or dog (1). cue scales the difference: at 0 both are the midpoint."""
+def pet_look(rng, label, cue, hue_noise=0.0):
+    """A cat (label 0) or dog (1). cue scales the difference: at 0 both are the midpoint. hue_noise: of heads."""
     t = {}
     for name, ranges in PET_CUES.items():
         t[name] = rng.uniform(*cued(ranges, label, cue))
-    ear, muzzle = t.pop("ear"), t.pop("muzzle")
+    ear, muzzle, head_hue = t.pop("ear"), t.pop("muzzle"), t.pop("head_hue")
     reach = mix(.7, 1.05, muzzle)
     face = [("head_skin", 1.2, ellipse(reach, .28, mix(.3, .62, muzzle), mix(.3, .36, muzzle))),
             ("horn", .2, ellipse(reach + mix(.26, .52, muzzle), .14, .15, .13)),
@@ -121,9 +122,10 @@ def pet_look(rng, label, cue):
             ("trim", .8, mix(poly((.05, -.8), (.5, -1.55), (.75, -.6)),
                              poly((-.15, -.85), (.15, -1), (.35, -.7)), ear))]
     look = colours(rng)
+    head_skin = hsv(rng.normal(head_hue, hue_noise), rng.uniform(.5, .9), rng.uniform(.45, .95))
     return Look(body=(t.pop("body"), t.pop("height")), face=face, bill=(.45, 0, 0), tail="whip", legs=4, web=0,
-                pattern=str(rng.choice(("plain", "stripes", "spots"))), head_skin=look["skin"], **t,
-                **look | {"horn": shade(look["skin"], .8)})
+                pattern=str(rng.choice(("plain", "stripes", "spots"))), head_skin=head_skin, **t,
+                **look | {"horn": shade(head_skin, .8)})
 
 
 # ---------------------------------------------------------------- ImageNet's nine groups: creatures, and all the rest
