@@ -279,8 +279,9 @@ def load_siim(root, size, seed):
         uids, paths, labels, tubes, masks = zip(*mine) if mine else [[]] * 5
         groups = {} if name == "train" else dict(places=("without tube", "with tube"),
                                                  groups=[2 * y + tube for y, tube in zip(labels, tubes)])
+        masks = drawn_masks(root, uids) or (masks if all(masks) else None)
         return Samples("siim", name, size, ("healthy", "pneumothorax"), uids, paths, labels, **groups,
-                       masks=drawn_masks(root, uids) or (masks if all(masks) else None), pipeline=RADIOGRAPHS, seed=seed)
+                       masks=masks, pipeline=RADIOGRAPHS, seed=seed)
     return {"train": split("train", lambda r: r[3] is None), "test": split("test", lambda r: r[3] is not None),
             "robust": split("robust", lambda r: r[3] is not None and r[2] != r[3]),
             "non_robust": split("non_robust", lambda r: r[2] == r[3])}
@@ -355,8 +356,9 @@ def load_imagenet(root, size, seed):
                                 files("imagenet", base / folder / wnid, *PHOTOS)], dtype=bytes) for wnid in wnids]
             names = Names(base, np.concatenate(blocks))
             labels = np.repeat([number[wnid] for wnid in wnids], [len(b) for b in blocks])
+            masks = drawn_masks(root, (p.relative_to(base).with_suffix("") for p in names))
             found[name] = Samples("imagenet", name, size, classes, names.ids, names, labels, pipeline=PHOTOGRAPHS,
-                                  masks=drawn_masks(root, (p.relative_to(base).with_suffix("") for p in names)), seed=seed)
+                                  masks=masks, seed=seed)
     return found
 
 

@@ -1,7 +1,8 @@
 """layouts.py: the miniatures of MetaShift, SIIM-ACR, ImageNet and ImageNet-9, each in its benchmark's own layout.
 
 Each is a dataclass of knobs, like those of the birds in miniature.py, which renders them. What they draw: objects.py.
-All masks are exact. MetaShift and ImageNet have none in their layout, SIIM-ACR none of the lungs: those lie under segmentations/.
+All masks are exact. MetaShift and ImageNet have none in their layout, SIIM-ACR none of the lungs: those lie under
+segmentations/.
 """
 import csv
 import io

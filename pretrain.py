@@ -5,12 +5,12 @@
 
 The scenes show one creature of any kind among things of any kind, drawn independently. No class, place or mask is used.
 
-Words. A patch's texture is four numbers: how strong its grey levels vary at two fine scales, as the logarithm of a mean and
-as the mean of a logarithm (high where texture is everywhere, low where it is a few edges). k-means of many patches gives
-the words (as in MaskFeat, Wei et al. 2022, a target that needs no teacher). Task: from a view whose colours are
-changed at random, tell every patch's own word and the bag of words around it (Gidaris et al., CVPR 2020); and say the same of
-one scene point in two views that are turned, mirrored, scaled and shifted independently, which leaves no
-use for position. At the end origin and scale of the features are set, inside the last LayerNorm.
+Words. A patch's texture is four numbers: how strong its grey levels vary at two fine scales, as the logarithm of a
+mean and as the mean of a logarithm (high where texture is everywhere, low where it is a few edges). k-means of many
+patches gives the words (as in MaskFeat, Wei et al. 2022, a target that needs no teacher). Task: from a view whose
+colours are changed at random, tell every patch's own word and the bag of words around it (Gidaris et al., CVPR 2020);
+and say the same of one scene point in two views that are turned, mirrored, scaled and shifted independently, which
+leaves no use for position. At the end origin and scale of the features are set, inside the last LayerNorm.
 
 Letters: B scenes a step, V side of a view, g = V / 8 patches a side, N = g*g, D width, W words, F = 4 texture numbers.
 """
@@ -297,7 +297,8 @@ def pretrain(cfg):
         state = read_file(folder / "last.pt", "last.pt of a run of pretrain.py")
         free = {"resume", "device", "out", "every", "spread"}      # spread acts at the end
         if odd := [k for k, v in asdict(cfg).items() if k not in free and v != state["config"][k]]:
-            raise UsageError(f"--resume: {folder} was started with --{odd[0].replace('_', '-')} {state['config'][odd[0]]}")
+            raise UsageError(f"--resume: {folder} was started with --{odd[0].replace('_', '-')} "
+                             f"{state['config'][odd[0]]}")
     elif (folder / "last.pt").is_file():
         raise UsageError(f"{folder} holds a run: go on with --resume, or choose another --out")
     scenes, _ = pretraining_scenes(cfg.scenes, cfg.seed, size=128)
@@ -309,8 +310,8 @@ def pretrain(cfg):
     words = Words(scenes, cfg)
     model.to(device)
     wide, narrow = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
-    optimizer = torch.optim.AdamW([dict(params=wide, weight_decay=cfg.weight_decay), dict(params=narrow, weight_decay=0.0)],
-                                  lr=cfg.lr, betas=(.9, .95))
+    optimizer = torch.optim.AdamW([dict(params=wide, weight_decay=cfg.weight_decay),
+                                   dict(params=narrow, weight_decay=0.0)], lr=cfg.lr, betas=(.9, .95))
     start, seconds = 0, 0.0
     if state:
         model.load_state_dict(state["model"])
