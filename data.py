@@ -279,9 +279,11 @@ def load_siim(root, size, seed):
         uids, paths, labels, tubes, masks = zip(*mine) if mine else [[]] * 5
         groups = {} if name == "train" else dict(places=("without tube", "with tube"),
                                                  groups=[2 * y + tube for y, tube in zip(labels, tubes)])
-        masks = drawn_masks(root, uids) or (masks if all(masks) else None)
-        return Samples("siim", name, size, ("healthy", "pneumothorax"), uids, paths, labels, **groups,
-                       masks=masks, pipeline=RADIOGRAPHS, seed=seed)
+        lungs = drawn_masks(root, uids)
+        found = Samples("siim", name, size, ("healthy", "pneumothorax"), uids, paths, labels, **groups,
+                        masks=lungs or (masks if all(masks) else None), pipeline=RADIOGRAPHS, seed=seed)
+        found.masks_tell = lungs is None
+        return found
     return {"train": split("train", lambda r: r[3] is None), "test": split("test", lambda r: r[3] is not None),
             "robust": split("robust", lambda r: r[3] is not None and r[2] != r[3]),
             "non_robust": split("non_robust", lambda r: r[2] == r[3])}

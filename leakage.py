@@ -215,13 +215,13 @@ def pool_by_place(backbone, samples, device="cpu", batch=32, workers=0):
 
 
 def place_of_mask(model, train, samples, device="cpu", batch=32, workers=0):
-    """What the place of the mask does, all else equal -> dict for report.json, None without true masks.
+    """What the place of the mask does, all else equal -> dict for report.json, None without true masks of the object.
 
     Frozen weights, true masks, the mean of the patches, a linear head in closed form fitted on the training split; only
     the place of the mask moves. Worst-group accuracy where the benchmark has places, else accuracy. The weights
     are those that never trained under a mask: stage 1's where there is one.
     """
-    if train.masks is None or samples.masks is None:
+    if train.masks is None or samples.masks is None or samples.masks_tell:
         return None
     backbone = (model.selector or model.predictor).backbone
     fit, test = (pool_by_place(backbone, s, device, batch, workers) for s in (train, samples))

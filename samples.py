@@ -71,6 +71,7 @@ class Samples(torch.utils.data.Dataset):
     a model of another benchmark is evaluated. Raises UsageError for an unreadable file.
     """
     train_masks = False
+    masks_tell = False          # True: masks mark what makes the label, so that no model may be given them
 
     def __init__(self, name, split, size, classes, ids, paths, labels, places=(), groups=None, masks=None,
                  points=None, boxes=None, pipeline=FINE_GRAINED, seed=0, merge=None):

@@ -427,6 +427,9 @@ def train(cfg):
         if samples.masks is None:
             raise UsageError(f"--method {cfg.method} needs true masks, and {cfg.data} has none here; "
                              "unpack its segmentations, or choose another --method")
+        if samples.masks_tell:
+            raise UsageError(f"--method {cfg.method}: the masks of {cfg.data} mark the {samples.classes[1]} and are "
+                             "empty without one, which gives the label away; choose another --method")
         samples.train_masks = True
     per_epoch = len(samples) // cfg.batch
     steps = per_epoch * cfg.epochs

@@ -15,6 +15,7 @@ import baselines
 import data
 import evaluate
 import ifam
+import leakage
 import metrics
 import siim
 import train
@@ -644,6 +645,14 @@ def test_a_mask_is_the_union_of_all_rows_and_is_not_transposed(chests):
     for i in (1, 2, 3, 5):
         expected = np.maximum.reduce(REGIONS.get(i, [region(0, 0, 0, 0)]))
         assert np.array_equal(masks[i], 255 * expected.astype(np.uint8))
+
+
+def test_no_model_is_given_masks_that_are_empty_without_the_disease(chests, tmp_path, capsys):
+    flags = ["--data", "siim", "--root", chests, "--arch", "mini", "--size", "32", "--weights", "none", "--batch", "2", "--out", tmp_path / "run"]
+    for method in ("early-truth", "late-truth"):
+        assert "gives the label away" in fails(train.main, *flags, "--method", method)(capsys) and not (tmp_path / "run").exists()
+    splits = data.load("siim", chests, 32)
+    assert leakage.place_of_mask(None, splits["train"], splits["test"]) is None
 
 
 def test_radiographs_are_squashed_grey_and_normalised_and_monochrome1_is_inverted(chests):
