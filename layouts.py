@@ -104,7 +104,7 @@ class Siim(Miniature):
     Half of the images of each set are positive. In training the tube agrees with the label in 95 % (the benchmark's
     own training set has no tube labels; among its positives with labels 74 % have a tube, among its negatives 13 %).
     The four (label, tube) cells of the test set are equal, so that its robust half (positive without tube, negative
-    with) is as large as the other. The tube lies outside the lungs but for its tip, on either side at random.
+    with) is as large as the other. The tube lies outside the lungs, on either side at random.
     The fine grain is the markings of the lung, and a pneumothorax has none.
 
     With pydicom, Kaggle's layout: DICOM as the benchmark's (JPEG, 1024 x 1024: each drawn pixel a block), train-rle.csv
@@ -112,11 +112,11 @@ class Siim(Miniature):
     code prepares, but .png where it has .dcm, upright masks, and every region in the mask. Both: the lungs, as the
     mask of the object.
     """
-    train: int = opt(1600, "training examples, half of them positive")
+    train: int = opt(2200, "training examples, half of them positive")
     test: int = opt(800, "test examples, a quarter of them in each (label, tube) cell")
     size: int = opt(128, "side of a drawing in pixels; with --dicom a divisor of 1024")
     agreement: float = opt(0.95, "share of each label's training examples whose tube agrees with the label")
-    depth: tuple = opt((0.035, 0.065), "smallest and largest depth of a pneumothorax, as a share of the side")
+    depth: tuple = opt((0.08, 0.13), "smallest and largest depth of a pneumothorax, as a share of the side")
     coat: float = opt(0.5, "strength of the fine grain of a lung, 0..1")
     dicom: bool = opt(find_spec("pydicom") is not None, "Kaggle's layout, which needs pydicom; else the prepared one")
     seed: int = opt(0, "a scene depends on (seed, split, index) only")

@@ -246,11 +246,11 @@ TORSO = poly((-.98, 1.2), (-1.02, .2), (-.97, -.4), (-.8, -.6), (-.3, -.78), (-.
              (.8, -.6), (.97, -.4), (1.02, .2), (.98, 1.2))
 LUNG = np.concatenate([ellipse(-.42, -.1, .33, .6, 180, 360),
                        poly((-.12, .3), (-.2, .46), (-.32, .38), (-.47, .36), (-.62, .44), (-.76, .66))])
-TUBE = poly((-1.05, 1.1), (-.93, .6), (-.88, .15), (-.76, -.15), (-.6, -.34))
+TUBE = poly((-1.05, 1.1), (-.98, .7), (-.95, .3), (-.95, 0), (-.93, -.25))
 
 
 def chest(rng, size, pneumothorax, tube, depth, coat):
-    """A frontal chest: ribs, lungs with fine markings, heart; perhaps a pneumothorax, perhaps a tube from side to lung.
+    """A frontal chest: ribs, lungs with fine markings, heart; perhaps a pneumothorax, perhaps a tube up the side.
 
     A pneumothorax is the part of a lung that lies outside the same lung moved down or inwards by depth (a share of
     the side): a dark crescent at the apex or along the side, without markings, behind a thin bright line. Both

@@ -138,6 +138,9 @@ def test_tube_and_pneumothorax_change_the_chest_only_where_they_are(monkeypatch)
     changed = sick.image != healthy.image
     assert changed[sick.mask == 1].mean() > .9 and (sick.lungs >= sick.mask - .02).all()
     assert (healthy.image != tube.image).mean() < .1 and healthy.image.shape == (128, 128)
+    for row in siim.rows()[:40]:                            # a perfect selector keeps no pixel of a tube
+        bare, tube = siim.scene(row._replace(place=0)), siim.scene(row._replace(place=1))
+        assert (bare.image != tube.image).any() and (bare.image == tube.image)[bare.lungs > 0].all()
 
 
 def test_kaggles_layout_holds_the_drawn_masks_in_one_or_several_rows(tmp_path):
