@@ -18,7 +18,7 @@ import torch.distributed as dist
 import data
 from baselines import build
 from ifam import discretize
-from leakage import measure_leakage, place_of_mask, stage1_classifier, stage2_classifier
+from leakage import Seen, measure_leakage, place_of_mask, stage1_classifier, stage2_classifier
 from metrics import accuracies, ari, foreground_counts, foreground_ious, keypoint_error, landmarks, nmi
 from samples import patch_keep
 from settings import UsageError, at_least, opt, parse, run_script, write_json
@@ -295,8 +295,9 @@ def evaluate(model, samples, train=None, rare=(), device="cpu", batch=32, leakag
         if {"mixed_same", "mixed_rand"} <= found.keys():
             report["bg_gap"] = {stage: background_gap(found, stage) for stage, _ in stages_of(model)}
     backbone = (model.selector or model.predictor).backbone
-    for _, leak, _, classifier in stages:
-        report[leak] = measure_leakage(classifier(model), samples, backbone, device, leakage)
+    seen = Seen(model.selector)
+    leaks = measure_leakage([classifier(model, seen) for *_, classifier in stages], samples, backbone, device, leakage)
+    report |= {leak: found for (_, leak, *_), found in zip(stages, leaks)}
     if report["leakage"] and train is not None:
         report["leakage"]["place_of_mask"] = place_of_mask(model, train, samples, **loading)
     return report

@@ -34,16 +34,18 @@ def attend_all(q, k, v):
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
-def attend_masked(q, k, v, mask, hard=True):
+def attend_masked(q, k, v, mask, hard=True, hidden=()):
     """Attention in which key j weighs m_j: A_ij = m_j exp(s_ij) / sum_k m_k exp(s_ik).
 
     q, k, v (B, T, H, D/H); mask (B, T), 1 = may be read, 0 = nobody reads it (its own row stays finite), with some
     readable key in every row; in between only if hard is False. The gradient for the mask is exact (KeepGradient).
+    hidden: keys and values of further tokens that no image reads, the last ones of mask: for its gradient alone.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                             # (B, H, T, D/H)
-    weight = mask.detach()[:, None, None]                                        # (B, 1, 1, T), never T x T
+    weight = mask.detach()[:, None, None, :k.shape[2]]                           # (B, 1, 1, T), never T x T
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=weight.bool() if hard else weight.log().to(q.dtype))
     if mask.requires_grad:
+        k, v = (torch.cat([x, *(y.transpose(1, 2) for y in more)], 2) for x, more in ((k, hidden[:1]), (v, hidden[1:])))
         # differs from the published code, which casts the mask to bool here and so cuts the gradient to stage 1
         out = KeepGradient.apply(out, q.detach(), k.detach(), v.detach(), mask)
     return out.transpose(1, 2)
@@ -159,7 +161,11 @@ class Block(nn.Module):
         self.ls2 = LayerScale(width, layer_scale)
 
     def forward(self, x, attend):
-        x = x + self.ls1(self.attn(self.norm1(x), attend))
+        return self.add(x, self.attn(self.norm1(x), attend))
+
+    def add(self, x, attended):
+        """The residual stream x (B, T, D) after what attention found, and what the feed-forward layer makes of it."""
+        x = x + self.ls1(attended)
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -222,14 +228,37 @@ class ViT(nn.Module):
         if keep is None:
             return self._run(x, attend_all)
         mask = F.pad(keep.to(torch.promote_types(keep.dtype, torch.float16)), (self.prefix, 0), value=1.0)
-        if not hard or mask.requires_grad:
-            return self._run(x, lambda q, k, v: attend_masked(q, k, v, mask, hard))
-        return self._run_packed(x, mask.bool())
+        if not hard:
+            return self._run(x, lambda q, k, v: attend_masked(q, k, v, mask, hard=False))
+        return self._run_joint(x, mask) if mask.requires_grad else self._run_packed(x, mask.bool())
 
     def _run(self, x, attend):
         for block in self.blocks:
             x = block(x, attend)
         return self.norm(x)
+
+    def _run_joint(self, x, mask):
+        """Every row, and the gradient of the mask, but gradients of tokens only where there are any.
+
+        Nobody reads a dropped token, so nothing flows back into one; the gradient of the mask needs its keys and
+        values, but not theirs. Tokens that every image drops therefore run without autograd: backward costs what is
+        kept. The others, of which an image may drop some, take masked attention.
+        """
+        order, count = self._kept_first(mask.detach())
+        mask, tokens = mask.gather(1, order), x.take_along_dim(order[..., None], 1)
+        head, tail = tokens[:, :count], tokens[:, count:].detach()
+        for block in self.blocks:
+            q, k, v = block.attn.project(block.norm1(head))
+            with torch.no_grad():
+                asked, *hidden = block.attn.project(block.norm1(tail))
+                found = attend_masked(asked, k, v, mask[:, :count].detach())
+                tail = block.add(tail, block.attn.proj(found.flatten(-2)))
+            head = block.add(head, block.attn.proj(attend_masked(q, k, v, mask, hidden=hidden).flatten(-2)))
+        return self.norm(torch.cat([head, tail], 1)).take_along_dim(order.argsort(dim=1)[..., None], 1)
+
+    def _kept_first(self, mask):
+        """mask (B, T) in {0, 1} -> order (B, T) of its tokens, kept ones first, and the most that an image keeps."""
+        return mask.argsort(dim=1, descending=True, stable=True), int(mask.sum(1).max())
 
     def last_attention(self, images):
         """What the last block looks at: images (B, 3, S, S) -> attention (B, H, N), keys (B, H, N, D/H).
@@ -244,7 +273,6 @@ class ViT(nn.Module):
         attention = (q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]
         return attention[..., self.prefix:], k[:, :, self.prefix:]
 
-    @torch.compiler.disable                              # lengths change with every batch: each would be compiled anew
     def _run_packed(self, x, readable):
         lengths = readable.sum(1).tolist()
         packed = self._run(x[readable], lambda q, k, v: attend_packed(q, k, v, lengths))      # (sum of lengths, D)

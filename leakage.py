@@ -1,12 +1,13 @@
 """leakage.py: each way in which the background can reach a prediction, as a number.
 
-    measure_leakage(stage2_classifier(model), samples, model.selector.backbone)     # repaint, gradient, swap, ...
+    measure_leakage([stage2_classifier(model)], samples, model.selector.backbone)   # repaint, gradient, swap, ...
     place_of_mask(model, train, samples)                 # the clean contrast: only the place of the mask moves
 
 For an early, hard mask repaint and gradient are exactly 0, whatever the image. Nothing is drawn at random that a second
 run would draw otherwise. Letters: ifam.py.
 """
 import math
+from collections import deque
 from typing import Callable, NamedTuple
 
 import torch
@@ -27,8 +28,36 @@ class Classifier(NamedTuple):
     mask: str            # where its mask comes from, for the report
 
 
-def stage2_classifier(model):
-    """Stage 2 with its mask held fixed. A model without a mask (erm) is measured under the true one."""
+class Seen:
+    """What a selector makes of images, remembered for the last two batches.
+
+    Both stages are measured on the same images and on the same swapped ones, and stage 1 is most of the cost. Images
+    are compared by value.
+    """
+
+    def __init__(self, selector):
+        self.selector, self.last = selector, deque(maxlen=2)
+
+    def known(self, images):
+        """The Selection of these images if it was asked for lately and has no gradient to give; else None."""
+        for known, first in self.last:
+            if not images.requires_grad and known.shape == images.shape and torch.equal(known, images):
+                return first
+        return None
+
+    def __call__(self, images):
+        first = self.known(images)
+        if first is None:
+            first = self.selector(images)
+            self.last.append((images, first))
+        return first
+
+
+def stage2_classifier(model, seen=None):
+    """Stage 2 with its mask held fixed. A model without a mask (erm) is measured under the true one.
+
+    seen: a Seen of the model's selector, shared with the other stage.
+    """
     if model.needs_truth:
         return Classifier(lambda images, truth: (truth, truth), model.predictor.features, model.predictor.head, "truth")
     if isinstance(model, FoundMask):
@@ -38,20 +67,27 @@ def stage2_classifier(model):
         return Classifier(lambda images, truth: (truth, None), lambda images, held: model.predictor.features(images),
                           model.predictor.head, "truth, the model has none")
 
+    seen = seen or Seen(model.selector)
+
     def find(images, truth):                             # a soft mask hides what a hard one would drop
-        first = model.selector(images)
+        first = seen(images)
         return discretize(first.part_logits), model.mask(first)
     return Classifier(find, model.predictor.features, model.predictor.head, "found")
 
 
-def stage1_classifier(model):
+def stage1_classifier(model, seen=None):
     """The late mask: stage 1 with its part maps held fixed, its features recomputed from the whole image."""
+    seen = seen or Seen(model.selector)
+
     def find(images, truth):
-        first = model.selector(images)
+        first = seen(images)
         return discretize(first.part_logits), first.maps
 
-    def features(images, maps):                          # logits are linear in part features, so means agree
-        return model.selector(images, maps=maps).part_features[:, :-1].mean(1)
+    def features(images, maps):
+        first = seen.known(images)
+        if first is None or first.maps is not maps:
+            first = model.selector(images, maps=maps)
+        return first.part_features[:, :-1].mean(1)       # logits are linear in part features, so means agree
     return Classifier(find, features, model.selector.classifier, "found")
 
 
@@ -131,8 +167,10 @@ LEAKAGE_GROUP = 16         # images that lend each other backgrounds: fixed, so 
 GRADIENTS = 2000           # backward passes of images, at most: many classes mean fewer images
 
 
-def measure_leakage(classifier, samples, backbone, device="cpu", count=0):
-    """Five ways for the background to reach a prediction -> a dict for report.json, None without annotations.
+def measure_leakage(classifiers, samples, backbone, device="cpu", count=0):
+    """Five ways for the background to reach a prediction -> for each classifier a dict for report.json.
+
+    None instead of a dict where there are no annotations and no mask.
 
     repaint and gradient hold the mask fixed: for an early, hard mask they are exactly 0. swap, admitted and probe show
     what that does not cover: the selector's own eyes, patches at the border, and the shape of the mask. Each is
@@ -141,15 +179,21 @@ def measure_leakage(classifier, samples, backbone, device="cpu", count=0):
     indices = torch.linspace(0, len(samples) - 1, min(count or len(samples), len(samples))).round().long()
     indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]     # mixed groups
     groups = [g.tolist() for g in indices.tensor_split(math.ceil(len(indices) / LEAKAGE_GROUP))]
-    rows, budget = {}, max(1, GRADIENTS // samples.outputs)
+    rows, budget = [{} for _ in classifiers], max(1, GRADIENTS // samples.outputs)
     for number, images in enumerate(torch.utils.data.DataLoader(samples, batch_sampler=groups)):
         truth = images["mask"].to(device) if "mask" in images else None
         gradients = max(0, budget - number * LEAKAGE_GROUP)
-        found = leakage_of_group(classifier, images["image"].to(device), truth, backbone, number, gradients)
-        if found is None:
-            return None                                  # no mask of its own and no true one: nothing to hold fixed
-        for name, x in found.items():
-            rows.setdefault(name, []).append(x.cpu())
+        shown = images["image"].to(device)
+        for classifier, mine in zip(classifiers, rows):
+            for name, x in leakage_of_group(classifier, shown, truth, backbone, number, gradients).items():
+                mine.setdefault(name, []).append(x.cpu())
+    return [summary(classifier, mine, samples, indices) for classifier, mine in zip(classifiers, rows)]
+
+
+def summary(classifier, rows, samples, indices):
+    """{name: what leakage_of_group measured, group by group} of the images at these indices -> report, or None."""
+    if not rows:
+        return None                                      # no mask of its own and no true one: nothing to hold fixed
     row = {name: torch.cat(x).double() for name, x in rows.items()}
     mean = lambda name: row[name].mean().item() if name in row and len(row[name]) else None
     probe = None
@@ -174,7 +218,7 @@ def leakage_of_group(classifier, images, truth, backbone, number, gradients):
     with torch.no_grad():
         keep, held = classifier.find(images, None if truth is None else patch_keep(truth, backbone.patch))
         if keep is None:
-            return None
+            return {}
         shown = pixels(keep, backbone.grid, backbone.patch)
         features = classifier.features(images, held)
         row = {"features": features, "keep": keep}

@@ -5,6 +5,7 @@ do not depend on workers, processes or resuming. Coordinates of keypoints and bo
 """
 import os
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,6 +63,9 @@ def pick(values, indices):
     return [values[i] for i in indices]
 
 
+SMALL = 1 << 27            # bytes of images at the model's size: a split below it stays decoded in memory
+
+
 class Samples(torch.utils.data.Dataset):
     """One split of a benchmark. groups[i] = label * len(places) + place; places is () where there are none.
 
@@ -81,6 +85,7 @@ class Samples(torch.utils.data.Dataset):
         self.ids, self.paths, self.masks, self.points, self.boxes = ids, paths, masks, points, boxes
         self.labels = torch.as_tensor(labels, dtype=torch.long)
         self.groups = self.labels if groups is None else torch.as_tensor(groups, dtype=torch.long)
+        self.decoded = {}                                # (path, mode): picture, of a split that is small
         self.group_names = [f"{c} {p}" for c in self.classes for p in self.places] or list(self.classes)
 
     def __len__(self):
@@ -126,12 +131,20 @@ class Samples(torch.utils.data.Dataset):
                                      "unpack the archive again or remove its row")
                 read_image(path)
 
+    def read(self, path, mode):
+        """read_image, once for each file of a small split. The pictures are shared: steps make new ones."""
+        if 3 * self.size ** 2 * len(self) > SMALL or not isinstance(path, Path):
+            return read_image(path, mode)
+        if (path, mode) not in self.decoded:
+            self.decoded[path, mode] = read_image(path, mode)
+        return self.decoded[path, mode]
+
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (None, key)
         sample = {"label": int(self.labels[i]), "group": int(self.groups[i]), "id": self.ids[i]}
         annotated = epoch is None or self.train_masks    # most methods train on images and labels alone
-        view = View(read_image(self.paths[i], "RGB"),
-                    read_image(self.masks[i], "L") if self.masks and annotated else None,
+        view = View(self.read(self.paths[i], "RGB"),
+                    self.read(self.masks[i], "L") if self.masks and annotated else None,
                     *(x[i] if x and epoch is None else None for x in (self.points, self.boxes)))
         if view.mask and view.mask.size != view.image.size:
             raise UsageError(f"mask {self.masks[i]} is {view.mask.size}, its image {view.image.size}; unpack both "

@@ -245,7 +245,8 @@ def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None
         images, labels = (batch[key][part].to(device, non_blocking=True) for key in ("image", "label"))
         noise = draw_noise(model, cfg, step, (rank * share + part).tolist())
         with torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext():
-            out, warped_maps = model.forward_pair(images, ifam.warp(images, affine), noise and noise.to(device),
+            warped = None if model.selector is None else ifam.warp(images, affine)
+            out, warped_maps = model.forward_pair(images, warped, noise and noise.to(device),
                                                   None if keep is None else keep[part])
         terms = loss_terms(model, out, warped_maps, labels, affine, wanted, world)
         loss = sum(wanted[name] * value for name, value in terms.items()) * (len(part) / share)
@@ -390,9 +391,16 @@ def build_model(cfg, device, classes=None):
         freeze_backbone(model.predictor)
     model.to(device)
     if cfg.compile:
-        for stage in filter(None, (model.selector, model.predictor)):
-            stage.compile()
+        compile_stages(model)
     return model
+
+
+def compile_stages(model, **how):
+    """torch.compile both stages, but for what has another shape in every batch and would be compiled anew."""
+    for name in ("_run_packed", "_kept_first"):          # not where they are defined: importing torch.compiler's
+        setattr(ifam.ViT, name, torch.compiler.disable(getattr(ifam.ViT, name)))     # machinery doubles that of torch
+    for stage in filter(None, (model.selector, model.predictor)):
+        stage.compile(**how)
 
 
 def autocast_of(cfg, device):
@@ -434,7 +442,7 @@ def train(cfg):
     per_epoch = len(samples) // cfg.batch
     steps = per_epoch * cfg.epochs
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameter_groups(model, cfg, steps), fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg, steps), fused=device.type in ("cpu", "cuda"))
     averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": averaged}
     start, best = 0, {"split": "val" if val else "none, this is the last epoch", "epoch": 0, "accuracy": None}
@@ -452,9 +460,11 @@ def train(cfg):
     plan = Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world)
     loader = torch.utils.data.DataLoader(samples, batch_sampler=plan, num_workers=cfg.workers,
                                          pin_memory=device.type == "cuda")
-    clock, since = time.perf_counter(), start
+    clock, since, waited = time.perf_counter(), start, 0.0
+    ready = clock                                        # for the next batch
     model.train()
     for step, batch in enumerate(tqdm(loader, cfg.method, unit="step", disable=None if rank == 0 else True), start):
+        waited += time.perf_counter() - ready
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_at(step, steps, group["warmup"])
         terms = gradients(model, cfg, batch, step, rank, world, device, dtype, scaler)
@@ -476,13 +486,15 @@ def train(cfg):
         done, end_of_epoch = step + 1, (step + 1) % per_epoch == 0
         if done % cfg.log_every == 0 or done == steps:
             values = {name: value.item() for name, value in terms.items()}
-            speed = (done - since) * cfg.batch / (time.perf_counter() - clock)
-            clock, since = time.perf_counter(), done
+            seconds = time.perf_counter() - clock
+            speed, waiting = (done - since) * cfg.batch / seconds, waited / seconds
+            clock, since, waited = time.perf_counter(), done, 0.0
             loss = sum(weights(cfg)[name] * value for name, value in values.items())
             log({"step": done, "epoch": done / per_epoch, "lr_factor": lr_at(step, steps), "loss": loss,
-                 **values, "gradient_norm": norm.item() if norm.isfinite() else None, "images_per_second": speed},
+                 **values, "gradient_norm": norm.item() if norm.isfinite() else None, "images_per_second": speed,
+                 "waiting": waiting},
                 f"step {done}/{steps}  loss {loss:.3f}  {'  '.join(f'{n} {v:.3f}' for n, v in values.items())}  "
-                f"{speed:.0f} images/s")
+                f"{speed:.0f} images/s, {waiting:.1%} of the time waiting for data")
         if end_of_epoch:
             now = {"split": best["split"], "epoch": done // per_epoch, "accuracy": None}
             if val:
@@ -498,6 +510,7 @@ def train(cfg):
                 save(folder / "best.pt", rank, cfg, done, best, parts)
         if end_of_epoch or done % cfg.save_every == 0:
             save(folder / "last.pt", rank, cfg, done, best, parts)
+        ready = time.perf_counter()
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -1,4 +1,5 @@
 """Samples, transforms and the loaders of birds against brute force, on a benchmark written by hand in the real layout."""
+import copy
 import csv
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from PIL import Image
 
 import data
+import samples
 import transforms
 from samples import Plan, patch_keep
 from settings import UsageError
@@ -202,6 +204,29 @@ def test_evaluation_view_resizes_the_shorter_side_and_crops_the_centre():
     mean, std = transforms.IMAGENET
     tensor = transforms.to_tensor(view.image)
     assert tensor[1, 2, 3].item() == pytest.approx((np.asarray(view.image)[2, 3, 1] / 255 - mean[1]) / std[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("normalisation", [transforms.IMAGENET, transforms.CHEST, ((0, 0, 0), (1, 1, 1))], ids=str)
+def test_the_tensor_of_an_image_has_the_bits_of_the_formula(normalisation):
+    pixels = np.arange(256 * 3, dtype=np.uint8).reshape(16, 16, 3)                           # every level in each channel
+    mean, std = (np.array(x, dtype=np.float32) for x in normalisation)
+    expected = (pixels.astype(np.float32) / 255 - mean) / std
+    tensor = transforms.to_tensor(Image.fromarray(pixels), normalisation)
+    assert np.array_equal(tensor.permute(1, 2, 0).numpy(), expected) and tensor.is_contiguous()
+
+
+def test_a_small_split_is_decoded_once_and_a_large_one_every_time_with_the_same_samples(birds, monkeypatch):
+    small, large = (copy.copy(data.load("waterbirds", birds, 32)["test"]) for _ in range(2))
+    large.read = lambda path, mode: samples.read_image(path, mode)                           # what a large one does
+    reads, plain = [], samples.read_image
+    monkeypatch.setattr(samples, "read_image", lambda path, mode=None: reads.append(path) or plain(path, mode))
+    for key in (0, (0, 0), (1, 0), 0):
+        for name, expected in large[key].items():
+            assert np.array_equal(small[key][name], expected), name
+    assert reads.count(small.paths[0]) == 1 + 4          # small once, large for each sample
+    monkeypatch.setattr(samples, "SMALL", 3 * 32 ** 2 * len(small) - 1)
+    small[0], small[0]
+    assert reads.count(small.paths[0]) == 1 + 4 + 2
 
 
 def test_patch_keep_equals_counting_pixels_patch_by_patch():

@@ -144,6 +144,29 @@ def test_the_late_classifier_under_test_is_stage_1_itself(trained, test_split):
         assert torch.equal(early.head(early.features(images, early.find(images, None)[1])), out.logits)
 
 
+def test_two_stages_measured_together_have_the_numbers_of_each_alone_and_share_what_stage_1_sees(trained, test_split):
+    model, _ = evaluate.load_model(trained / "best.pt")
+    runs, plain = [], model.selector.backbone.forward
+    model.selector.backbone.forward = lambda images: runs.append(len(images)) or plain(images)
+    stages = leakage.stage2_classifier, leakage.stage1_classifier
+    measure = lambda classifiers: leakage.measure_leakage(classifiers, test_split, model.selector.backbone, count=16)
+    alone = [measure([stage(model)])[0] for stage in stages]
+    assert len(runs) == 2 + (2 + 3 + 1)                  # mask, swap; the same, three repainted, the gradient
+    runs.clear()
+    seen = leakage.Seen(model.selector)
+    assert measure([stage(model, seen) for stage in stages]) == alone
+    assert len(runs) == 6
+
+
+def test_what_was_seen_of_other_images_or_without_their_gradient_is_not_used():
+    seen = leakage.Seen(lambda images: images.sum())
+    images = torch.rand(2, 3, 4, 4)
+    assert seen.known(images) is None
+    first = seen(images)
+    assert seen(images.clone()) is first and seen.known(images.clone().requires_grad_()) is None
+    assert seen.known(images[:1]) is None and seen.known(images + 1e-6) is None
+
+
 def test_the_gradient_at_hidden_pixels_is_that_of_the_whole_jacobian(trained, test_split):
     model, _ = evaluate.load_model(trained / "best.pt")
     images = test_split[0]["image"][None]

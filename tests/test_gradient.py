@@ -206,7 +206,8 @@ def test_one_step_on_the_stage_2_loss_alone_moves_the_prototypes_and_tokens_of_s
 def test_the_gradient_of_the_whole_model_is_that_of_the_formula_in_every_layer(monkeypatch):
     model, loss = published_loss(joint=True, dtype=torch.float64)
     loss.backward()
-    monkeypatch.setattr(ifam, "attend_masked", lambda q, k, v, mask, hard: explicit(q, k, v, mask))
+    formula = lambda vit, x, mask: vit._run(x, lambda q, k, v: explicit(q, k, v, mask))
+    monkeypatch.setattr(ifam.ViT, "_run_joint", formula)
     slow, slow_loss = published_loss(joint=True, dtype=torch.float64)
     slow_loss.backward()
     agrees(loss, slow_loss, 1e-10)
@@ -215,6 +216,28 @@ def test_the_gradient_of_the_whole_model_is_that_of_the_formula_in_every_layer(m
             assert ours.grad is None, name
         else:
             agrees(ours.grad, expected.grad, 1e-8)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("kept", [(0, 3, 25), (4, 9, 1), (0, 0, 0), (25, 25, 25)], ids=str)
+def test_tokens_that_every_image_drops_have_no_gradient_to_compute_and_everything_else_has_that_of_the_formula(
+        kept, pooling, monkeypatch):
+    model, x = tiny(pooling=pooling).double(), pictures(3).double().requires_grad_()
+    keep = torch.zeros(3, 25, dtype=torch.float64)
+    for row, n in zip(keep, kept):
+        row[torch.randperm(25, generator=torch.Generator().manual_seed(n))[:n]] = 1
+    results = []
+    for path in (ifam.ViT._run_joint, lambda vit, x, mask: vit._run(x, lambda q, k, v: explicit(q, k, v, mask))):
+        monkeypatch.setattr(ifam.ViT, "_run_joint", path)
+        mask = keep.clone().requires_grad_()
+        model.zero_grad()
+        tokens = model.predictor.backbone(x, mask)
+        loss = F.cross_entropy(model.predictor(x, mask), torch.tensor([0, 2, 1]))
+        loss.backward(inputs=[x, mask, *model.predictor.parameters()])
+        results.append([tokens, loss, x.grad, mask.grad, *(p.grad for p in model.predictor.parameters())])
+        x.grad = None
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-12)
 
 
 def test_the_gradient_of_a_given_mask_is_what_softening_it_measures():

@@ -272,12 +272,32 @@ def test_a_compiled_model_has_the_gradients_of_a_plain_one():
     for compiled in (False, True):
         model = train.build_model(cfg, torch.device("cpu")).train()
         if compiled:                                     # traced, but not lowered to C++: that would take minutes
-            for stage in (model.selector, model.predictor):
-                stage.compile(backend="aot_eager")
+            train.compile_stages(model, backend="aot_eager")
         train.gradients(model, cfg, batch, 0)
         found.append({n: p.grad for n, p in model.named_parameters()})
     for name, g in found[0].items():
         torch.testing.assert_close(found[1][name], g, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_the_fused_optimizer_takes_the_steps_of_the_plain_one():
+    cfg, weights = config(), []
+    for fused in (True, False):
+        model = train.build_model(cfg, torch.device("cpu")).double()
+        optimizer = torch.optim.AdamW(train.parameter_groups(model, cfg, 10), fused=fused, foreach=False)
+        for step in range(3):
+            g = torch.Generator().manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=g, dtype=p.dtype)
+            optimizer.step()
+        weights.append([p.detach() for p in model.parameters()])
+    for ours, expected in zip(*weights):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-13)
+
+
+def test_a_log_line_says_what_share_of_the_time_the_loop_waited_for_data(tmp_path):
+    folder = run(tmp_path / "run", "--limit", 16, "--log-every", 1)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert all(0 < line["waiting"] < 1 for line in lines if "loss" in line)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_term(tmp_path, capsys):
