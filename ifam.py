@@ -258,7 +258,7 @@ class ViT(nn.Module):
 
     def _kept_first(self, mask):
         """mask (B, T) in {0, 1} -> order (B, T) of its tokens, kept ones first, and the most that an image keeps."""
-        return mask.argsort(dim=1, descending=True, stable=True), int(mask.sum(1).max())
+        return mask.argsort(dim=1, descending=True, stable=True), int((mask > 0).sum(1).max())
 
     def last_attention(self, images):
         """What the last block looks at: images (B, 3, S, S) -> attention (B, H, N), keys (B, H, N, D/H).
