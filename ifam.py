@@ -546,7 +546,8 @@ def build_vit(arch, size, registers=4):
     if isinstance(arch, str):
         name, slash, blocks = arch.partition("/")
         if name not in ARCHS or slash and not blocks.isdecimal():
-            raise ValueError(f"{arch!r} is no architecture: one of {', '.join(ARCHS)}, or b/6 for the first 6 blocks of b")
+            raise ValueError(f"{arch!r} is no architecture: one of {', '.join(ARCHS)}, or b/6 for the first 6 blocks "
+                             "of b")
         arch = {"depth": 12, **ARCHS[name]}
         if slash and not 1 <= int(blocks) <= arch["depth"]:
             raise ValueError(f"{name}/{blocks}: {name} has {arch['depth']} blocks")

@@ -12,6 +12,7 @@ of stage 2's ViT over all tokens. Letters: ifam.py.
 """
 import json
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -27,6 +28,8 @@ import ifam
 from baselines import FoundMask
 from evaluate import pick_device
 from settings import UsageError, at_least, opt, parse, run_script, write_json
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")          # else the profiler prints a line whenever it starts or stops
 
 
 @dataclass
@@ -87,7 +90,7 @@ def clock(device):
 
 
 def in_turn(functions, rounds, device):
-    """Seconds of every function in every round, {name: [seconds]}: one call each to warm up, then one after the other."""
+    """Seconds of every function in every round, {name: [seconds]}, one after the other; a call each to warm up."""
     now, found = clock(device)[1], {name: [] for name in functions}
     for function in functions.values():
         function()
