@@ -239,13 +239,20 @@ OTHERS = {"padded to the longest": attend_padded, "nested tensor": attend_nested
 
 
 @contextmanager
-def attending(attend):
-    """ifam.attend_packed is another function that computes the same."""
-    ours, ifam.attend_packed = ifam.attend_packed, attend
+def replaced(owner, name, other):
+    """A function of ifam.py is another one that computes the same."""
+    ours = getattr(owner, name)
+    setattr(owner, name, other)
     try:
         yield
     finally:
-        ifam.attend_packed = ours
+        setattr(owner, name, ours)
+
+
+def not_packed(vit, images, keep, class_only):
+    """ViT._run_packed as training has it: every token is computed, and dropped ones are masked out of attention."""
+    mask, rows = F.pad(keep.float(), (vit.prefix, 0), value=1.0), (lambda x: x[:, :1]) if class_only else None
+    return vit._run(vit.embed(images), lambda q, k, v: ifam.attend_masked(q, k, v, mask), rows)
 
 
 def forced(counts, patches, generator):
@@ -294,11 +301,14 @@ def forced_masks(cfg):
     for name in list(CASES)[:2]:
         for other, attend in OTHERS.items():
             def call(keep=keeps[name], attend=attend):
-                with attending(attend):
+                with replaced(ifam, "attend_packed", attend):
                     return model(images, keep)
             calls[f"{name}, {other}"], flops[f"{name}, {other}"] = call, flops[name]
-        asking = keeps[name].clone().requires_grad_()    # the path of training, which computes every token
-        calls[f"{name}, not packed"] = lambda keep=asking: model(images, keep)
+
+        def call(keep=keeps[name]):
+            with replaced(ifam.ViT, "_run_packed", not_packed):
+                return model(images, keep)
+        calls[f"{name}, not packed"] = call
         flops[f"{name}, not packed"] = flops["stage 1"] + flops["dense classifier"]
     with autocast(cfg, device):
         seconds = in_turn(calls, cfg.rounds, device)

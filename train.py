@@ -282,8 +282,12 @@ def plain(value):
 
 
 def differences(config, cfg):
-    """Settings of a run that was recorded (a dict) that are not those of cfg -> {name: (then, now)}."""
-    both = {f.name: (config.get(f.name), plain(getattr(cfg, f.name))) for f in fields(Config) if f.name not in FREE}
+    """Settings of a run that was recorded (a dict) that are not those of cfg -> {name: (then, now)}.
+
+    A setting that did not exist then had its default.
+    """
+    both = {f.name: (config.get(f.name, f.default), plain(getattr(cfg, f.name))) for f in fields(Config)
+            if f.name not in FREE}
     return {name: (then, now) for name, (then, now) in both.items() if then != now}
 
 

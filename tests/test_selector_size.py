@@ -14,7 +14,9 @@ import ifam
 import intervene
 import leakage
 import train
+from baselines import build
 from ifam import Noise, discretize
+from settings import parse
 from weights import load_backbone, load_pretrained
 
 
@@ -125,6 +127,16 @@ def test_each_stage_starts_from_the_weights_of_its_own_size(monkeypatch):
     load_pretrained(model, "dinov2", "b", 4, "s/1")
     assert asked == ["dinov2_vits14_reg4_pretrain.pth", "dinov2_vitb14_reg4_pretrain.pth"]
     assert model.selector.backbone.width == 384 and len(model.selector.backbone.blocks) == 1 and model.predictor.backbone.width == 768
+
+
+def test_a_run_from_before_these_options_had_their_defaults():
+    cfg = parse(train.Config, "", ["--mini"], train.preset)
+    old = {name: value for name, value in vars(cfg).items() if not name.startswith("selector")}
+    assert train.differences(old, cfg) == {}
+    model = build(old, 2)
+    assert model.selector.given is None and model.selector.backbone.grid == model.grid == (12, 12)
+    cfg.selector_size = 48
+    assert train.differences(old, cfg) == {"selector_size": (0, 48)}
 
 
 # ---------------------------------------------------------------- the scripts

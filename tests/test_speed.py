@@ -53,8 +53,12 @@ def test_every_way_to_attend_within_packed_images_gives_the_same_logits(other, k
     model, x = tiny(pooling=pooling), pictures(4)
     with torch.no_grad():
         expected = model(x, keep).logits
-        with speed.attending(speed.OTHERS[other]):
+        with speed.replaced(ifam, "attend_packed", speed.OTHERS[other]):
             agrees(model(x, keep).logits, expected)
+        with speed.replaced(ifam.ViT, "_run_packed", speed.not_packed):
+            agrees(model(x, keep).logits, expected)
+            asked = counted(lambda: model.predictor(x, keep))
+    assert asked == 4 * speed.stage2_flops(model.predictor)                      # it does compute every token
     assert ifam.attend_packed is not speed.OTHERS[other]
 
 
