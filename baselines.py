@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from ifam import IFAM, Noise, Output, Predictor, Selector, build_vit, discretize
+from ifam import IFAM, Noise, Output, Predictor, Selector, build_vit
 
 
 # ---------------------------------------------------------------- a backbone and a head
@@ -241,7 +241,7 @@ class PDiscoFormer(IFAM):
         self.dropout2 = 0.0
 
     def second_stage(self, images, first, noise=Noise(), keep=None):
-        keep = discretize(first.part_logits) if keep is None else keep
+        keep = self.mask(first) if keep is None else keep
         return Output(first.logits, first.logits, first.maps, keep, first.part_logits, first.part_features)
 
 
@@ -251,7 +251,8 @@ PRETRAINED = ("frozen", "ep", "aim", "early-found", "late-found")               
 METHODS = ("ifam", "pdiscoformer", "erm", "frozen", "ep", "aim", *GIVEN)
 TAKES = {   # settings that only these methods have; all others have no such thing, and refuse the flag
     **dict.fromkeys(("k", "tau", "part_dropout1", "train_tokens", "shaping"), ("ifam", "pdiscoformer")),
-    **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "freeze_stage2"), ("ifam",)),
+    **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "freeze_stage2", "selector_size",
+                     "selector_arch"), ("ifam",)),
     "pooling": ("ifam", *GIVEN), "train_backbone": ("ep", "aim")}
 
 
@@ -272,4 +273,6 @@ def build(settings, classes):
     if method == "pdiscoformer":
         return PDiscoFormer(**shared, **parts)
     return IFAM(**shared, **parts, dropout2=settings["part_dropout2"], joint=settings["joint"],
-                masking=settings["masking"], hardness=settings["hardness"], pooling=settings["pooling"])
+                masking=settings["masking"], hardness=settings["hardness"], pooling=settings["pooling"],
+                # checkpoints from before these options do not have them
+                selector_arch=settings.get("selector_arch"), selector_size=settings.get("selector_size"))

@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 import data
 from baselines import build
-from ifam import discretize
 from leakage import Seen, measure_leakage, place_of_mask, stage1_classifier, stage2_classifier
 from metrics import accuracies, ari, foreground_counts, foreground_ious, keypoint_error, landmarks, nmi
 from samples import patch_keep
@@ -49,6 +48,7 @@ class Config(OnCheckpoint):
     leakage: int = opt(500, "images that leakage is measured on, spread evenly over the split (0: all)")
     kp_normalise: bool = opt(False, "keypoint metrics: normalise images as in training; the published ones are taken "
                              "without")
+    speed: bool = opt(False, "also measure time, operations and memory, relative to one dense ViT")
     adversarial: bool = opt(False, "imagenet9: each object on every background until one fools the model (hours)")
 
 
@@ -146,7 +146,7 @@ def predict(model, samples, batch=32, device="cpu", workers=0):
         one = {"logits": out.logits.float()}
         maps = out.maps
         if maps is not None:
-            one |= {"logits_stage1": out.logits_stage1.float(), "keep": discretize(out.part_logits)}
+            one |= {"logits_stage1": out.logits_stage1.float(), "keep": model.mask(out)}
         elif out.keep is not None:                       # a mask without parts: one map for it, one for the rest
             one["keep"] = out.keep
             maps = torch.stack([out.keep, 1 - out.keep], 1).unflatten(2, model.predictor.backbone.grid)
@@ -294,7 +294,7 @@ def evaluate(model, samples, train=None, rare=(), device="cpu", batch=32, leakag
         report["sets"] = found = measure_sets(model, samples, result, sets, metrics, **loading)
         if {"mixed_same", "mixed_rand"} <= found.keys():
             report["bg_gap"] = {stage: background_gap(found, stage) for stage, _ in stages_of(model)}
-    backbone = (model.selector or model.predictor).backbone
+    backbone = (model.predictor or model.selector).backbone                      # whose patches a mask hides
     seen = Seen(model.selector)
     leaks = measure_leakage([classifier(model, seen) for *_, classifier in stages], samples, backbone, device, leakage)
     report |= {leak: found for (_, leak, *_), found in zip(stages, leaks)}
@@ -366,6 +366,13 @@ def table(report, second="early, hard"):
     return "\n".join(lines)
 
 
+def measure_speed(model, samples, device, batch):
+    """What speed.measure finds on the first images of a split, at most a batch."""
+    import speed                                         # here: it uses this module
+    images = torch.utils.data.default_collate([samples[i] for i in range(min(batch, len(samples)))])
+    return speed.measure(model, images["image"].to(device), given_mask(model, images, device))
+
+
 def open_split(cfg, trained, outputs):
     """-> (name for the report, the split to measure on, the training split or None, {name: other sets})."""
     name = cfg.data or trained["data"]
@@ -392,6 +399,7 @@ def open_split(cfg, trained, outputs):
 def main(argv=None):
     import figures                                       # here: training uses this module and needs no matplotlib
     import intervene
+    import speed
     cfg = parse(Config, __doc__, argv)
     at_least(cfg, limit=0, leakage=0, workers=0, batch=1)
     device = pick_device(cfg.device)
@@ -427,6 +435,9 @@ def main(argv=None):
     print(table(report, f"{trained['masking']}, {trained['hardness']}"))
     if paper:
         print(f"  the paper's iFAM with K = {trained['k']}: " + ", ".join(f"{n} {v}" for n, v in paper.items()))
+    if cfg.speed:
+        report["speed"] = measure_speed(model, samples, device, cfg.batch)
+        print(speed.summary(report["speed"]))
     if cfg.adversarial:
         print("  adversarial backgrounds: challenge accuracy {challenge_accuracy:.1f} ({vulnerable} of {objects} "
               "objects vulnerable)".format(**report["adversarial"]))

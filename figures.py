@@ -26,9 +26,15 @@ def to_picture(image, normalisation):
     return (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
+def as_seen(selector, image, normalisation):
+    """The picture of an image as large as stage 1 sees it, so that its patches are whole pixels."""
+    return to_picture(selector.shrink(image[None])[0], normalisation)
+
+
 def spread(patches, size):
-    """(h, w, ...) -> (size, size, ...): every patch as a square of its value."""
-    return patches.repeat(size // patches.shape[0], 0).repeat(size // patches.shape[1], 1)
+    """(h, w, ...) -> (size, size, ...): every patch as a square of its value, as nearly as whole pixels allow."""
+    rows, columns = (np.arange(size) * n // size for n in patches.shape[:2])
+    return patches[rows][:, columns]
 
 
 def overlay(picture, parts, k, opacity=0.6):
@@ -45,12 +51,11 @@ def parts(model, samples, path, device="cpu", count=8):
     batch = [samples[i] for i in chosen]
     out = model(torch.stack([b["image"] for b in batch]).to(device))
     guesses = samples.answers(out.logits.cpu()).tolist()
-    h, w = out.maps.shape[2:]
-    k = out.maps.shape[1] - 1
+    (h, w), k = out.maps.shape[2:], out.maps.shape[1] - 1
     figure, axes = plt.subplots(3, len(batch), figsize=(1.6 * len(batch), 5.4), squeeze=False)
     for column, sample in enumerate(batch):
         picture = to_picture(sample["image"], samples.normalisation)
-        keep = spread(out.keep[column].clamp(0, 1).view(h, w).cpu().numpy(), len(picture))[..., None]
+        keep = spread(out.keep[column].clamp(0, 1).view(model.grid).cpu().numpy(), len(picture))[..., None]
         assigned = out.part_logits[column].argmax(0).view(h, w).cpu().numpy()
         for row, shown in enumerate((picture, overlay(picture, assigned, k), picture * keep + 0.93 * (1 - keep))):
             axes[row, column].imshow(shown, interpolation="nearest")
@@ -108,13 +113,13 @@ def part_sheet(model, samples, part, census, title, path, device="cpu", columns=
     figure, axes = plt.subplots(2, 1, figsize=(11, 9.6), height_ratios=(4, 2))
     if len(have):
         strongest = have[census.closest[have, part].argsort(stable=True)][:4 * columns].tolist()
-        picture = {i: to_picture(samples[i]["image"], samples.normalisation) for i in strongest}
+        picture = {i: as_seen(model.selector, samples[i]["image"], samples.normalisation) for i in strongest}
         axes[0].imshow(mosaic([neighbourhood(picture[i], patch, *divmod(census.where[i, part].item(), w), colour)
                                for i in strongest], columns), interpolation="nearest")
         spread_out = have[torch.linspace(0, len(have) - 1, min(columns, len(have))).round().long()].tolist()
         images = torch.stack([samples[i]["image"] for i in spread_out])
         assigned = model.selector(images.to(device)).part_logits.argmax(1).view(-1, h, w).cpu().numpy()
-        scenes = [to_picture(x, samples.normalisation) for x in images]
+        scenes = [as_seen(model.selector, x, samples.normalisation) for x in images]
         shown = [overlay(x, np.where(a == part, part, k), k) for x, a in zip(scenes, assigned)]
         blank = [np.ones_like(scenes[0])] * (columns - len(scenes))
         axes[1].imshow(mosaic([*scenes, *blank, *shown], columns), interpolation="nearest")
@@ -150,7 +155,7 @@ def removals(model, samples, before, steps, path, device="cpu", count=8):
     rows = [("parts", start), *[(name, parts_of(limits)) for name, limits in steps]]
     for column, i in enumerate(chosen):
         sample = samples[pick[i]]
-        picture = to_picture(sample["image"], samples.normalisation)
+        picture = as_seen(model.selector, sample["image"], samples.normalisation)
         axes[0, column].imshow(picture, interpolation="nearest")
         axes[0, column].set_title(samples.group_names[sample["group"]].replace(" on ", "\non "), fontsize=8)
         for row, (name, assigned) in enumerate(rows, 1):
@@ -168,6 +173,22 @@ def removals(model, samples, before, steps, path, device="cpu", count=8):
     figure.suptitle(f"left: the {len(most)} of {len(pick)} images that lose most; right: others, spread over the split",
                     fontsize=9)
     legend(figure, k)
+    save(figure, path)
+
+
+def growth(found, path):
+    """Time and peak memory against tokens, K and batch, as speed.growth measures them; slopes in the legends."""
+    figure, axes = plt.subplots(2, len(found), figsize=(3.6 * len(found), 6), sharex="col")
+    for column, (name, rows) in enumerate(found.items()):
+        for row, (unit, label, scale) in enumerate((("seconds", "seconds", 1), ("bytes", "peak memory, MB", 1e6))):
+            for what, colour in zip(rows["exponents"], OKABE_ITO[4:]):
+                if unit in rows["exponents"][what]:
+                    axes[row, column].loglog(rows["x"], [y / scale for y in rows[what][unit]], "o-", color=colour,
+                                             label=f"{what}: power {rows['exponents'][what][unit]:.2f}")
+            axes[row, column].legend(fontsize=8)
+            axes[row, 0].set_ylabel(label)
+        axes[1, column].set_xlabel(name)
+    figure.tight_layout()
     save(figure, path)
 
 

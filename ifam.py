@@ -51,9 +51,13 @@ def attend_masked(q, k, v, mask, hard=True, hidden=()):
     return out.transpose(1, 2)
 
 
-def attend_packed(q, k, v, lengths):
-    """Attention within each image of a packed batch. q, k, v (sum of lengths, H, D/H); lengths: tokens per image."""
-    images = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v)))    # each (1, H, t, D/H)
+def attend_packed(q, k, v, lengths, asked=None):
+    """Attention within each image of a packed batch. k, v (sum of lengths, H, D/H); lengths: tokens per image.
+
+    q (sum of asked, H, D/H); asked: queries per image, by default all tokens ask.
+    """
+    split = ((q, asked or lengths), (k, lengths), (v, lengths))
+    images = zip(*(x.transpose(0, 1)[None].split(parts, dim=2) for x, parts in split))   # each (1, H, t, D/H)
     return torch.cat([F.scaled_dot_product_attention(*image) for image in images], dim=2)[0].transpose(0, 1)
 
 
@@ -104,6 +108,12 @@ class PatchEmbed(nn.Module):
     def forward(self, images):
         return self.proj(images).flatten(2).mT                                   # (B, N, D), row by row
 
+    def some(self, images, keep):
+        """The rows of forward() where keep (B, N) is True -> (kept, D). No pixel of another patch is read."""
+        P = self.proj.kernel_size[0]
+        patches = images.unflatten(3, (-1, P)).unflatten(2, (-1, P)).permute(0, 2, 4, 1, 3, 5)   # (B, h, w, 3, P, P)
+        return F.linear(patches[keep.view(patches.shape[:3])].flatten(1), self.proj.weight.flatten(1), self.proj.bias)
+
 
 class Attention(nn.Module):
     def __init__(self, width, heads):
@@ -116,8 +126,13 @@ class Attention(nn.Module):
         """-> queries, keys, values, each (..., H, D/H)."""
         return self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
 
-    def forward(self, x, attend):
-        return self.proj(attend(*self.project(x)).flatten(-2))
+    def forward(self, x, attend, rows=None):
+        """rows: a function that takes the rows that ask out of x; None: all do."""
+        if rows is None:
+            return self.proj(attend(*self.project(x)).flatten(-2))
+        parts = [w.split(x.shape[-1]) for w in (self.qkv.weight, self.qkv.bias)]         # of queries, keys, values
+        q, k, v = (F.linear(y, *part).unflatten(-1, (self.heads, -1)) for y, part in zip((rows(x), x, x), zip(*parts)))
+        return self.proj(attend(q, k, v).flatten(-2))
 
 
 class Mlp(nn.Module):
@@ -160,8 +175,9 @@ class Block(nn.Module):
         self.mlp = {"mlp": Mlp, "swiglu": SwiGLU}[ffn](width, hidden)
         self.ls2 = LayerScale(width, layer_scale)
 
-    def forward(self, x, attend):
-        return self.add(x, self.attn(self.norm1(x), attend))
+    def forward(self, x, attend, rows=None):
+        """rows: a function that takes out of x the rows that anybody will read; only they are computed."""
+        return self.add(x if rows is None else rows(x), self.attn(self.norm1(x), attend, rows))
 
     def add(self, x, attended):
         """The residual stream x (B, T, D) after what attention found, and what the feed-forward layer makes of it."""
@@ -203,57 +219,73 @@ class ViT(nn.Module):
         """The parameters that stay trainable when the blocks are frozen (paper, appendix A.1)."""
         return [t for t in (self.cls_token, self.register_tokens, self.pos_embed) if t is not None]
 
-    def embed(self, images):
-        """images (B, 3, h*patch, w*patch) -> tokens (B, T, D) before the first block."""
-        B, _, height, across = images.shape
+    def fit(self, images):
+        """ValueError for images of another size than the model's; the first ones settle a grid that is not known."""
+        height, across = images.shape[2:]
         size = (self.grid[0] * self.patch, self.grid[1] * self.patch)
         if (height, across) != size:
             whole = height % self.patch == 0 and across % self.patch == 0
             if self.grid_is_known or not whole or height * across != size[0] * size[1]:
                 raise ValueError(f"images are {height}x{across} pixels, the model was built for {size[0]}x{size[1]}")
             self.grid = (height // self.patch, across // self.patch)
-        self.grid_is_known = True                        # from the first images on
-        x = torch.cat([self.cls_token.expand(B, -1, -1), self.patch_embed(images)], dim=1) + self.pos_embed
-        if self.register_tokens is not None:                                     # registers have no position
-            x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], dim=1)
-        return x
+        self.grid_is_known = True
 
-    def forward(self, images, keep=None, hard=True):
+    def before_patches(self):
+        """Class token and registers before the first block (1+R, D); registers have no position."""
+        first = self.cls_token[0] + self.pos_embed[0, :1]
+        return first if self.register_tokens is None else torch.cat([first, self.register_tokens[0]])
+
+    def embed(self, images):
+        """images (B, 3, h*patch, w*patch) -> tokens (B, T, D) before the first block."""
+        self.fit(images)
+        patches = self.patch_embed(images) + self.pos_embed[:, 1:]
+        return torch.cat([self.before_patches().expand(len(images), -1, -1), patches], dim=1)
+
+    def forward(self, images, keep=None, hard=True, class_only=False):
         """images (B, 3, S, S), keep (B, N) or None for all -> tokens (B, T, D) after the final norm.
 
-        A hard mask that needs no gradient takes the packed path: only kept tokens are computed, and the rows of
-        dropped patches are returned as zeros. Kept rows equal those of the dense path to rounding.
+        class_only: only the class token, (B, 1, D); then the last block computes nothing for the others but the keys
+        and values that it reads. A hard mask that needs no gradient takes the packed path: only kept tokens are
+        computed, and the rows of dropped patches are returned as zeros. What is kept equals the dense path to rounding.
         """
-        x = self.embed(images)
+        rows = (lambda x: x[:, :1]) if class_only else None
         if keep is None:
-            return self._run(x, attend_all)
+            return self._run(self.embed(images), attend_all, rows)
         mask = F.pad(keep.to(torch.promote_types(keep.dtype, torch.float16)), (self.prefix, 0), value=1.0)
         if not hard:
-            return self._run(x, lambda q, k, v: attend_masked(q, k, v, mask, hard=False))
-        return self._run_joint(x, mask) if mask.requires_grad else self._run_packed(x, mask.bool())
+            return self._run(self.embed(images), lambda q, k, v: attend_masked(q, k, v, mask, hard=False), rows)
+        if mask.requires_grad:
+            return self._run_joint(self.embed(images), mask, class_only)
+        return self._run_packed(images, keep.bool(), class_only)
 
-    def _run(self, x, attend):
-        for block in self.blocks:
+    def _run(self, x, attend, rows=None):
+        for block in self.blocks[:-1]:
             x = block(x, attend)
-        return self.norm(x)
+        return self.norm(self.blocks[-1](x, attend, rows))
 
-    def _run_joint(self, x, mask):
-        """Every row, and the gradient of the mask, but gradients of tokens only where there are any.
+    def _run_joint(self, x, mask, class_only):
+        """forward() with the gradient of the mask, but gradients of tokens only where there are any.
 
         Nobody reads a dropped token, so nothing flows back into one; the gradient of the mask needs its keys and
         values, but not theirs. Tokens that every image drops therefore run without autograd: backward costs what is
         kept. The others, of which an image may drop some, take masked attention.
         """
-        order, count = self._kept_first(mask.detach())
+        order, count = self._kept_first(mask.detach())                           # the class token stays the first
         mask, tokens = mask.gather(1, order), x.take_along_dim(order[..., None], 1)
         head, tail = tokens[:, :count], tokens[:, count:].detach()
         for block in self.blocks:
+            one = class_only and block is self.blocks[-1]
             q, k, v = block.attn.project(block.norm1(head))
             with torch.no_grad():
                 asked, *hidden = block.attn.project(block.norm1(tail))
-                found = attend_masked(asked, k, v, mask[:, :count].detach())
-                tail = block.add(tail, block.attn.proj(found.flatten(-2)))
+                if not one:
+                    found = attend_masked(asked, k, v, mask[:, :count].detach())
+                    tail = block.add(tail, block.attn.proj(found.flatten(-2)))
+            if one:
+                q, head = q[:, :1], head[:, :1]
             head = block.add(head, block.attn.proj(attend_masked(q, k, v, mask, hidden=hidden).flatten(-2)))
+        if class_only:
+            return self.norm(head)
         return self.norm(torch.cat([head, tail], 1)).take_along_dim(order.argsort(dim=1)[..., None], 1)
 
     def _kept_first(self, mask):
@@ -273,10 +305,22 @@ class ViT(nn.Module):
         attention = (q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]
         return attention[..., self.prefix:], k[:, :, self.prefix:]
 
-    def _run_packed(self, x, readable):
-        lengths = readable.sum(1).tolist()
-        packed = self._run(x[readable], lambda q, k, v: attend_packed(q, k, v, lengths))      # (sum of lengths, D)
-        return packed.new_zeros(x.shape).masked_scatter(readable[..., None], packed)
+    def _run_packed(self, images, keep, class_only):
+        """forward() for keep (B, N) of True and False: the tokens of all images one after the other, no padding."""
+        self.fit(images)
+        B, P, patch = len(images), self.prefix, keep.nonzero()[:, 1]
+        own = self.patch_embed.some(images, keep) + self.pos_embed[0, 1 + patch]                 # (kept, D)
+        tokens = torch.cat([self.before_patches().to(own.dtype).repeat(B, 1), own])
+        where = torch.cat([torch.arange(B * P, device=keep.device).view(B, P),                   # (B, T), in `tokens`
+                           B * P - 1 + keep.flatten().cumsum(0).view(keep.shape)], dim=1)
+        readable = F.pad(keep, (P, 0), value=True)
+        lengths = readable.sum(1)
+        first, lengths = lengths.cumsum(0) - lengths, lengths.tolist()
+        asked, rows = ([1] * B, lambda x: x[first]) if class_only else (None, None)
+        one = lambda q, k, v: attend_packed(q, k, v, lengths, asked if len(q) == B else None)
+        packed = self._run(tokens[where[readable]], one, rows)
+        return packed[:, None] if class_only else packed.new_zeros(*where.shape, self.width).masked_scatter(
+            readable[..., None], packed)
 
 
 # ---------------------------------------------------------------- stage 1: the selector
@@ -316,11 +360,12 @@ class Selector(nn.Module):
     On its own this is the late, soft mask of the comparison: its features have seen the whole image.
     """
 
-    def __init__(self, backbone, classes, k, tau=1.0, dropout=0.3):
+    def __init__(self, backbone, classes, k, tau=1.0, dropout=0.3, given=None):
         super().__init__()
         if k < 1:
             raise ValueError(f"the number of parts must be at least 1, not {k}")
         self.backbone, self.k, self.tau, self.dropout = backbone, k, tau, dropout
+        self.given = given       # (height, width) of the images it is given, where it looks at smaller ones
         self.prototypes = nn.Parameter(torch.randn(k + 1, backbone.width) * 0.02)
         self.modulation = nn.LayerNorm((k + 1, backbone.width), eps=1e-5)
         self.classifier = nn.Linear(backbone.width, classes, bias=False)
@@ -331,9 +376,19 @@ class Selector(nn.Module):
         """images (B, 3, S, S) -> Selection. maps (B, K+1, h, w), if given, replace the discovered ones."""
         return self.select(self.features(images), noise, maps)
 
+    def shrink(self, images):
+        """Images or masks (B, c, S, S) as large as the backbone sees them; usually as they are."""
+        if self.given is None:
+            return images
+        if images.shape[2:] != self.given:
+            raise ValueError("images are {}x{} pixels, the model was built for {}x{}".format(*images.shape[2:],
+                                                                                             *self.given))
+        size = tuple(n * self.backbone.patch for n in self.backbone.grid)
+        return images if size == self.given else F.interpolate(images, size, mode="bilinear", antialias=True)
+
     def features(self, images):
-        """images (B, 3, S, S) -> patch features (B, N, D)."""
-        return self.backbone(images)[:, self.backbone.prefix:]
+        """images (B, 3, S, S) -> patch features (B, N, D), N patches of the image that the backbone sees."""
+        return self.backbone(self.shrink(images))[:, self.backbone.prefix:]
 
     def select(self, features, noise=Noise(), maps=None):
         """The head of stage 1 alone: patch features (B, N, D) -> Selection."""
@@ -421,7 +476,8 @@ class Predictor(nn.Module):
 
     def features(self, images, keep=None):
         """What the head reads: images (B, 3, S, S), keep (B, N) or None for everything -> (B, D)."""
-        tokens = self.backbone(images, keep if self.masking == "early" else None, self.hardness == "hard")
+        tokens = self.backbone(images, keep if self.masking == "early" else None, self.hardness == "hard",
+                               class_only=self.pooling == "cls")
         if self.pooling == "cls":
             return self.fc_norm(tokens[:, 0])
         patches = tokens[:, self.backbone.prefix:]
@@ -448,17 +504,20 @@ class Output(NamedTuple):
 class IFAM(nn.Module):
     """Inherently faithful attention maps: selector, discretizer, masked predictor (paper section 3).
 
-    classes C, k parts, arch a name in ARCHS or a dict of ViT's arguments, size in pixels. joint=False cuts the
-    gradient of the stage-2 loss at the mask, which is what the published code does. ValueError for settings that do
-    not fit.
+    classes C, k parts, arch as build_vit has it, size in pixels. joint=False cuts the gradient of the stage-2 loss at
+    the mask, which is what the published code does. selector_arch, selector_size: a smaller stage 1, which looks at the
+    image at a smaller size; its part maps have its own grid, the mask has that of stage 2. Past the paper. ValueError
+    for settings that do not fit.
     """
 
     needs_truth = False      # True for the baselines that are given the true mask
 
     def __init__(self, classes, k=8, arch="b", size=518, registers=4, masking="early", hardness="hard", pooling="cls",
-                 joint=True, tau=1.0, dropout1=0.3, dropout2=0.3):
+                 joint=True, tau=1.0, dropout1=0.3, dropout2=0.3, selector_arch=None, selector_size=None):
         super().__init__()
-        self.selector = Selector(build_vit(arch, size, registers), classes, k, tau, dropout1)
+        small = build_vit(selector_arch or arch, selector_size or size, registers)
+        given = ((size, size) if isinstance(size, int) else tuple(size)) if selector_size or selector_arch else None
+        self.selector = Selector(small, classes, k, tau, dropout1, given)
         self.predictor = Predictor(build_vit(arch, size, registers), classes, masking, hardness, pooling)
         self.joint, self.dropout2 = joint, dropout2
 
@@ -485,18 +544,29 @@ class IFAM(nn.Module):
     def second_stage(self, images, first, noise=Noise(), keep=None):
         """Mask (discovered from the stage-1 Selection, or given) and prediction -> Output."""
         if keep is None:
-            keep = self.mask(first, noise)
-        elif keep.shape != (len(images), first.part_logits.shape[2]):
-            raise ValueError(f"keep is {tuple(keep.shape)}, not {(len(images), first.part_logits.shape[2])}")
+            keep = self.mask(first, noise, self.predictor.hardness == "hard")
+        elif keep.shape != (len(images), math.prod(self.grid)):
+            raise ValueError(f"keep is {tuple(keep.shape)}, not {(len(images), math.prod(self.grid))}")
         elif self.predictor.hardness == "hard" and not ((keep == 0) | (keep == 1)).all():
             raise ValueError('keep has values other than 0 and 1; a soft mask needs hardness="soft"')
         logits = self.predictor(images, keep if self.joint else keep.detach())
         return Output(logits, first.logits, first.maps, keep, first.part_logits, first.part_features)
 
-    def mask(self, first, noise=Noise()):
-        """The mask that stage 2 gets from a stage-1 Selection: keep (B, N), as hard as the predictor wants it."""
-        return discretize(first.part_logits, noise.keep, noise.parts2, self.selector.tau,
-                          self.predictor.hardness == "hard")
+    @property
+    def grid(self):
+        """(h, w) of masks: the patches of stage 2, or of stage 1 where it is alone."""
+        return (self.predictor or self.selector).backbone.grid
+
+    def mask(self, first, noise=Noise(), hard=True):
+        """The mask of a stage-1 Selection on the grid of stage 2: keep (B, N). first: all that has part_logits.
+
+        Each patch takes the value where its centre lies, so that a hard mask stays hard.
+        """
+        keep = discretize(first.part_logits, noise.keep, noise.parts2, self.selector.tau, hard)
+        if self.selector.given is None:
+            return keep
+        own = keep.unflatten(1, self.selector.backbone.grid)[:, None]
+        return F.interpolate(own, self.grid, mode="nearest-exact").flatten(1)
 
     def draw_noise(self, count):
         """Noise of `count` images in training (from torch's global generator), none in evaluation."""
@@ -508,8 +578,17 @@ class IFAM(nn.Module):
 
 
 def build_vit(arch, size, registers=4):
-    """A ViT of a named or given architecture: arch in ARCHS, or a dict of ViT's arguments."""
-    return ViT(size=size, **{"registers": registers, **(ARCHS[arch] if isinstance(arch, str) else arch)})
+    """A ViT: arch is a name in ARCHS, "b/6" for the first 6 blocks of one, or a dict of ViT's arguments."""
+    if isinstance(arch, str):
+        name, slash, blocks = arch.partition("/")
+        if name not in ARCHS or slash and not blocks.isdecimal():
+            raise ValueError(f"{arch!r} is no architecture: one of {', '.join(ARCHS)}, or b/6 for the first 6 blocks "
+                             "of b")
+        arch = {"depth": 12, **ARCHS[name]}
+        if slash and not 1 <= int(blocks) <= arch["depth"]:
+            raise ValueError(f"{name}/{blocks}: {name} has {arch['depth']} blocks")
+        arch["depth"] = int(blocks or arch["depth"])
+    return ViT(size=size, **{"registers": registers, **arch})
 
 
 # ---------------------------------------------------------------- part losses

@@ -31,7 +31,6 @@ from tqdm import tqdm
 
 import figures
 from evaluate import OnCheckpoint, load_model, open_split, pick_device
-from ifam import discretize
 from metrics import accuracies
 from settings import UsageError, at_least, opt, parse, run_script, write_json
 
@@ -147,7 +146,7 @@ def predict_each(model, samples, options, device="cpu", batch=32, workers=0):
                 selector.limits = None if limits is None else limits.to(device)
                 first = selector.select(features)
                 logits = model.second_stage(images, first).logits
-                rows.append((logits.float().cpu(), discretize(first.part_logits).sum(1).cpu()))
+                rows.append((logits.float().cpu(), model.mask(first).sum(1).cpu()))
     finally:
         selector.limits = None
     gather = lambda rows: [torch.cat(column) for column in zip(*rows)]
@@ -159,7 +158,7 @@ class Trials:
 
     def __init__(self, model, samples, **loading):
         self.model, self.samples, self.loading = model, samples, loading
-        self.patches = math.prod(model.selector.backbone.grid)
+        self.patches = math.prod(model.grid)
         self.thresholds = {None: None}                   # {q: (K,) squared distances}
         self.rows, self.census = {}, None
 

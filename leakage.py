@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from baselines import FoundMask
-from ifam import discretize
 from metrics import accuracies
 from samples import patch_keep
 
@@ -71,7 +70,7 @@ def stage2_classifier(model, seen=None):
 
     def find(images, truth):                             # a soft mask hides what a hard one would drop
         first = seen(images)
-        return discretize(first.part_logits), model.mask(first)
+        return model.mask(first), model.mask(first, hard=model.predictor.hardness == "hard")
     return Classifier(find, model.predictor.features, model.predictor.head, "found")
 
 
@@ -81,7 +80,7 @@ def stage1_classifier(model, seen=None):
 
     def find(images, truth):
         first = seen(images)
-        return discretize(first.part_logits), first.maps
+        return model.mask(first), first.maps
 
     def features(images, maps):
         first = seen.known(images)
@@ -242,14 +241,16 @@ def leakage_of_group(classifier, images, truth, backbone, number, gradients):
 
 # ---------------------------------------------------------------- the clean contrast
 @torch.no_grad()
-def pool_by_place(backbone, samples, device="cpu", batch=32, workers=0):
+def pool_by_place(backbone, samples, device="cpu", batch=32, workers=0, shrink=lambda images: images):
     """Mean patch feature of each image, {"none", "late", "early"}: (n, D), by where the true mask acts.
 
-    none: nowhere. late: on the pooling alone, after full attention. early: on attention and pooling.
+    none: nowhere. late: on the pooling alone, after full attention. early: on attention and pooling. shrink: what makes
+    images and masks as large as the backbone sees them.
     """
     found = {place: [] for place in ("none", "late", "early")}
     for part in torch.utils.data.DataLoader(samples, batch, num_workers=workers):
-        images, keep = part["image"].to(device), patch_keep(part["mask"].to(device), backbone.patch)
+        images, masks = shrink(part["image"].to(device)), shrink(part["mask"][:, None].float().to(device))[:, 0]
+        keep = patch_keep(masks, backbone.patch)
         whole, masked = (backbone(images, k)[:, backbone.prefix:] for k in (None, keep))
         for place, patches, weight in (("none", whole, torch.ones_like(keep)), ("late", whole, keep),
                                        ("early", masked, keep)):
@@ -267,8 +268,8 @@ def place_of_mask(model, train, samples, device="cpu", batch=32, workers=0):
     """
     if train.masks is None or samples.masks is None or samples.masks_tell:
         return None
-    backbone = (model.selector or model.predictor).backbone
-    fit, test = (pool_by_place(backbone, s, device, batch, workers) for s in (train, samples))
+    how = (device, batch, workers, *([model.selector.shrink] if model.selector else []))
+    fit, test = (pool_by_place((model.selector or model.predictor).backbone, s, *how) for s in (train, samples))
     measure = "worst_group" if samples.places else "aa"
     out = {"measure": measure, "weights": "stage 1" if model.selector else "stage 2"}
     for place in fit:

@@ -50,6 +50,9 @@ class Config:
     weights: str = opt("dinov2", "start of all backbones: dinov2 or rad-dino (downloaded once), mini (weights/mini.pt, "
                                  "for --arch mini), a file of DINOv2, timm or Hugging Face, or none")
     size: int = opt(518, "image side in pixels, a multiple of the patch")
+    selector_size: int = opt(0, "side at which stage 1 looks at the image, smaller is faster (0: --size)")
+    selector_arch: str = opt("", "a smaller ViT for stage 1: s where --arch is b, or b/6 for the first 6 blocks of b (if "
+                                 "not given, that of --arch)")
     k: int = opt(8, "foreground parts")
     masking: str = opt("early", "where the mask acts", choices=("early", "late"))
     hardness: str = opt("hard", "binary mask, or any weight in [0, 1]", choices=("hard", "soft"))
@@ -280,8 +283,12 @@ def plain(value):
 
 
 def differences(config, cfg):
-    """Settings of a run that was recorded (a dict) that are not those of cfg -> {name: (then, now)}."""
-    both = {f.name: (config.get(f.name), plain(getattr(cfg, f.name))) for f in fields(Config) if f.name not in FREE}
+    """Settings of a run that was recorded (a dict) that are not those of cfg -> {name: (then, now)}.
+
+    A setting that did not exist then had its default.
+    """
+    both = {f.name: (config.get(f.name, f.default), plain(getattr(cfg, f.name))) for f in fields(Config)
+            if f.name not in FREE}
     return {name: (then, now) for name, (then, now) in both.items() if then != now}
 
 
@@ -369,6 +376,9 @@ def check(cfg):
     if cfg.weights == "none" and (cfg.freeze_stage2 or cfg.method in PRETRAINED and not cfg.train_backbone):
         what = "--freeze-stage2" if cfg.freeze_stage2 else f"--method {cfg.method}"
         raise UsageError(f"{what} takes the backbone as it is, and with --weights none it is random: give --weights")
+    if cfg.selector_size > cfg.size:
+        raise UsageError(f"--selector-size {cfg.selector_size} is larger than the image (--size {cfg.size}): there is "
+                         "nothing more to see")
     if cfg.tau <= 0:
         raise UsageError(f"--tau must be positive, not {cfg.tau}")
     if cfg.mini and cfg.root != Config.root:
@@ -382,7 +392,7 @@ def build_model(cfg, device, classes=None):
         model = build(asdict(cfg), classes or data.BENCHMARKS[cfg.data].classes)
     except ValueError as error:
         raise UsageError(f"these settings make no model: {error}") from None
-    load_pretrained(model, cfg.weights, cfg.arch, cfg.registers)
+    load_pretrained(model, cfg.weights, cfg.arch, cfg.registers, cfg.selector_arch)
     if isinstance(model, FoundMask):
         model.copy_backbone()
     if cfg.weights != "none" and model.selector is not None:

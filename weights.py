@@ -75,13 +75,28 @@ def dinov2_url(arch, registers=4):
 
 
 # ---------------------------------------------------------------- a pretrained backbone
-def load_pretrained(model, name, arch, registers=4):
-    """Start every backbone of a model from the same weights.
+def load_pretrained(model, name, arch, registers=4, selector_arch=""):
+    """Start every backbone of a model from pretrained weights: all from the same, but for a stage 1 of its own size.
 
-    name: "dinov2", "rad-dino", "mini", the path of a file, or "none". UsageError when it is not there or does not fit.
+    name: "dinov2", "rad-dino", "mini", the path of a file, or "none". arch, selector_arch ("": as arch): as build_vit
+    has them; "b/6" takes the first 6 blocks of b's file. UsageError when it is not there or does not fit.
     """
     if name == "none":
         return
+    states = {}
+    for stage, whole in ((model.selector, selector_arch or arch), (model.predictor, arch)):
+        if stage is not None:
+            size, _, blocks = whole.partition("/")
+            if size not in states:
+                states[size] = read_weights(name, size, registers)
+            try:
+                load_backbone(stage.backbone, states[size], int(blocks) if blocks else None)
+            except ValueError as error:
+                raise UsageError(f"--weights {name} with --arch {whole}: {error}") from None
+
+
+def read_weights(name, arch, registers):
+    """The dict of tensors that --weights NAME is for a named size."""
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     if name == "dinov2":
         if arch == "mini":
@@ -102,24 +117,23 @@ def load_pretrained(model, name, arch, registers=4):
                          "evaluate it with evaluate.py --ckpt")
     if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise UsageError(f"--weights {name}: expected a dict of tensors, named as by DINOv2, timm or Hugging Face")
-    for stage in (model.selector, model.predictor):
-        if stage is not None:
-            try:
-                load_backbone(stage.backbone, state)
-            except ValueError as error:
-                raise UsageError(f"--weights {name} with --arch {arch}: {error}") from None
+    return state
 
 
-def load_backbone(vit, state_dict):
+def load_backbone(vit, state_dict, blocks=None):
     """Copy the weights of a DINOv2 model into vit: official files, timm's, Hugging Face's, or another ViT of ours.
 
     A position embedding of another number of patches must be of a square grid and is resampled to vit's, as the code
-    that wrote the file does it. Raises ValueError that names the first keys or shapes that do not fit.
+    that wrote the file does it. blocks: take only that many, the first; the final norm stays that of the whole. Raises
+    ValueError that names the first keys or shapes that do not fit.
     """
     try:
         state = official_names(state_dict)
     except KeyError as error:
         raise ValueError(f"weights do not fit the model: missing {error.args[0]}") from None
+    if blocks is not None:
+        of_block = lambda name: int(name.split(".")[1]) if name.startswith("blocks.") else -1
+        state = {name: x for name, x in state.items() if of_block(name) < blocks}
     if "pos_embed" in state and state["pos_embed"].shape[1] != vit.pos_embed.shape[1]:
         state["pos_embed"] = resample_positions(state["pos_embed"], vit.grid, *how_resampled(state_dict))
     load_strictly(vit, state)

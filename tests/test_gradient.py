@@ -21,6 +21,12 @@ def explicit(q, k, v, mask):
     return torch.einsum("bhij,bjhd->bihd", weight / weight.sum(-1, keepdim=True), v)
 
 
+def by_formula(vit, x, mask, class_only):
+    """What ViT._run_joint must equal: every token in every layer, and the formula for attention."""
+    rows = (lambda x: x[:, :1]) if class_only else None
+    return vit._run(x, lambda q, k, v: explicit(q, k, v, mask), rows)
+
+
 def random_mask(kind, g):
     mask = torch.ones(B, T, dtype=torch.float64)
     patches = mask[:, PREFIX:]
@@ -206,8 +212,7 @@ def test_one_step_on_the_stage_2_loss_alone_moves_the_prototypes_and_tokens_of_s
 def test_the_gradient_of_the_whole_model_is_that_of_the_formula_in_every_layer(monkeypatch):
     model, loss = published_loss(joint=True, dtype=torch.float64)
     loss.backward()
-    formula = lambda vit, x, mask: vit._run(x, lambda q, k, v: explicit(q, k, v, mask))
-    monkeypatch.setattr(ifam.ViT, "_run_joint", formula)
+    monkeypatch.setattr(ifam.ViT, "_run_joint", by_formula)
     slow, slow_loss = published_loss(joint=True, dtype=torch.float64)
     slow_loss.backward()
     agrees(loss, slow_loss, 1e-10)
@@ -227,7 +232,7 @@ def test_tokens_that_every_image_drops_have_no_gradient_to_compute_and_everythin
     for row, n in zip(keep, kept):
         row[torch.randperm(25, generator=torch.Generator().manual_seed(n))[:n]] = 1
     results = []
-    for path in (ifam.ViT._run_joint, lambda vit, x, mask: vit._run(x, lambda q, k, v: explicit(q, k, v, mask))):
+    for path in (ifam.ViT._run_joint, by_formula):
         monkeypatch.setattr(ifam.ViT, "_run_joint", path)
         mask = keep.clone().requires_grad_()
         model.zero_grad()
