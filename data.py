@@ -505,6 +505,19 @@ def readme_table():
     return "\n".join(lines)
 
 
+def available(name, root="data"):
+    """For notebooks: are the files of a benchmark under root? Prints which data there are, and if not why not."""
+    here = BENCHMARKS[name]
+    try:
+        here.load(Path(root), here.size, 0)
+    except UsageError as error:
+        why = str(error).removeprefix(f"{name}: ").replace(str(Path(root).resolve()), str(root))
+        print(f"{name}: the miniature ({why})")
+        return False
+    print(f"{name}: the real benchmark under {root}")
+    return True
+
+
 def find_root(name, root, mini):
     """The folder to read: `root` as it is, or the rendered miniature of the benchmark (rendered on first use)."""
     if not mini:

@@ -12,6 +12,7 @@ H heads, K parts (index K is the background), C classes. keep (B, N): 1 = stage 
     out.logits, out.maps, out.keep                # (B, C), (B, K+1, h, w), (B, N)
 """
 import math
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -251,12 +252,16 @@ class ViT(nn.Module):
         rows = (lambda x: x[:, :1]) if class_only else None
         if keep is None:
             return self._run(self.embed(images), attend_all, rows)
-        mask = F.pad(keep.to(torch.promote_types(keep.dtype, torch.float16)), (self.prefix, 0), value=1.0)
+        mask = self.mask_of(keep)
         if not hard:
             return self._run(self.embed(images), lambda q, k, v: attend_masked(q, k, v, mask, hard=False), rows)
         if mask.requires_grad:
             return self._run_joint(self.embed(images), mask, class_only)
         return self._run_packed(images, keep.bool(), class_only)
+
+    def mask_of(self, keep):
+        """keep (B, N) -> (B, T): the class token and the registers may always be read."""
+        return F.pad(keep.to(torch.promote_types(keep.dtype, torch.float16)), (self.prefix, 0), value=1.0)
 
     def _run(self, x, attend, rows=None):
         for block in self.blocks[:-1]:
@@ -292,18 +297,26 @@ class ViT(nn.Module):
         """mask (B, T) in {0, 1} -> order (B, T) of its tokens, kept ones first, and the most that an image keeps."""
         return mask.argsort(dim=1, descending=True, stable=True), int((mask > 0).sum(1).max())
 
-    def last_attention(self, images):
+    def layers(self, images, keep=None):
+        """The tokens before the first block and after each, one (B, T, D) after the other. keep: a hard mask."""
+        x = self.embed(images)
+        yield x
+        for block in self.blocks:
+            x = block(x, attend_all if keep is None else lambda *qkv: attend_masked(*qkv, self.mask_of(keep)))
+            yield x
+
+    def last_attention(self, images, keep=None):
         """What the last block looks at: images (B, 3, S, S) -> attention (B, H, N), keys (B, H, N, D/H).
 
         attention is that of the class token to the patches; with the class token and the registers it sums to 1.
+        keep: as in layers.
         """
-        x = self.embed(images)
-        for block in self.blocks[:-1]:
-            x = block(x, attend_all)
-        last = self.blocks[-1]
+        last, x = self.blocks[-1], next(islice(self.layers(images, keep), len(self.blocks) - 1, None))
         q, k, _ = (y.transpose(1, 2) for y in last.attn.project(last.norm1(x)))  # (B, H, T, D/H)
-        attention = (q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]
-        return attention[..., self.prefix:], k[:, :, self.prefix:]
+        scores = q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5
+        if keep is not None:
+            scores = scores + self.mask_of(keep).log()[:, None, None]
+        return scores.softmax(-1)[:, :, 0, self.prefix:], k[:, :, self.prefix:]
 
     def _run_packed(self, images, keep, class_only):
         """forward() for keep (B, N) of True and False: the tokens of all images one after the other, no padding."""

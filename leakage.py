@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from baselines import FoundMask
+from ifam import Predictor, discretize
 from metrics import accuracies
 from samples import patch_keep
 
@@ -25,6 +26,10 @@ class Classifier(NamedTuple):
     features: Callable   # images, what is held fixed -> (B, D), the final representation
     head: Callable       # features -> logits (B, C)
     mask: str            # where its mask comes from, for the report
+
+    def __call__(self, images, truth=None):
+        """-> logits (B, C), under the mask that it finds for these images."""
+        return self.head(self.features(images, self.find(images, truth)[1]))
 
 
 class Seen:
@@ -90,6 +95,11 @@ def stage1_classifier(model, seen=None):
     return Classifier(find, features, model.selector.classifier, "found")
 
 
+def classifier_of(model):
+    """The stage that counts: the second, where there is one."""
+    return stage2_classifier(model) if model.predictor else stage1_classifier(model)
+
+
 def pixels(keep, grid, patch):
     """keep (B, N) -> (B, 1, h*patch, w*patch), each patch filled with its value."""
     return keep.unflatten(1, grid)[:, None].repeat_interleave(patch, 2).repeat_interleave(patch, 3)
@@ -108,12 +118,21 @@ def repaint(classifier, images, held, hidden, logits, generator):
 
 def hidden_gradient(classifier, images, held, hidden):
     """Largest |d logit / d pixel| over all logits and masked-out pixels. -> (B,)"""
+    gradient = pixel_gradient(lambda x: classifier.head(classifier.features(x, held)), images)
+    return (gradient * hidden[:, 0]).flatten(1).amax(1)
+
+
+def pixel_gradient(outputs, images):
+    """Where do outputs look? Largest |d output / d pixel| over outputs and colours: (B, 3, S, S) -> (B, S, S).
+
+    outputs: a function of the images -> (B, n), each row of its own image alone.
+    """
     images = images.detach().requires_grad_()
-    logits = classifier.head(classifier.features(images, held))
-    largest = torch.zeros(len(images), device=images.device)
-    for c in range(logits.shape[1]):
-        gradient, = torch.autograd.grad(logits[:, c].sum(), images, retain_graph=True)
-        largest = largest.maximum((gradient.abs() * hidden).flatten(1).amax(1))
+    values = outputs(images)
+    largest = torch.zeros_like(images[:, 0])
+    for column in values.unbind(1):
+        gradient, = torch.autograd.grad(column.sum(), images, retain_graph=True)
+        largest = largest.maximum(gradient.abs().amax(1))
     return largest
 
 
@@ -129,6 +148,11 @@ def swap_backgrounds(images, objects):
         swapped = torch.where(give, images.roll(donor, 0), swapped)
         todo = todo & ~give
     return swapped
+
+
+def admitted(shown, objects):
+    """Share of the pixels in kept patches that are background; both (B, 1, S, S) in {0, 1} -> (B,), NaN for no patch."""
+    return (shown * (1 - objects)).sum((1, 2, 3)) / shown.sum((1, 2, 3))
 
 
 def mask_iou(a, b):
@@ -231,8 +255,7 @@ def leakage_of_group(classifier, images, truth, backbone, number, gradients):
             guess = classifier.head(classifier.features(swapped, held2)).argmax(1)
             row["swap"], row["iou"] = (guess != logits.argmax(1)).float(), mask_iou(keep, keep2)
         if truth is not None:
-            area = shown.sum((1, 2, 3))
-            row["admitted"] = ((shown * (1 - objects)).sum((1, 2, 3)) / area)[area > 0]
+            row["admitted"] = admitted(shown, objects)[shown.any((1, 2, 3))]
     if gradients:
         first = None if held is None else held[:gradients]
         row["gradient"] = hidden_gradient(classifier, images[:gradients], first, shown[:gradients] == 0)
@@ -240,6 +263,55 @@ def leakage_of_group(classifier, images, truth, backbone, number, gradients):
 
 
 # ---------------------------------------------------------------- the clean contrast
+RUNGS = {"none": (None, "hard"), "late, soft": ("late", "soft"), "late, hard": ("late", "hard"),
+         "early, soft": ("early", "soft"), "early, hard": ("early", "hard")}
+
+
+@torch.no_grad()
+def ladder(selector, train, batch=32):
+    """The rungs of the ladder of masks -> {name: Classifier}. Only the place and the hardness of the mask vary.
+
+    The weights are those of stage 1, which never trained under a mask, the masks are those that it finds, the
+    features are the mean of the patches, and the head is linear_head, fitted on the split `train`. "none" has no mask;
+    what the others hide is what is repainted there too.
+    """
+    readers = {name: Predictor(selector.backbone, 1, masking or "late", hardness, "mean")
+               for name, (masking, hardness) in RUNGS.items()}
+    seen = Seen(selector)
+
+    def held(name, part_logits):
+        masking, hardness = RUNGS[name]
+        return discretize(part_logits, hard=hardness == "hard") if masking else None
+    rows = {name: [] for name in RUNGS}
+    for part in torch.utils.data.DataLoader(train, batch):
+        part_logits = selector(part["image"]).part_logits
+        for name, reader in readers.items():
+            rows[name].append(reader.features(part["image"], held(name, part_logits)))
+
+    def classifier(name):
+        def find(images, truth):
+            part_logits = seen(images).part_logits
+            return discretize(part_logits), held(name, part_logits)
+        head = linear_head(torch.cat(rows[name]), train.labels, len(train.classes))
+        return Classifier(find, readers[name].features, head, "found")
+    return {name: classifier(name) for name in RUNGS}
+
+
+@torch.no_grad()
+def kept_by_layer(selector, samples, early, batch=32):
+    """Mean of the patches that stage 1 keeps, before the first block and after each -> (layers, n, D).
+
+    early: the mask acts in every block; else on this mean alone. The weights are those of stage 1.
+    """
+    vit, found = selector.backbone, []
+    for part in torch.utils.data.DataLoader(samples, batch):
+        keep = discretize(selector(part["image"]).part_logits)
+        share = keep[:, None] / keep.sum(1).clamp_min(1)[:, None, None]
+        layers = vit.layers(part["image"], keep if early else None)
+        found.append(torch.stack([(share @ x[:, vit.prefix:])[:, 0] for x in layers]))
+    return torch.cat(found, 1)
+
+
 @torch.no_grad()
 def pool_by_place(backbone, samples, device="cpu", batch=32, workers=0, shrink=lambda images: images):
     """Mean patch feature of each image, {"none", "late", "early"}: (n, D), by where the true mask acts.

@@ -177,6 +177,18 @@ def describe(samples):
     return f"{samples.name} {samples.split}: {len(samples)} images ({named})"
 
 
+def crosstab(splits):
+    """How often each class meets each place, {name: Samples} -> text: a shortcut is a table that is nearly diagonal."""
+    places = list(dict.fromkeys(place for samples in splits.values() for place in samples.places or ("all",)))
+    lines = [f"{'':32}" + "".join(f"{place:>16}" for place in places)]
+    for name, samples in splits.items():
+        counts = torch.bincount(samples.groups, minlength=len(samples.group_names)).view(len(samples.classes), -1)
+        for label in samples.labels.unique().tolist():
+            row = dict(zip(samples.places or ("all",), counts[label].tolist()))
+            lines.append(f"{name:14}{samples.classes[label]:18}" + "".join(f"{row.get(p, '-'):>16}" for p in places))
+    return "\n".join(lines)
+
+
 def read_image(path, mode=None):
     """Open and decode as PIL's mode, or look at the header only; UsageError that names a file that is no image.
 

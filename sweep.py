@@ -41,6 +41,11 @@ SETS = {        # {name of a set: {name of a run: flags of train.py}}
         **{f"k{k}": ["--k", str(k)] for k in (1, 2, 4, 8, 16)},
         "no-part-dropout1": ["--part-dropout1", "0"],
         "no-part-dropout2": ["--part-dropout2", "0"]},
+    "losses": {                                          # stage 1 alone, because that is where parts come from
+        "pdiscoformer": METHODS["pdiscoformer"],
+        **{f"without-{loss}": [*METHODS["pdiscoformer"], f"--weight-{loss}", "0"] for loss in
+           ("presence", "background", "orthogonality", "equivariance", "variation", "entropy")},
+        **{f"stage1-k{k}": [*METHODS["pdiscoformer"], "--k", str(k)] for k in (1, 16)}},
     "published": {                                       # given masks, pooled as in the literature
         "early-truth-cls": [*METHODS["early-truth"], "--pooling", "cls"],
         "late-truth-all": [*METHODS["late-truth"], "--pooling", "mean-all"],
@@ -60,10 +65,10 @@ def choose(names):
     return chosen
 
 
-def plan(names, seeds, flags):
+def plan(names, seeds, flags, folder="sweep"):
     """-> [(train.Config, flags of train.py)], a run each, seeds outermost: after each seed there is a whole table.
 
-    All flags are read here, so that a mistake shows before the first run. A run that would equal an earlier one
+    folder: the runs are runs/<data>-<folder>/<name>-<seed>. All flags are read here, so that a mistake shows before the first run. A run that would equal an earlier one
     (--k 8 where 8 is the default) is left out. UsageError if a folder holds a run with other settings.
     """
     runs, known = [], []
@@ -71,7 +76,7 @@ def plan(names, seeds, flags):
         for name, own in choose(names).items():
             typed = [*flags, *own, "--seed", str(seed)]
             cfg = settings.parse(train.Config, __doc__, typed, train.preset)
-            cfg.out = str(Path("runs") / (cfg.data + "-mini" * cfg.mini + "-sweep") / f"{name}-{seed}")
+            cfg.out = str(Path("runs") / (cfg.data + "-mini" * cfg.mini + f"-{folder}") / f"{name}-{seed}")
             same = {**asdict(cfg), "out": ""}
             if same in known:
                 continue
@@ -93,9 +98,10 @@ def refuse_other_settings(cfg):
                          f"or move {Path(cfg.out).parent} away")
 
 
-def commands(cfg, flags, processes=1, leakage=500, also=()):
+def commands(cfg, flags, processes=1, measure=(), also=()):
     """What is left to do for a run, as command lines: none if it is finished. A run that was begun is resumed.
 
+    measure: flags of evaluate.py; also: other benchmarks to evaluate on.
     The first report comes after training, so where there is one, training is done.
     """
     start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -103,10 +109,29 @@ def commands(cfg, flags, processes=1, leakage=500, also=()):
     folder, here = Path(cfg.out), Path(__file__).parent
     training = [*start, str(here / "train.py"), *flags, *["--resume"] * (folder / "config.json").is_file()]
     measure = [sys.executable, str(here / "evaluate.py"), "--ckpt", str(folder / "best.pt"), "--device", cfg.device,
-               "--leakage", str(leakage)]
+               *measure]
     left = {"report.json": measure, **{f"report-{name}.json": [*measure, "--data", name] for name in also}}
     evaluations = [command for name, command in left.items() if not (folder / name).is_file()]
     return evaluations if (folder / "report.json").is_file() else [training, *evaluations]
+
+
+def finished(names, flags, folder="sweep", measure=("--leakage", "100"), also=()):
+    """For notebooks: runs of seed 0, trained and evaluated now unless they were before -> {name: folder of the run}.
+
+    names and flags as on the command line, measure and also as in `commands`. What the scripts print is shown only
+    where one fails. RunError then.
+    """
+    runs = {}
+    for cfg, typed in plan(names, 1, flags, folder):
+        todo = commands(cfg, typed, measure=measure, also=also)
+        if todo:
+            print(f"{cfg.out}: this takes minutes, but only once; its log.jsonl says how far it is", flush=True)
+        for command in todo:
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RunError(f"{cfg.out} failed: {done.stderr.strip()[-500:]}")
+        runs[Path(cfg.out).name.removesuffix("-0")] = Path(cfg.out)
+    return runs
 
 
 def main(argv=None):
@@ -124,7 +149,7 @@ def main(argv=None):
     if refused := {"--method", "--seed", "--out", "--resume"} & {flag.split("=")[0] for flag in flags}:
         raise UsageError(f"{min(refused)} is decided by the sweep: leave it out")
     runs, failed = plan(given.what, given.seeds, flags), []
-    left = lambda cfg, typed: commands(cfg, typed, given.processes, given.leakage, given.also)
+    left = lambda cfg, typed: commands(cfg, typed, given.processes, ["--leakage", str(given.leakage)], given.also)
     for number, (cfg, typed) in enumerate(runs, 1):
         todo = left(cfg, typed)
         print(f"[{number}/{len(runs)}] {cfg.out}" + ": finished" * (not todo), flush=True)

@@ -84,6 +84,29 @@ def test_the_attention_of_the_last_block_is_what_its_output_is_made_of():
     torch.testing.assert_close(attn.proj(torch.einsum("bht,bthd->bhd", whole, v).flatten(1)), after[:, 0])
 
 
+@torch.no_grad()
+def test_under_a_mask_the_last_attention_is_that_of_the_kept_tokens_alone():
+    torch.manual_seed(0)
+    vit, x, keep = ifam.build_vit(TINY, 70).double(), pictures().double(), some_keep()
+    attention, _ = vit.last_attention(x, keep)
+    assert (attention * (1 - keep[:, None]) == 0).all()
+    everything, _ = vit.last_attention(x, torch.ones_like(keep))
+    torch.testing.assert_close(everything, vit.last_attention(x)[0])
+    hidden = torch.where(leakage.pixels(keep, (5, 5), 14) == 0, torch.randn_like(x), x)
+    assert torch.equal(vit.last_attention(hidden, keep)[0], attention)
+
+
+@torch.no_grad()
+def test_layers_are_what_forward_goes_through():
+    torch.manual_seed(0)
+    vit, x, keep = ifam.build_vit(TINY, 70).double(), pictures().double(), some_keep()
+    first, *_, last = vit.layers(x)
+    assert torch.equal(first, vit.embed(x)) and torch.equal(vit.norm(last), vit(x)) and len(list(vit.layers(x))) == 3
+    *_, last = vit.layers(x, keep)
+    readable = vit.mask_of(keep).bool()
+    torch.testing.assert_close(vit.norm(last)[readable], vit(x, keep)[readable])
+
+
 def test_founds_seed_is_the_least_attended_patch_by_brute_force():
     g = torch.Generator().manual_seed(0)
     B, H, N, d = 3, 4, 30, 5

@@ -10,7 +10,7 @@ from PIL import Image
 import data
 import samples
 import transforms
-from samples import Plan, patch_keep
+from samples import Plan, crosstab, patch_keep
 from settings import UsageError
 
 SPECIES = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross")
@@ -52,6 +52,24 @@ def birds(tmp_path_factory):
     with open(water / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([["img_id", "img_filename", "y", "split", "place", "place_filename"], *rng.permutation(rows).tolist()])
     return root
+
+
+def test_a_notebook_is_told_which_data_there_are_and_where_others_would_lie(birds, tmp_path, monkeypatch, capsys):
+    assert data.available("waterbirds", birds) and str(birds) in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    assert not data.available("waterbirds")
+    out = capsys.readouterr().out
+    assert out.startswith("waterbirds: the miniature (looked for data/CUB_200_2011/") and str(tmp_path) not in out
+
+
+def test_a_crosstab_counts_every_class_at_every_place(birds, capsys):
+    splits = data.load("waterbirds", birds)
+    text = crosstab(splits).splitlines()
+    assert len(text) == 1 + 2 * len(splits)
+    for line in text[1:]:
+        split, name, *counts = line.split()
+        label = splits[split].classes.index(name)
+        assert [int(n) for n in counts] == [int((splits[split].groups == 2 * label + place).sum()) for place in (0, 1)]
 
 
 def test_waterbirds_groups_are_twice_the_label_plus_the_place_in_every_split(birds):

@@ -179,6 +179,37 @@ def test_the_gradient_at_hidden_pixels_is_that_of_the_whole_jacobian(trained, te
     assert leakage.hidden_gradient(classifier, images, maps, hidden).item() == pytest.approx(expected.item())
 
 
+def test_the_rungs_of_the_ladder_differ_in_place_and_hardness_alone_and_only_the_last_hides_everything(trained, test_split):
+    selector = evaluate.load_model(trained / "best.pt")[0].selector
+    rungs = leakage.ladder(selector, test_split)
+    images = torch.stack([test_split[i]["image"] for i in range(4)])
+    with torch.no_grad():
+        patches = selector.backbone(images)[:, selector.backbone.prefix:]
+        keep, _ = rungs["none"].find(images, None)
+        assert all(torch.equal(rung.find(images, None)[0], keep) for rung in rungs.values())
+        late = rungs["late, hard"]
+        by_hand = F.layer_norm(torch.stack([p[k > 0].mean(0) for p, k in zip(patches, keep)]), patches.shape[-1:])
+        torch.testing.assert_close(late.features(images, late.find(images, None)[1]), by_hand)
+        torch.testing.assert_close(rungs["none"].features(images, None), F.layer_norm(patches.mean(1), patches.shape[-1:]))
+    for name, leak in zip(rungs, leakage.measure_leakage(rungs.values(), test_split, selector.backbone, count=4)):
+        assert (leak["repaint"]["max_logit_change"] == leak["gradient"]["max_abs"] == 0) == (name == "early, hard")
+
+
+def test_the_mean_of_kept_patches_is_the_same_before_attention_and_apart_after(trained, test_split):
+    selector = evaluate.load_model(trained / "best.pt")[0].selector
+    late, early = (leakage.kept_by_layer(selector, test_split, early) for early in (False, True))
+    assert late.shape == (5, 16, 128) and torch.equal(late[0], early[0])
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(late[1:], early[1:]))
+
+
+def test_admitted_is_counted_pixel_by_pixel():
+    g = torch.Generator().manual_seed(0)
+    shown, objects = ((torch.rand(3, 1, 4, 4, generator=g) < 0.5).float() for _ in range(2))
+    for s, o, share in zip(shown, objects, leakage.admitted(shown, objects)):
+        pixels = [(a, b) for a, b in zip(s.flatten().tolist(), o.flatten().tolist()) if a]
+        assert share.item() == pytest.approx(sum(not b for _, b in pixels) / len(pixels))
+
+
 def test_swapped_backgrounds_come_from_the_first_donor_that_shows_background_there():
     g = torch.Generator().manual_seed(0)
     images, objects = torch.rand(5, 3, 6, 6, generator=g), (torch.rand(5, 1, 6, 6, generator=g) < 0.5).float()

@@ -7,6 +7,7 @@ import pytest
 
 import baselines
 import sweep
+from settings import RunError
 from tiny import fails
 from test_tables import write_run
 
@@ -19,12 +20,12 @@ def commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     called, broken = [], set()
 
-    def call(command):
+    def call(command, **output):
         script = Path(next(word for word in command if word.endswith(".py"))).name
         out = Path(command[command.index("--out") + 1]) if script == "train.py" else Path(command[command.index("--ckpt") + 1]).parent
         called.append((script, str(out), command))
         if str(out) in broken:
-            return subprocess.CompletedProcess(command, 1)
+            return subprocess.CompletedProcess(command, 1, stderr="error: it broke\n")
         out.mkdir(parents=True, exist_ok=True)
         if script == "evaluate.py":
             write_run(out, *recorded(called, out), report="report-waterbird200.json" if "--data" in command else "report.json")
@@ -86,6 +87,22 @@ def test_a_failing_run_stops_no_other_and_the_end_names_it(commands, capsys):
     line = fails(sweep.main, "erm", "ifam", *MINI, status=1)(capsys)
     assert "1 of 2 runs failed" in line and "erm-0" in line
     assert [Path(out).name for s, out, _ in called if s == "evaluate.py"] == ["ifam-0"]
+
+
+def test_a_notebook_gets_its_runs_and_pays_for_them_once(commands, capsys):
+    called, _ = commands
+    runs = sweep.finished(["ifam", "k8"], MINI, "fast")
+    assert runs == {name: Path(f"runs/waterbirds-mini-fast/{name}-0") for name in ("ifam", "k8")}
+    assert [s for s, *_ in called] == ["train.py", "evaluate.py"] * 2 and called[1][2][-2:] == ["--leakage", "100"]
+    assert capsys.readouterr().out.count("only once") == 2
+    called.clear()
+    assert sweep.finished(["ifam", "k8"], MINI, "fast") == runs and not called and not capsys.readouterr().out
+
+
+def test_a_notebook_is_told_why_a_run_failed(commands):
+    commands[1].add("runs/waterbirds-mini-sweep/erm-0")
+    with pytest.raises(RunError, match="erm-0 failed: error: it broke"):
+        sweep.finished(["erm"], MINI)
 
 
 def test_a_list_runs_nothing_and_says_what_would_run(commands, capsys):
