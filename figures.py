@@ -66,7 +66,7 @@ def overlay(picture, parts, k, opacity=0.6):
 
 
 def short(name):
-    """A class or group as a title: "012.Yellow_headed_Blackbird" -> "Yellow headed Blackbird", a place on its own line."""
+    """A class or group as a title: "012.Yellow_Warbler" -> "Yellow Warbler", a place on its own line."""
     return re.sub(r" (on|with|without) ", r"\n\1 ", re.sub(r"^\d+\.", "", name).replace("_", " "))
 
 
@@ -198,8 +198,9 @@ def coarse(values, cell):
 def gradients(classifiers, samples, backbone, path=None, device="cpu", count=5, indices=None):
     """Where does the largest logit look, the mask held fixed? A row of heat-maps for each {name: leakage.Classifier}.
 
-    Gradients are averaged over quarters of a patch and scaled to their maximum in the image; white lines surround what is not hidden; the text is the share of the gradient
-    at hidden pixels. indices: which samples; default: `count`, spread over the groups.
+    Gradients are averaged over quarters of a patch and scaled to their maximum in the image; white lines surround what
+    is not hidden; the text is the share of the gradient at hidden pixels. indices: which samples; default: `count`,
+    spread over the groups.
     """
     batch = [samples[i] for i in indices] if indices else spread_over_groups(samples, count)
     images = torch.stack([b["image"] for b in batch]).to(device)
@@ -259,7 +260,8 @@ def ladder(measures, path=None):
         largest = max(max(values.values()), 1e-9)
         for name, value in values.items():
             axis.barh(name, value, 0.75, **bar_style(name))
-            axis.text(value + 0.03 * largest, name, "0" if value == 0 else f"{value:.3g}" if value >= 10 else f"{value:.2g}", va="center", fontsize=8)
+            digits = "0" if value == 0 else f"{value:.3g}" if value >= 10 else f"{value:.2g}"
+            axis.text(value + 0.03 * largest, name, digits, va="center", fontsize=8)
         axis.set_title(textwrap.fill(measure, 22), fontsize=9)
         axis.set(xlim=(0, 1.3 * largest), xticks=[])
         axis.spines[["top", "right", "bottom"]].set_visible(False)

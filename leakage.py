@@ -151,7 +151,7 @@ def swap_backgrounds(images, objects):
 
 
 def admitted(shown, objects):
-    """Share of the pixels in kept patches that are background; both (B, 1, S, S) in {0, 1} -> (B,), NaN for no patch."""
+    """Share of the pixels in kept patches that are background: (B, 1, S, S) in {0, 1}, twice -> (B,), NaN for none."""
     return (shown * (1 - objects)).sum((1, 2, 3)) / shown.sum((1, 2, 3))
 
 

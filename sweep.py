@@ -68,8 +68,9 @@ def choose(names):
 def plan(names, seeds, flags, folder="sweep"):
     """-> [(train.Config, flags of train.py)], a run each, seeds outermost: after each seed there is a whole table.
 
-    folder: the runs are runs/<data>-<folder>/<name>-<seed>. All flags are read here, so that a mistake shows before the first run. A run that would equal an earlier one
-    (--k 8 where 8 is the default) is left out. UsageError if a folder holds a run with other settings.
+    folder: the runs are runs/<data>-<folder>/<name>-<seed>. All flags are read here, so that a mistake shows before the
+    first run. A run that would equal an earlier one (--k 8 where 8 is the default) is left out. UsageError if a folder
+    holds a run with other settings.
     """
     runs, known = [], []
     for seed in range(seeds):
