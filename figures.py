@@ -400,6 +400,8 @@ def growth(found, path):
             axes[row, column].legend(fontsize=8)
             axes[row, 0].set_ylabel(label)
         axes[1, column].set_xlabel(name)
+        axes[1, column].set_xticks(rows["x"], rows["x"])
+        axes[1, column].xaxis.minorticks_off()
     figure.tight_layout()
     save(figure, path)
 

@@ -315,7 +315,7 @@ def forced_masks(cfg):
         hottest = profiled(calls["20 % kept"], device) if cfg.profile else None
     rows = {name: {"relative_to_dense": ratio(seconds, name), "seconds": statistics.median(seconds[name]),
                    "images_per_second": cfg.batch / statistics.median(seconds[name]),
-                   "relative_operations": flops[name] / flops["dense"],
+                   "relative_operations": flops[name] / flops["dense"], "gflops": flops[name] / cfg.batch / 1e9,
                    "tflops": flops[name] / statistics.median(seconds[name]) / 1e12} for name in calls}
     return rows, hottest
 
@@ -400,7 +400,7 @@ def main(argv=None):
     for name, row in rows.items():
         share = f"  {row['tflops'] / cfg.peak:.0%} of peak" if cfg.peak else ""
         print(f"  {name:<44}{row['relative_to_dense']:>7.3f} of dense  {row['images_per_second']:>8.1f} images/s  "
-              f"{row['relative_operations']:>6.3f} of its operations{share}")
+              f"{row['gflops']:>8.2f} GFLOPs an image, {row['relative_operations']:.3f} of dense{share}")
     if hottest:
         print(hottest)
     if cfg.out:
