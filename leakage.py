@@ -187,7 +187,7 @@ def linear_probe(x, y, folds=5):
 
 
 LEAKAGE_GROUP = 16         # images that lend each other backgrounds: fixed, so that --batch changes no number
-GRADIENTS = 2000           # backward passes of images, at most: many classes mean fewer images
+GRADIENTS = 1000           # backward passes of images, at most: many classes mean fewer images
 
 
 def measure_leakage(classifiers, samples, backbone, device="cpu", count=0):
