@@ -45,7 +45,7 @@ SETS = {        # {name of a set: {name of a run: flags of train.py}}
         "pdiscoformer": METHODS["pdiscoformer"],
         **{f"without-{loss}": [*METHODS["pdiscoformer"], f"--weight-{loss}", "0"] for loss in
            ("presence", "background", "orthogonality", "equivariance", "variation", "entropy")},
-        **{f"stage1-k{k}": [*METHODS["pdiscoformer"], "--k", str(k)] for k in (1, 16)}},
+        **{f"stage1-k{k}": [*METHODS["pdiscoformer"], "--k", str(k)] for k in (1, 2, 8, 16)}},
     "published": {                                       # given masks, pooled as in the literature
         "early-truth-cls": [*METHODS["early-truth"], "--pooling", "cls"],
         "late-truth-all": [*METHODS["late-truth"], "--pooling", "mean-all"],
