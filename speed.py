@@ -3,7 +3,7 @@
     python speed.py                                      # ViT-S/14, 224 px, batch 8, random weights, kept counts forced
     python speed.py --selector-size 112                  # the same with a smaller stage 1
     python speed.py --scale                              # time and memory against tokens, K and batch -> docs/scale.png
-    python speed.py --arch b --size 518 --batch 64 --device cuda --amp bf16 --compile --profile
+    python speed.py --arch b --size 518 --batch 64 --device cuda --amp bf16 --compare --profile
     python evaluate.py --ckpt runs/waterbirds-mini/best.pt --speed       # a trained model on its own images
 
 Everything is measured in turn, round after round, and a ratio is the median over rounds of ratios within a round. The
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import ifam
+import train
 from baselines import FoundMask
 from evaluate import pick_device
 from settings import UsageError, at_least, opt, parse, run_script, write_json
@@ -41,6 +42,7 @@ class Config:
     selector_size: int = opt(0, "side at which stage 1 looks at the image (0: --size)")
     selector_arch: str = opt("", "vision transformer of stage 1 (if not given, --arch)")
     rounds: int = opt(7, "times that everything is measured")
+    compare: bool = opt(False, "also other ways for stage 2 to attend: padded, through a nested tensor, not packed")
     scale: bool = opt(False, "instead: time and memory against tokens, K and batch")
     device: str = opt("auto", "auto, cpu, cuda or mps")
     amp: str = opt("off", "autocast", choices=("off", "bf16", "fp16"))
@@ -250,7 +252,7 @@ def replaced(owner, name, other):
 
 
 def not_packed(vit, images, keep, class_only):
-    """ViT._run_packed as training has it: every token is computed, and dropped ones are masked out of attention."""
+    """ViT._run_packed without packing: every token is computed, and dropped ones are masked out of attention."""
     mask, rows = F.pad(keep.float(), (vit.prefix, 0), value=1.0), (lambda x: x[:, :1]) if class_only else None
     return vit._run(vit.embed(images), lambda q, k, v: ifam.attend_masked(q, k, v, mask), rows)
 
@@ -286,8 +288,8 @@ def forced_masks(cfg):
     model, images = make(cfg)
     device, vit, N = images.device, model.predictor.backbone, math.prod(model.grid)
     if cfg.compile:
-        for part in (model.selector, model.predictor, vit):
-            part.compile()
+        train.compile_stages(model)
+        vit.compile()
     draw = torch.Generator().manual_seed(0)
     counts = {name: counts_of(*shares, cfg.batch, N) for name, shares in CASES.items()}
     keeps = {name: forced(n, N, draw).to(device) for name, n in counts.items()}
@@ -298,7 +300,7 @@ def forced_masks(cfg):
     for name, keep in keeps.items():
         calls[name] = lambda keep=keep: model(images, keep)
         flops[name] = flops["stage 1"] + sum(stage2_flops(model.predictor, n) for n in counts[name])
-    for name in list(CASES)[:2]:
+    for name in list(CASES)[:2] if cfg.compare else ():
         for other, attend in OTHERS.items():
             def call(keep=keeps[name], attend=attend):
                 with replaced(ifam, "attend_packed", attend):
@@ -346,7 +348,8 @@ def exponent(x, y):
 
 
 def growth(cfg):
-    """Time and peak memory of prediction and of a training step, 20 % kept, each against tokens, K and batch.
+    """Time and peak memory of prediction, and of forward and backward of both stages ("training"), 20 % kept, each
+    against tokens, K and batch.
 
     -> {"tokens": {"x": [...], "prediction": {"seconds": [...], "bytes": [...]}, "training": ..., "exponents": ...}}
     """
@@ -358,19 +361,19 @@ def growth(cfg):
             model, images = make(cfg, **{**base, setting: value})
             N = math.prod(model.grid)
             keep = forced(counts_of(0.2, 0.2, len(images), N), N, torch.Generator().manual_seed(0)).to(images)
-            noise = ifam.Noise()
 
             @torch.no_grad()
             def predict():
                 return model(images, keep)
 
-            def train():                                 # the mask asks for its gradient: the path of training
-                model(images, keep.clone().requires_grad_(), noise).logits.sum().backward()
+            def step():                                  # the mask asks for its gradient: the path of training
+                out = model(images, keep.clone().requires_grad_())
+                (out.logits.sum() + out.logits_stage1.sum()).backward()
             with autocast(cfg, images.device):
-                seconds = in_turn({"prediction": predict, "training": train}, cfg.rounds, images.device)
+                seconds = in_turn({"prediction": predict, "training": step}, cfg.rounds, images.device)
                 rows[1 + 4 + N if name == "tokens" else value] = {
                     what: {"seconds": min(seconds[what]), "bytes": peak_memory(function, images.device)}
-                    for what, function in (("prediction", predict), ("training", train))}
+                    for what, function in (("prediction", predict), ("training", step))}
         found[name] = {"x": list(rows), "exponents": {}}
         for what in ("prediction", "training"):
             curves = {unit: [row[what][unit] for row in rows.values()] for unit in ("seconds", "bytes")}

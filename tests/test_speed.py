@@ -136,11 +136,11 @@ def test_a_measured_model_is_described_in_full():
 def test_the_command_prints_every_case_and_the_growth_comes_with_its_figure(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(ifam.ARCHS, "mini", dict(TINY, depth=2))
     common = ("--arch", "mini", "--rounds", "1", "--device", "cpu", "--size", "70", "--batch", "2", "--k", "2")
-    speed.main([*common, "--profile", "--out", str(tmp_path / "rows.json")])
+    speed.main([*common, "--compare", "--profile", "--out", str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     text = capsys.readouterr().out
     assert all(name in text for name in rows) and "attention" in text
-    assert set(speed.CASES) < rows.keys() and rows["dense"]["relative_to_dense"] == 1
+    assert {*speed.CASES, *(f"20 % kept, {other}" for other in (*speed.OTHERS, "not packed"))} < rows.keys() and rows["dense"]["relative_to_dense"] == 1
     assert rows["5 % kept"]["relative_operations"] < rows["20 % kept"]["relative_operations"] < rows["100 % kept"]["relative_operations"]
     monkeypatch.setattr(speed, "STEPS", {"tokens": ("size", (70, 140)), "K": ("k", (1, 2)), "batch": ("batch", (1, 2))})
     speed.main([*common, "--scale", "--out", str(tmp_path / "scale.json")])
