@@ -276,7 +276,8 @@ def make(cfg, **changes):
     torch.manual_seed(0)
     cfg, device = replace(cfg, **changes), pick_device(cfg.device)
     try:
-        model = ifam.IFAM(2, cfg.k, cfg.arch, cfg.size, selector_arch=cfg.selector_arch, selector_size=cfg.selector_size)
+        model = ifam.IFAM(2, cfg.k, cfg.arch, cfg.size, selector_arch=cfg.selector_arch,
+                          selector_size=cfg.selector_size)
     except ValueError as error:
         raise UsageError(f"these settings make no model: {error}") from None
     return model.eval().to(device), torch.randn(cfg.batch, 3, cfg.size, cfg.size).to(device)
@@ -378,7 +379,8 @@ def growth(cfg):
         for what in ("prediction", "training"):
             curves = {unit: [row[what][unit] for row in rows.values()] for unit in ("seconds", "bytes")}
             found[name][what] = curves
-            found[name]["exponents"][what] = {unit: exponent(list(rows), y) for unit, y in curves.items() if None not in y}
+            found[name]["exponents"][what] = {unit: exponent(list(rows), y) for unit, y in curves.items()
+                                              if None not in y}
     return found
 
 
@@ -388,13 +390,15 @@ def main(argv=None):
     at_least(cfg, size=1, batch=1, k=1, selector_size=0, rounds=1, peak=0)
     device = pick_device(cfg.device)
     print(f"{name_of(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}; {clock(device)[0]}")
-    head = {"command": vars(cfg), "device": name_of(device), "threads": torch.get_num_threads(), "clock": clock(device)[0]}
+    head = {"command": vars(cfg), "device": name_of(device), "threads": torch.get_num_threads(),
+            "clock": clock(device)[0]}
     if cfg.scale:
         import figures                                   # here: the rest needs no matplotlib
         found, path = growth(cfg), Path(cfg.out or "docs/scale.json")
         for name, rows in found.items():
             for what, powers in rows["exponents"].items():
-                print(f"  {what} grows with {name} to the power of " + ", ".join(f"{p:.2f} ({u})" for u, p in powers.items()))
+                print(f"  {what} grows with {name} to the power of "
+                      + ", ".join(f"{power:.2f} ({unit})" for unit, power in powers.items()))
         write_json(path, {**head, "growth": found})
         figures.growth(found, path.with_suffix(".png"))
         print(f"  wrote {path} and {path.with_suffix('.png')}")
