@@ -117,9 +117,19 @@ def repaint(classifier, images, held, hidden, logits, generator):
 
 
 def hidden_gradient(classifier, images, held, hidden):
-    """Largest |d logit / d pixel| over all logits and masked-out pixels. -> (B,)"""
-    gradient = pixel_gradient(lambda x: classifier.head(classifier.features(x, held)), images)
-    return (gradient * hidden[:, 0]).flatten(1).amax(1)
+    """Largest |d logit / d pixel| over all logits and masked-out pixels. -> (B,)
+
+    Heads are affine: of more logits than features, gradients are mixtures of those of the features.
+    """
+    images = images.detach().requires_grad_()
+    values, mixture = classifier.features(images, held), None
+    logits = classifier.head(values)
+    if logits.shape[1] <= values.shape[1]:
+        values = logits
+    else:
+        axes = torch.eye(values.shape[1]).to(values)
+        mixture = (classifier.head(axes) - classifier.head(0 * axes)).detach().T
+    return (largest_gradient(values, images, mixture) * hidden[:, 0]).flatten(1).amax(1)
 
 
 def pixel_gradient(outputs, images):
@@ -128,11 +138,18 @@ def pixel_gradient(outputs, images):
     outputs: a function of the images -> (B, n), each row of its own image alone.
     """
     images = images.detach().requires_grad_()
-    values = outputs(images)
+    return largest_gradient(outputs(images), images)
+
+
+def largest_gradient(values, images, mixture=None, chunk=32):
+    """pixel_gradient of values (B, n) that were computed from the images; mixture (m, n): of m sums of them instead."""
+    blocks = (torch.autograd.grad(column.sum(), images, retain_graph=True)[0][None] for column in values.unbind(1))
+    if mixture is not None:
+        each = torch.cat(list(blocks))                       # (n, B, 3, S, S)
+        blocks = (torch.tensordot(weights, each, 1) for weights in mixture.split(chunk))
     largest = torch.zeros_like(images[:, 0])
-    for column in values.unbind(1):
-        gradient, = torch.autograd.grad(column.sum(), images, retain_graph=True)
-        largest = largest.maximum(gradient.abs().amax(1))
+    for block in blocks:
+        largest = largest.maximum(block.abs().amax((0, 2)))
     return largest
 
 
@@ -202,7 +219,7 @@ def measure_leakage(classifiers, samples, backbone, device="cpu", count=0):
     indices = torch.linspace(0, len(samples) - 1, min(count or len(samples), len(samples))).round().long()
     indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]     # mixed groups
     groups = [g.tolist() for g in indices.tensor_split(math.ceil(len(indices) / LEAKAGE_GROUP))]
-    rows, budget = [{} for _ in classifiers], max(1, GRADIENTS // samples.outputs)
+    rows, budget = [{} for _ in classifiers], max(1, GRADIENTS // min(samples.outputs, backbone.width))
     for number, images in enumerate(torch.utils.data.DataLoader(samples, batch_sampler=groups)):
         truth = images["mask"].to(device) if "mask" in images else None
         gradients = max(0, budget - number * LEAKAGE_GROUP)

@@ -10,9 +10,11 @@ runs. A run that fails stops no other; the exit status then is 1.
 """
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import data
 import settings
 import tables
 import train
+from evaluate import pick_device
 from settings import Parser, RunError, UsageError, at_least, nearest, run_script
 
 METHODS = {     # in the order of the paper's table; early and late masks pool alike, so that one thing differs
@@ -119,20 +122,26 @@ def commands(cfg, flags, processes=1, measure=(), also=()):
 def finished(names, flags, folder="sweep", measure=("--leakage", "100"), also=()):
     """For notebooks: runs of seed 0, trained and evaluated now unless they were before -> {name: folder of the run}.
 
-    names and flags as on the command line, measure and also as in `commands`. What the scripts print is shown only
-    where one fails. RunError then.
+    names and flags as on the command line, measure and also as in `commands`. On CPU runs go side by side, each with
+    its share of the cores. What the scripts print is shown only where one fails. RunError then.
     """
-    runs = {}
-    for cfg, typed in plan(names, 1, flags, folder):
-        todo = commands(cfg, typed, measure=measure, also=also)
-        if todo:
-            print(f"{cfg.out}: this takes minutes, but only once; its log.jsonl says how far it is", flush=True)
-        for command in todo:
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RunError(f"{cfg.out} failed: {done.stderr.strip()[-500:]}")
-        runs[Path(cfg.out).name.removesuffix("-0")] = Path(cfg.out)
-    return runs
+    runs = plan(names, 1, flags, folder)
+    left = [(cfg.out, todo) for cfg, typed in runs if (todo := commands(cfg, typed, measure=measure, also=also))]
+    if left:
+        cfg = runs[0][0]
+        data.find_root(cfg.data, cfg.root, cfg.mini)     # a miniature is drawn once, before there are several to want it
+        side_by_side = min(len(left), os.cpu_count() if pick_device(cfg.device).type == "cpu" else 1)
+        threads = {"OMP_NUM_THREADS": str(os.cpu_count() // side_by_side)} if side_by_side > 1 else {}
+
+        def work(out, todo):
+            print(f"{out}: this takes minutes, but only once; its log.jsonl says how far it is", flush=True)
+            for command in todo:
+                done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **threads})
+                if done.returncode:
+                    raise RunError(f"{out} failed: {done.stderr.strip()[-500:]}")
+        with ThreadPoolExecutor(side_by_side) as pool:
+            list(pool.map(work, *zip(*left)))
+    return {Path(cfg.out).name.removesuffix("-0"): Path(cfg.out) for cfg, _ in runs}
 
 
 def main(argv=None):

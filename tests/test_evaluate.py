@@ -179,6 +179,20 @@ def test_the_gradient_at_hidden_pixels_is_that_of_the_whole_jacobian(trained, te
     assert leakage.hidden_gradient(classifier, images, maps, hidden).item() == pytest.approx(expected.item())
 
 
+def test_with_more_classes_than_features_the_gradient_is_that_of_every_logit_all_the_same():
+    torch.manual_seed(0)
+    layer, many = torch.nn.Linear(3 * 8 * 8, 4).double(), torch.nn.Linear(4, 70).double()
+    features = lambda x, held: layer(x.flatten(1)).tanh() + held
+    images, held = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+    hidden = torch.rand(2, 1, 8, 8) < 0.5
+    classifier = leakage.Classifier(None, features, many, "found")
+    found = leakage.hidden_gradient(classifier, images, held, hidden)
+    every = torch.autograd.functional.jacobian(lambda x: many(features(x, held)).sum(0), images)     # (70, 2, 3, 8, 8)
+    torch.testing.assert_close(found, (every.abs() * hidden).flatten(2).amax((0, 2)))
+    of_few = leakage.pixel_gradient(lambda x: many(features(x, held)), images)
+    torch.testing.assert_close(found, (of_few * hidden[:, 0]).flatten(1).amax(1))
+
+
 def test_the_rungs_of_the_ladder_differ_in_place_and_hardness_alone_and_only_the_last_hides_everything(trained, test_split):
     selector = evaluate.load_model(trained / "best.pt")[0].selector
     rungs = leakage.ladder(selector, test_split)
