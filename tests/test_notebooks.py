@@ -1,6 +1,5 @@
 """The notebooks run, and what is committed is in order: outputs of one clean run, nothing of a machine, no models."""
 import ast
-import os
 import re
 
 import nbformat
@@ -31,13 +30,8 @@ def workplace(tmp_path_factory):
     return folder
 
 
-SLOW = ("cub_waterbird200", "imagenet9")                   # evaluate on two benchmarks: minutes, even when small
-
-
 @every_notebook
 def test_a_notebook_runs(path, workplace, monkeypatch):
-    if path.stem in SLOW and not os.environ.get("IFAM_ALL"):
-        pytest.skip("takes minutes: run with IFAM_ALL=1")
     monkeypatch.setenv("IFAM_FAST", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     client = NotebookClient(nbformat.read(path, as_version=4), timeout=600, resources={"metadata": {"path": str(workplace)}})
