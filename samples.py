@@ -63,7 +63,7 @@ def pick(values, indices):
     return [values[i] for i in indices]
 
 
-SMALL = 1 << 27            # bytes of images at the model's size: a split below it stays decoded in memory
+SMALL = 1 << 27            # bytes: a split whose images take less at the model's size stays decoded, up to as much
 
 
 class Samples(torch.utils.data.Dataset):
@@ -85,7 +85,7 @@ class Samples(torch.utils.data.Dataset):
         self.ids, self.paths, self.masks, self.points, self.boxes = ids, paths, masks, points, boxes
         self.labels = torch.as_tensor(labels, dtype=torch.long)
         self.groups = self.labels if groups is None else torch.as_tensor(groups, dtype=torch.long)
-        self.decoded = {}                                # (path, mode): picture, of a split that is small
+        self.decoded, self.room = {}, SMALL              # (path, mode): picture, of a split that is small; bytes left
         self.group_names = [f"{c} {p}" for c in self.classes for p in self.places] or list(self.classes)
 
     def __len__(self):
@@ -132,12 +132,14 @@ class Samples(torch.utils.data.Dataset):
                 read_image(path)
 
     def read(self, path, mode):
-        """read_image, once for each file of a small split. The pictures are shared: steps make new ones."""
-        if 3 * self.size ** 2 * len(self) > SMALL or not isinstance(path, Path):
-            return read_image(path, mode)
-        if (path, mode) not in self.decoded:
-            self.decoded[path, mode] = read_image(path, mode)
-        return self.decoded[path, mode]
+        """read_image; pictures of a small split are kept while there is room, and shared: steps make new ones."""
+        if (path, mode) in self.decoded:
+            return self.decoded[path, mode]
+        picture = read_image(path, mode)
+        size = len(mode) * picture.width * picture.height                        # "L", "RGB": a byte a letter
+        if 3 * self.size ** 2 * len(self) <= SMALL and size <= self.room and isinstance(path, Path):
+            self.decoded[path, mode], self.room = picture, self.room - size      # a file may be far larger than self.size
+        return picture
 
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (None, key)

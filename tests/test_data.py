@@ -243,8 +243,18 @@ def test_a_small_split_is_decoded_once_and_a_large_one_every_time_with_the_same_
             assert np.array_equal(small[key][name], expected), name
     assert reads.count(small.paths[0]) == 1 + 4          # small once, large for each sample
     monkeypatch.setattr(samples, "SMALL", 3 * 32 ** 2 * len(small) - 1)
-    small[0], small[0]
-    assert reads.count(small.paths[0]) == 1 + 4 + 2
+    small[1], small[1]
+    assert reads.count(small.paths[1]) == 2
+
+
+def test_pictures_stay_decoded_while_there_is_room_for_them_however_large_the_files_are(birds):
+    split = copy.copy(data.load("waterbirds", birds, 32)["test"])
+    split.decoded, room = {}, 3 * 60 * 40 + 1                                    # one picture, but no other beside it
+    split.room = room
+    for i in range(len(split)):
+        split[i]
+    assert sum(len(picture.tobytes()) for picture in split.decoded.values()) == room - split.room <= room
+    assert 0 < len(split.decoded) < len(split)
 
 
 def test_patch_keep_equals_counting_pixels_patch_by_patch():
