@@ -132,13 +132,16 @@ class Samples(torch.utils.data.Dataset):
                 read_image(path)
 
     def read(self, path, mode):
-        """read_image; pictures of a small split are kept while there is room, and shared: steps make new ones."""
+        """read_image; pictures of a small split are kept while there is room (files may be far larger than self.size).
+
+        They are shared: steps make new ones.
+        """
         if (path, mode) in self.decoded:
             return self.decoded[path, mode]
         picture = read_image(path, mode)
         size = len(mode) * picture.width * picture.height                        # "L", "RGB": a byte a letter
         if 3 * self.size ** 2 * len(self) <= SMALL and size <= self.room and isinstance(path, Path):
-            self.decoded[path, mode], self.room = picture, self.room - size      # a file may be far larger than self.size
+            self.decoded[path, mode], self.room = picture, self.room - size
         return picture
 
     def __getitem__(self, key):

@@ -114,7 +114,7 @@ def peak_memory_here(cfg, variant):
 
 
 def seconds(f, *args):
-    """-> how long a call takes by the clock, and the processor time of all threads, which a busy machine disturbs less."""
+    """-> time of a call by the clock, and by the processors of all threads, which a busy machine disturbs less."""
     clock, processor = time.perf_counter(), time.process_time()
     f(*args)
     return time.perf_counter() - clock, time.process_time() - processor

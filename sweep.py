@@ -129,7 +129,7 @@ def finished(names, flags, folder="sweep", measure=("--leakage", "100"), also=()
     left = [(cfg.out, todo) for cfg, typed in runs if (todo := commands(cfg, typed, measure=measure, also=also))]
     if left:
         cfg = runs[0][0]
-        data.find_root(cfg.data, cfg.root, cfg.mini)     # a miniature is drawn once, before there are several to want it
+        data.find_root(cfg.data, cfg.root, cfg.mini)     # draws a miniature, before several want it
         side_by_side = min(len(left), os.cpu_count() if pick_device(cfg.device).type == "cpu" else 1)
         threads = {"OMP_NUM_THREADS": str(os.cpu_count() // side_by_side)} if side_by_side > 1 else {}
 

@@ -51,8 +51,8 @@ class Config:
                                  "for --arch mini), a file of DINOv2, timm or Hugging Face, or none")
     size: int = opt(518, "image side in pixels, a multiple of the patch")
     selector_size: int = opt(0, "side at which stage 1 looks at the image, smaller is faster (0: --size)")
-    selector_arch: str = opt("", "a smaller ViT for stage 1: s where --arch is b, or b/6 for the first 6 blocks of b (if "
-                                 "not given, that of --arch)")
+    selector_arch: str = opt("", "a smaller ViT for stage 1: s where --arch is b, or b/6 for the first 6 blocks of b "
+                                 "(if not given, that of --arch)")
     k: int = opt(8, "foreground parts")
     masking: str = opt("early", "where the mask acts", choices=("early", "late"))
     hardness: str = opt("hard", "binary mask, or any weight in [0, 1]", choices=("hard", "soft"))
