@@ -235,6 +235,7 @@ def apply(model, path, ckpt):
         content = json.loads(Path(path).read_text())
         drop, thresholds, made_for = content["drop"], content["thresholds"], content["checkpoint"]
         hash = made_for["sha256"]
+        rest = {key: content[key] for key in ("drop", "q", "thresholds", "calibration", "decision")}
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; make it with intervene.py --ckpt {ckpt}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -246,17 +247,21 @@ def apply(model, path, ckpt):
     if thresholds is not None:
         thresholds = torch.tensor([math.inf if t is None else t for t in thresholds])
     model.selector.limits = limits_of(model.selector.k, drop, thresholds).to(model.selector.prototypes.device)
-    return {"file": str(path), **{key: content[key] for key in ("drop", "q", "thresholds", "calibration", "decision")}}
+    return {"file": str(path), **rest}
 
 
-def summary(content, name="", split=""):
-    """One line about an intervention, which says so if it was chosen on the very images that are measured now."""
-    where = (content["decision"]["data"], content["decision"]["split"])
+def summary(content, name="", splits=()):
+    """One line about an intervention, which says so if it was chosen on images that are measured now.
+
+    splits: those that are measured. All but val are of the test set, which test_and_val shares with val.
+    """
+    decision, where = content["decision"], content["decision"]["split"]
     parts = f"parts removed: {', '.join(map(str, content['drop'])) or 'none'}"
     tokens = f"patches removed: {'none' if content['q'] is None else 'beyond the quantile ' + str(content['q'])}"
-    by_rule = content["decision"]["parts_by_rule"] or content["decision"]["q_by"] == "rule"
-    biased = by_rule and where == (name, split)
-    return f"{parts}; {tokens}" + f"; CHOSEN ON {split.upper()}, the images measured here: too good" * biased
+    looked = decision["parts_by_rule"] or decision["parts_by_hand"] or decision["q_by"] == "rule"
+    shared = [s for s in splits if (s in ("val", "test_and_val") if where == "val" else s != "val")]
+    biased = looked and shared and decision["data"] == name
+    return f"{parts}; {tokens}" + (f"; CHOSEN ON {where.upper()}: too good in {', '.join(shared)}" if biased else "")
 
 
 # ---------------------------------------------------------------- what a person reads
@@ -348,7 +353,8 @@ def main(argv=None):
         train.check()
         distances = calibrate(model, train, **loading)
         trials.thresholds |= {q: distances.at(q) for q in cfg.q}
-        calibration = {"data": name, "split": train.split, "images": len(train), "view": "evaluation",
+        calibration = {"data": train.name + "-mini" * trained["mini"], "split": train.split, "images": len(train),
+                       "view": "evaluation",
                        "patches": distances.seen().tolist(),
                        "squared_distances": {str(q): listed(trials.thresholds[q]) for q in sorted(set(cfg.q))}}
     drop, q = chosen = decide(trials, cfg)

@@ -159,17 +159,22 @@ def peak_memory(function, device):
 
 
 # ---------------------------------------------------------------- a trained model
+def check(model):
+    """UsageError for a model whose operations are not counted."""
+    if isinstance(model, FoundMask) or model.predictor and not isinstance(model.predictor, ifam.Predictor):
+        raise UsageError("--speed counts the operations of ViTs under a mask or without: not of probes or --method "
+                         "early-found, late-found; leave it out")
+
+
 @torch.no_grad()
 def measure(model, images, truth=None, rounds=5):
     """What a model costs on these images (B, 3, S, S) -> dict for report.json; truth: keep, where a model is given it.
 
-    Shares: of the time of the whole model, measured module by module in calls of their own. The rest are embeddings,
-    norms, heads and the mask. Operations are per image.
+    Shares: of the time of the whole model, measured module by module in calls of their own; that of stage 1, and those
+    of attention and feed-forward in both stages. Operations are per image.
     """
     device, (B, *_) = images.device, images.shape
-    if isinstance(model, FoundMask) or model.predictor and not isinstance(model.predictor, ifam.Predictor):
-        raise UsageError("--speed counts the operations of ViTs under a mask or without: not of probes or --method "
-                         "early-found, late-found")
+    check(model)
     vit = (model.predictor or model.selector).backbone
     whole = lambda x=images, keep=truth: model(x, keep)
     kept = whole().keep
@@ -209,7 +214,8 @@ def summary(found):
         f"    {found['images_per_second']:.1f} images/s; {found['relative_to_dense']:.3f} of the time of one dense ViT "
         f"({found['images_per_second_dense']:.1f} images/s)",
         f"    GFLOPs per image: {stages}, dense {g['dense']:.3g}",
-        "    share of the time: " + ", ".join(f"{share[n]:.0%} {n.replace('_', '-')}" for n in share),
+        f"    share of the time: {share['stage1']:.0%} in stage 1; in all stages {share['attention']:.0%} "
+        f"in attention, {share['feed_forward']:.0%} in feed-forward",
         f"    latency at batch 1: {found['latency_ms']:.1f} ms; peak memory beyond the weights: {memory}"))
 
 
@@ -316,10 +322,12 @@ def forced_masks(cfg):
     with autocast(cfg, device):
         seconds = in_turn(calls, cfg.rounds, device)
         hottest = profiled(calls["20 % kept"], device) if cfg.profile else None
+        peak = {name: peak_memory(call, device) for name, call in calls.items()}
     rows = {name: {"relative_to_dense": ratio(seconds, name), "seconds": statistics.median(seconds[name]),
                    "images_per_second": cfg.batch / statistics.median(seconds[name]),
                    "relative_operations": flops[name] / flops["dense"], "gflops": flops[name] / cfg.batch / 1e9,
-                   "tflops": flops[name] / statistics.median(seconds[name]) / 1e12} for name in calls}
+                   "tflops": flops[name] / statistics.median(seconds[name]) / 1e12,
+                   "peak_bytes": peak[name]} for name in calls}
     return rows, hottest
 
 
@@ -393,6 +401,9 @@ def main(argv=None):
     head = {"command": vars(cfg), "device": name_of(device), "threads": torch.get_num_threads(),
             "clock": clock(device)[0]}
     if cfg.scale:
+        for name in ("size", "k", "batch", "compare", "profile", "peak", "compile"):
+            if getattr(cfg, name) != getattr(Config, name):
+                raise UsageError(f"--scale goes through sizes, K and batches of its own: leave out --{name}")
         import figures                                   # here: the rest needs no matplotlib
         found, path = growth(cfg), Path(cfg.out or "docs/scale.json")
         for name, rows in found.items():
@@ -406,6 +417,7 @@ def main(argv=None):
     rows, hottest = forced_masks(cfg)
     for name, row in rows.items():
         share = f"  {row['tflops'] / cfg.peak:.0%} of peak" if cfg.peak else ""
+        share += f"  {row['peak_bytes'] / 1e6:.0f} MB" if row["peak_bytes"] is not None else ""
         print(f"  {name:<44}{row['relative_to_dense']:>7.3f} of dense  {row['images_per_second']:>8.1f} images/s  "
               f"{row['gflops']:>8.2f} GFLOPs an image, {row['relative_operations']:.3f} of dense{share}")
     if hottest:

@@ -128,11 +128,12 @@ def compare_steps(cfg):
     dense = next(iter(VARIANTS))
     print(f"ViT-{cfg.arch}, {cfg.size} px, batch {cfg.batch}, autocast {cfg.amp}, {torch.get_num_threads()} threads, "
           f"{f'{cfg.keep:.0%} of the patches kept' if cfg.keep else 'the mask as found'}, {cfg.turns} turns")
-    print(f"  {'':<46}{'ms a step':>11}{'ratio':>8}{'of processor time':>19}{'peak GiB':>10}")
+    print(f"  {'':<46}{'ms a step':>11}{'images/s':>10}{'ratio':>8}{'of processor time':>19}{'peak GiB':>10}")
     for name in VARIANTS:
         clock, processor = (statistics.median(turn[name][i] / turn[dense][i] for turn in turns) for i in (0, 1))
         milliseconds = 1000 * statistics.median(turn[name][0] for turn in turns)
-        print(f"  {name:<46}{milliseconds:>11.0f}{clock:>8.2f}{processor:>19.2f}{memory[name]:>10.2f}")
+        print(f"  {name:<46}{milliseconds:>11.0f}{1000 * cfg.batch / milliseconds:>10.1f}{clock:>8.2f}"
+              f"{processor:>19.2f}{memory[name]:>10.2f}")
 
 
 # ---------------------------------------------------------------- the input pipeline

@@ -149,7 +149,8 @@ def main(argv=None):
     parser.add_argument("what", nargs="+", help=f"sets ({', '.join(SETS)}) or single runs of them")
     parser.add_argument("--seeds", type=int, default=1, help="training seeds 0, 1, ... of each (default 1)")
     parser.add_argument("--processes", type=int, default=1, help="processes that train, through torchrun (default 1)")
-    parser.add_argument("--leakage", type=int, default=500, help="of evaluate.py: images for leakage (default 500)")
+    parser.add_argument("--leakage", type=int, default=500, 
+                        help="of evaluate.py: images for leakage (default 500); finished runs stay as they are")
     parser.add_argument("--also", nargs="+", default=[],
                         choices=[name for name, benchmark in data.BENCHMARKS.items() if benchmark.trained_on],
                         help="evaluate on these as well: waterbird200 for cub, imagenet9 for imagenet")
@@ -159,6 +160,9 @@ def main(argv=None):
     if refused := {"--method", "--seed", "--out", "--resume"} & {flag.split("=")[0] for flag in flags}:
         raise UsageError(f"{min(refused)} is decided by the sweep: leave it out")
     runs, failed = plan(given.what, given.seeds, flags), []
+    for name in given.also:
+        if (trained := data.BENCHMARKS[name].trained_on) != runs[0][0].data:
+            raise UsageError(f"--also {name} evaluates models of {trained}, not of {runs[0][0].data}: leave it out")
     left = lambda cfg, typed: commands(cfg, typed, given.processes, ["--leakage", str(given.leakage)], given.also)
     for number, (cfg, typed) in enumerate(runs, 1):
         todo = left(cfg, typed)

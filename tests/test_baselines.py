@@ -257,6 +257,28 @@ def test_an_ablation_keeps_weights_and_noise_and_removes_only_what_it_names(flag
     assert changed == (flag != "--freeze-stage2")
 
 
+@pytest.mark.parametrize("flags, changed", [
+    (("--hardness", "soft"), {"class2"}), (("--part-dropout1", 0), {"class1"}), (("--part-dropout2", 0), {"class2"})])
+def test_a_change_of_the_mask_or_of_a_dropout_leaves_weights_and_all_other_losses_alone(flags, changed, batch, plain):
+    before, terms, _ = step(batch, *flags)
+    assert all(torch.equal(x, before[name]) for name, x in plain[0].items())
+    different = {name for name, x in plain[1].items() if not torch.equal(x, terms[name])}
+    assert terms.keys() == plain[1].keys() and different - {"loss"} == changed
+
+
+def test_a_late_mask_leaves_stage_1_alone_and_differs_from_the_early_one_of_the_same_pooling_in_stage_2(batch):
+    early, late = step(batch, "--pooling", "mean"), step(batch, "--pooling", "mean", "--masking", "late")
+    assert all(torch.equal(x, late[0][name]) for name, x in early[0].items())
+    assert {name for name, x in early[1].items() if not torch.equal(x, late[1][name])} - {"loss"} == {"class2"}
+
+
+def test_k_changes_the_number_of_prototypes_and_leaves_both_backbones_alone():
+    plain, more = built().state_dict(), built("--k", 6).state_dict()
+    differ = {name for name in plain if plain[name].shape != more[name].shape or not torch.equal(plain[name], more[name])}
+    assert plain.keys() == more.keys() and not any(".backbone." in name for name in differ)
+    assert more["selector.prototypes"].shape[0] == 7
+
+
 def test_every_setting_of_a_run_is_in_its_config_and_rebuilds_the_model():
     cfg = config("--no-shaping", "--no-stage1-class", "--freeze-stage2")
     assert (cfg.shaping, cfg.stage1_class, cfg.freeze_stage2) == (False, False, True)

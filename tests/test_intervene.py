@@ -290,8 +290,10 @@ def test_what_was_decided_on_test_says_so(trained, tmp_path, capsys):
     content = json.loads(file.read_text())
     assert content["decision"]["split"] == "test"
     content["decision"]["parts_by_rule"] = [0]
-    assert "CHOSEN ON TEST" in intervene.summary(content, "waterbirds-mini", "test")
-    assert "CHOSEN" not in intervene.summary(content, "waterbirds-mini", "val")
+    assert "CHOSEN ON TEST: too good in test, robust" in intervene.summary(content, "waterbirds-mini", ["test", "robust"])
+    assert "CHOSEN" not in intervene.summary(content, "waterbirds-mini", ["val"])
+    content["decision"]["split"] = "val"
+    assert "CHOSEN ON VAL: too good in test_and_val" in intervene.summary(content, "waterbirds-mini", ["test", "test_and_val"])
 
 
 # ---------------------------------------------------------------- mistakes

@@ -135,8 +135,8 @@ def test_a_measured_model_is_described_in_full():
 
 def test_the_command_prints_every_case_and_the_growth_comes_with_its_figure(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(ifam.ARCHS, "mini", dict(TINY, depth=2))
-    common = ("--arch", "mini", "--rounds", "1", "--device", "cpu", "--size", "70", "--batch", "2", "--k", "2")
-    speed.main([*common, "--compare", "--profile", "--out", str(tmp_path / "rows.json")])
+    common = ("--arch", "mini", "--rounds", "1", "--device", "cpu")
+    speed.main([*common, "--size", "70", "--batch", "2", "--k", "2", "--compare", "--profile", "--out", str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     text = capsys.readouterr().out
     assert all(name in text for name in rows) and "attention" in text
@@ -153,7 +153,8 @@ def test_the_command_prints_every_case_and_the_growth_comes_with_its_figure(monk
 
 @pytest.mark.parametrize("flags, words", [
     (("--arch", "x"), ("'x' is no architecture", "b/6")), (("--arch", "s/13"), ("s has 12 blocks",)), (("--size", 100), ("multiple of the patch",)),
-    (("--rounds", 0), ("--rounds",)), (("--amp", "bf61"), ("did you mean bf16?",))], ids=str)
+    (("--rounds", 0), ("--rounds",)), (("--amp", "bf61"), ("did you mean bf16?",)),
+    (("--scale", "--size", 70), ("--scale", "leave out --size"))], ids=str)
 def test_bad_flags_are_one_line(flags, words, capsys):
     line = fails(speed.main, *flags, "--device", "cpu")(capsys)
     assert all(w in line for w in words), line

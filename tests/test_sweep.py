@@ -107,6 +107,10 @@ def test_a_notebook_is_told_why_a_run_failed(commands):
         sweep.finished(["erm"], MINI)
 
 
+def test_a_benchmark_to_evaluate_on_as_well_is_one_of_the_same_training_data(commands, capsys):
+    assert "--also imagenet9" in fails(sweep.main, "ifam", *MINI, "--also", "imagenet9")(capsys) and not commands[0]
+
+
 def test_a_list_runs_nothing_and_says_what_would_run(commands, capsys):
     called, _ = commands
     sweep.main(["ablations", *MINI, "--list", "--processes", "8"])

@@ -13,13 +13,13 @@ from tiny import fails
 PLACE = {"none": 0.1, "late": 0.3, "early": 0.7}
 
 
-def write_run(folder, *flags, worst=0.5, report="report.json", **more):
+def write_run(folder, *flags, worst=0.5, report="report.json", images=16, **more):
     folder.mkdir(exist_ok=True)
     cfg = parse(train.Config, "", ["--data", "waterbirds", "--mini", *flags, "--out", str(folder)], train.preset)
     write_json(folder / "config.json", train.plain(asdict(cfg)))
     write_json(folder / report, {"data": "waterbirds-mini", "split": "test", "images": 400,
                                  "stage2": {"worst_group": worst, "aa": 1.0}, **more,
-                                 "leakage": {"repaint": {"max_logit_change": 0.0}, "place_of_mask": PLACE}})
+                                 "leakage": {"images": images, "repaint": {"max_logit_change": 0.0}, "place_of_mask": PLACE}})
     return str(folder)
 
 
@@ -77,6 +77,26 @@ def test_every_split_and_benchmark_of_a_run_has_its_own_table(tmp_path, capsys):
     tables.main([run])
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("**")] == \
         ["**waterbirds-mini, test**", "**waterbirds-mini, val**"]
+
+
+def test_a_corrected_model_has_a_row_of_its_own_and_the_papers_number_beside_it(tmp_path, capsys):
+    folder = write_run(tmp_path / "a", worst=0.5)
+    for name, drop, by_rule, q in (("loo", [2], [2], None), ("hand", [2], [], None), ("both", [2], [2], 0.9), ("none", [], [], None)):
+        write_run(tmp_path / "a", worst=0.7, report=f"report-{name}.json", images=100,
+                  intervention={"drop": drop, "q": q, "decision": {"parts_by_rule": by_rule}})
+    tables.main([folder])
+    out = capsys.readouterr().out
+    assert [cells(line)[0] for line in out.splitlines()[4:9]] == [
+        "`ifam`", "`ifam + LOO + patches`", "`ifam + parts by hand`", "`ifam + LOO`", "`ifam + nothing found`"] or out
+    assert "largest change of an image, of 16 to 100" in out
+    assert tables.from_paper("metashift", "ifam --k 8 + LOO + patches", 8)["worst group"] == (pytest.approx(0.83), 8)
+
+
+def test_a_number_that_some_seeds_lack_says_how_many_have_it(tmp_path, capsys):
+    runs = [write_run(tmp_path / str(seed), "--seed", str(seed), **({"localisation": {"foreground_iou": 0.5}} if seed else {}))
+            for seed in range(3)]
+    tables.main(runs)
+    assert "0.500 ± 0.000 (of 2)" in capsys.readouterr().out
 
 
 def test_what_cannot_be_put_in_a_table_is_named(tmp_path, capsys):
