@@ -364,13 +364,6 @@ def table(report, second="early, hard"):
     return "\n".join(lines)
 
 
-def measure_speed(model, samples, device, batch):
-    """What speed.measure finds on the first images of a split, at most a batch."""
-    import speed                                         # here: it uses this module
-    images = torch.utils.data.default_collate([samples[i] for i in range(min(batch, len(samples)))])
-    return speed.measure(model, images["image"].to(device), given_mask(model, images, device))
-
-
 def open_split(cfg, trained, outputs):
     """-> (name for the report, the split to measure on, the training split or None, {name: other sets})."""
     name = cfg.data or trained["data"]
@@ -439,7 +432,7 @@ def main(argv=None):
     if paper:
         print(f"  the paper's iFAM with K = {trained['k']}: " + ", ".join(f"{n} {v}" for n, v in paper.items()))
     if cfg.speed:
-        report["speed"] = measure_speed(model, samples, device, cfg.batch)
+        report["speed"] = speed.measure_split(model, samples, device, cfg.batch)
         print(speed.summary(report["speed"]))
     if cfg.adversarial:
         print("  adversarial backgrounds: challenge accuracy {challenge_accuracy:.1f} ({vulnerable} of {objects} "

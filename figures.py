@@ -146,8 +146,8 @@ def examples(samples, path=None, count=6):
     grid(rows, path=path, side=1.3)
 
 
-def outlined(picture, keep, colour=(1, 1, 1)):
-    """Picture (S, S, 3), three times as large, with a line around the patches that keep (h, w) keeps."""
+def outlined(picture, keep):
+    """Picture (S, S, 3), three times as large, with a white line around the patches that keep (h, w) keeps."""
     large, shown = picture.repeat(3, 0).repeat(3, 1), spread(keep > 0, 3 * len(picture))
     edge = np.zeros_like(shown)
     edge[1:] |= shown[1:] != shown[:-1]
@@ -155,14 +155,14 @@ def outlined(picture, keep, colour=(1, 1, 1)):
     for thin in (edge, edge.T):                          # four pixels wide: a figure shows every second or so
         thin[1:] |= thin[:-1].copy()
         thin[:-2] |= thin[2:].copy()
-    large[edge] = colour
+    large[edge] = 1
     return large
 
 
-def signed(values, largest=None):
-    """(h, w) -> (h, w, 3): white is 0, blue below, red above; `largest` (default: theirs) is the strongest."""
+def signed(values):
+    """(h, w) -> (h, w, 3): white is 0, blue below, red above; the largest is the strongest."""
     values = np.asarray(values)
-    return matplotlib.colormaps["RdBu_r"](0.5 + 0.5 * values / (largest or max(abs(values).max(), 1e-12)))[..., :3]
+    return matplotlib.colormaps["RdBu_r"](0.5 + 0.5 * values / max(abs(values).max(), 1e-12))[..., :3]
 
 
 def heat(picture, values, keep=None, largest=None):

@@ -12,6 +12,7 @@ H heads, K parts (index K is the background), C classes. keep (B, N): 1 = stage 
     out.logits, out.maps, out.keep                # (B, C), (B, K+1, h, w), (B, N)
 """
 import math
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -301,10 +302,11 @@ class ViT(nn.Module):
 
     def layers(self, images, keep=None):
         """The tokens before the first block and after each, one (B, T, D) after the other. keep: a hard mask."""
+        attend = attend_all if keep is None else partial(attend_masked, mask=self.mask_of(keep))
         x = self.embed(images)
         yield x
         for block in self.blocks:
-            x = block(x, attend_all if keep is None else lambda *qkv: attend_masked(*qkv, self.mask_of(keep)))
+            x = block(x, attend)
             yield x
 
     def last_attention(self, images, keep=None):
@@ -465,6 +467,11 @@ def discretize(part_logits, gumbel=None, parts=None, tau=1.0, hard=True):
 
 
 # ---------------------------------------------------------------- stage 2: the predictor
+def masked_mean(patches, weight, over=None):
+    """Mean of patches (B, N, D) under weights (B, N), 0 where all are 0 -> (B, D). over: what to divide by instead."""
+    return (weight[:, None] @ patches)[:, 0] / (weight.sum(1, keepdim=True).clamp_min(1e-6) if over is None else over)
+
+
 class Predictor(nn.Module):
     """Stage 2: a ViT classifier under a mask. Each choice below varies alone; the defaults are the paper's.
 
@@ -497,8 +504,7 @@ class Predictor(nn.Module):
             return self.fc_norm(tokens[:, 0])
         patches = tokens[:, self.backbone.prefix:]
         weight = torch.ones_like(patches[..., 0]) if keep is None else keep.to(patches.dtype)
-        share = weight.sum(1, keepdim=True).clamp_min(1e-6) if self.pooling == "mean" else weight.shape[1]
-        return self.fc_norm((weight[:, None] @ patches)[:, 0] / share)
+        return self.fc_norm(masked_mean(patches, weight, None if self.pooling == "mean" else weight.shape[1]))
 
     def forward(self, images, keep=None):
         """-> logits (B, C)."""

@@ -354,8 +354,7 @@ def main(argv=None):
         distances = calibrate(model, train, **loading)
         trials.thresholds |= {q: distances.at(q) for q in cfg.q}
         calibration = {"data": train.name + "-mini" * trained["mini"], "split": train.split, "images": len(train),
-                       "view": "evaluation",
-                       "patches": distances.seen().tolist(),
+                       "view": "evaluation", "patches": distances.seen().tolist(),
                        "squared_distances": {str(q): listed(trials.thresholds[q]) for q in sorted(set(cfg.q))}}
     drop, q = chosen = decide(trials, cfg)
     decision = {"data": name, "split": samples.split, "images": len(samples), "tolerance": cfg.tolerance, "rule": RULE,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from baselines import FoundMask
-from ifam import Predictor, discretize
+from ifam import Predictor, discretize, masked_mean
 from metrics import accuracies
 from samples import patch_keep
 
@@ -323,9 +323,8 @@ def kept_by_layer(selector, samples, early, batch=32):
     vit, found = selector.backbone, []
     for part in torch.utils.data.DataLoader(samples, batch):
         keep = discretize(selector(part["image"]).part_logits)
-        share = keep[:, None] / keep.sum(1).clamp_min(1)[:, None, None]
         layers = vit.layers(part["image"], keep if early else None)
-        found.append(torch.stack([(share @ x[:, vit.prefix:])[:, 0] for x in layers]))
+        found.append(torch.stack([masked_mean(x[:, vit.prefix:], keep) for x in layers]))
     return torch.cat(found, 1)
 
 
@@ -343,8 +342,7 @@ def pool_by_place(backbone, samples, device="cpu", batch=32, workers=0, shrink=l
         whole, masked = (backbone(images, k)[:, backbone.prefix:] for k in (None, keep))
         for place, patches, weight in (("none", whole, torch.ones_like(keep)), ("late", whole, keep),
                                        ("early", masked, keep)):
-            mean = (weight[:, None] @ patches)[:, 0] / weight.sum(1, keepdim=True).clamp_min(1)
-            found[place].append(mean.cpu())
+            found[place].append(masked_mean(patches, weight).cpu())
     return {place: torch.cat(x) for place, x in found.items()}
 
 

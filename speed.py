@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 import ifam
 import train
 from baselines import FoundMask
-from evaluate import pick_device
+from evaluate import given_mask, pick_device
 from settings import UsageError, at_least, opt, parse, run_script, write_json
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")          # else the profiler prints a line whenever it starts or stops
@@ -203,6 +203,12 @@ def measure(model, images, truth=None, rounds=5):
             "latency_ms": 1e3 * statistics.median(seconds["one image"]), "peak_bytes": peak}
 
 
+def measure_split(model, samples, device, batch):
+    """What measure() finds on the first images of a split, at most a batch."""
+    images = torch.utils.data.default_collate([samples[i] for i in range(min(batch, len(samples)))])
+    return measure(model, images["image"].to(device), given_mask(model, images, device))
+
+
 def summary(found):
     """What measure() found, as lines."""
     g, share = found["gflops"], found["share_of_time"]
@@ -332,7 +338,7 @@ def forced_masks(cfg):
 
 
 def autocast(cfg, device):
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.amp)
+    dtype, _ = train.autocast_of(cfg, device)
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 

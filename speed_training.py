@@ -28,6 +28,7 @@ from evaluate import pick_device
 from ifam import ARCHS
 from samples import Samples
 from settings import UsageError, at_least, opt, parse, run_script
+from speed import counts_of, forced
 from transforms import FINE_GRAINED, PHOTOGRAPHS
 
 
@@ -62,9 +63,8 @@ def force(model, share):
     def mask(*found_from):
         found = discovered(*found_from)
         B, N = found.shape
-        order = torch.stack([torch.randperm(N, generator=torch.Generator().manual_seed(b)) for b in range(B)])
-        forced = (order < round(share * N)).to(found)
-        return forced + (found - found.detach())
+        keep = forced(counts_of(share, share, B, N), N, torch.Generator().manual_seed(0)).to(found)
+        return keep + (found - found.detach())
     model.mask = mask
 
 

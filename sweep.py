@@ -149,7 +149,7 @@ def main(argv=None):
     parser.add_argument("what", nargs="+", help=f"sets ({', '.join(SETS)}) or single runs of them")
     parser.add_argument("--seeds", type=int, default=1, help="training seeds 0, 1, ... of each (default 1)")
     parser.add_argument("--processes", type=int, default=1, help="processes that train, through torchrun (default 1)")
-    parser.add_argument("--leakage", type=int, default=500, 
+    parser.add_argument("--leakage", type=int, default=500,
                         help="of evaluate.py: images for leakage (default 500); finished runs stay as they are")
     parser.add_argument("--also", nargs="+", default=[],
                         choices=[name for name, benchmark in data.BENCHMARKS.items() if benchmark.trained_on],
