@@ -250,7 +250,10 @@ GIVEN = ("early-truth", "late-truth", "early-found", "late-found")              
 PRETRAINED = ("frozen", "ep", "aim", "early-found", "late-found")                # a random backbone cannot serve these
 METHODS = ("ifam", "pdiscoformer", "erm", "frozen", "ep", "aim", *GIVEN)
 TAKES = {   # settings that only these methods have; all others have no such thing, and refuse the flag
-    **dict.fromkeys(("k", "tau", "part_dropout1", "train_tokens", "shaping"), ("ifam", "pdiscoformer")),
+    **dict.fromkeys(("k", "tau", "part_dropout1", "train_tokens", "shaping", "lr_prototypes", "lr_tokens",
+                     *(f"weight_{loss}" for loss in ("class1", "presence", "background", "orthogonality",
+                                                     "equivariance", "variation", "entropy", "concentration"))),
+                    ("ifam", "pdiscoformer")),
     **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "freeze_stage2", "selector_size",
                      "selector_arch"), ("ifam",)),
     "pooling": ("ifam", *GIVEN), "train_backbone": ("ep", "aim")}

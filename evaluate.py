@@ -9,14 +9,14 @@ and leakage, that is, each way in which the background can reach a prediction, f
 late one (stage 1). Nothing is drawn at random: two runs write the same report. Letters: ifam.py.
 """
 import copy
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import data
-from baselines import build
+from baselines import TAKES, build
 from leakage import Seen, measure_leakage, place_of_mask, stage1_classifier, stage2_classifier
 from metrics import accuracies, ari, foreground_counts, foreground_ious, keypoint_error, landmarks, nmi
 from samples import patch_keep
@@ -364,7 +364,7 @@ def table(report, second="early, hard"):
     return "\n".join(lines)
 
 
-def open_split(cfg, trained, outputs):
+def open_split(cfg, trained, model):
     """-> (name for the report, the split to measure on, the training split or None, {name: other sets})."""
     name = cfg.data or trained["data"]
     here = data.BENCHMARKS[name]
@@ -376,8 +376,12 @@ def open_split(cfg, trained, outputs):
     splits = data.load(name, root, trained["size"], limit=cfg.limit or trained["limit"], check=False,
                        val_share=trained.get("val_share", 0.0) * (name == trained["data"]))
     if cfg.split not in splits:
-        raise UsageError(f"{name} has no split {cfg.split!r}; choose another --split: {', '.join(splits)}")
+        held = "train with --val-share 0.1 to have one, or " * (cfg.split == "val" and "train" in splits)
+        known = next(f for f in fields(cfg) if f.name == "split").metadata["choices"]
+        raise UsageError(f"{name} has no split {cfg.split!r}; {held}choose another --split: "
+                         f"{', '.join(split for split in splits if split in known)}")
     samples = splits[cfg.split]
+    outputs = (model.predictor.head if model.predictor else model.selector.classifier).out_features
     if samples.outputs != outputs:
         raise UsageError(f"--data {name} needs {samples.outputs} classes, the checkpoint has {outputs}; evaluate it on "
                          "the data it was trained on")
@@ -385,6 +389,14 @@ def open_split(cfg, trained, outputs):
     for some in (samples, *sets.values()):
         some.check()                                     # images of other splits need not be there
     return name + "-mini" * trained["mini"], samples, splits.get("train"), sets
+
+
+def as_published(config):
+    """Are these the settings of iFAM itself, and not of an ablation? K and the size of the network may be any."""
+    import train                                         # here: train.py imports this module
+    default = vars(train.Config(**train.preset({"data": config["data"]})))
+    own = {name: default[name] for name, methods in TAKES.items() if "ifam" in methods and name != "k"}
+    return config["method"] == "ifam" and all(config.get(name, x) == x for name, x in own.items())
 
 
 def main(argv=None):
@@ -397,8 +409,7 @@ def main(argv=None):
     model, state = load_model(cfg.ckpt, device, cfg.data)
     trained = state["config"]
     intervention = intervene.apply(model, cfg.intervention, cfg.ckpt) if cfg.intervention else None
-    outputs = (model.predictor.head if model.predictor else model.selector.classifier).out_features
-    name, samples, train, sets = open_split(cfg, trained, outputs)
+    name, samples, train, sets = open_split(cfg, trained, model)
     if model.needs_truth:
         if samples.masks is None:
             raise UsageError(f"{cfg.ckpt} is of the method {trained['method']}, which needs true masks, and {name} "
@@ -414,11 +425,11 @@ def main(argv=None):
         raise UsageError("--adversarial is of --data imagenet9, --split test, and needs its variant only_bg_t")
     rare = data.BENCHMARKS[samples.name].rare
     source = "published snapshot" if state["step"] is None else "train.py"
+    normalise = cfg.kp_normalise or bool(intervention and intervention["q"])     # thresholds are of normalised images
     report = {"data": name, "method": trained["method"], "source": source, "seed": trained["seed"],
               "step": state["step"], "selection": state["best"],
-              **evaluate(model, samples, train, rare, device, cfg.batch, cfg.leakage, cfg.workers, sets,
-                         cfg.kp_normalise)}
-    comparable = trained["method"] == "ifam" and cfg.split == "test" and not trained["mini"]
+              **evaluate(model, samples, train, rare, device, cfg.batch, cfg.leakage, cfg.workers, sets, normalise)}
+    comparable = as_published(trained) and cfg.split == "test" and not trained["mini"] and not intervention
     if paper := data.BENCHMARKS[samples.name].paper.get(trained["k"], {}) if comparable else {}:
         report["paper"] = paper
     if cfg.adversarial:

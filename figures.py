@@ -316,16 +316,17 @@ def neighbourhood(picture, patch, row, column, colour, around=2, least=160):
 
 @torch.no_grad()
 def part_sheet(model, samples, part, census, title, path=None, device="cpu", columns=8):
-    """What a part is: its strongest patch in each of 32 images, closest to the prototype first, and 8 whole images.
+    """What a part is: its strongest patch in each of 32 images (or fewer), closest to the prototype first, and 8 whole ones.
 
     census: closest, where and count, each (n, K), for the n samples. The 8 are spread over the images with this part.
     """
     colour, k, patch = part_colour(part), model.selector.k, model.selector.backbone.patch
     h, w = model.selector.backbone.grid
     have = (census.count[:, part] > 0).nonzero()[:, 0]
-    figure, axes = plt.subplots(2, 1, figsize=(11, 9.6), height_ratios=(4, 2))
+    rows = min(4, -(-len(have) // columns))              # of strongest patches
+    figure, axes = plt.subplots(2, 1, figsize=(11, 3.2 + 1.6 * rows), height_ratios=(max(rows, 0.1), 2))
     if len(have):
-        strongest = have[census.closest[have, part].argsort(stable=True)][:4 * columns].tolist()
+        strongest = have[census.closest[have, part].argsort(stable=True)][:rows * columns].tolist()
         picture = {i: as_seen(model.selector, samples[i]["image"], samples.normalisation) for i in strongest}
         axes[0].imshow(mosaic([neighbourhood(picture[i], patch, *divmod(census.where[i, part].item(), w), colour)
                                for i in strongest], columns), interpolation="nearest")
@@ -336,8 +337,11 @@ def part_sheet(model, samples, part, census, title, path=None, device="cpu", col
         shown = [overlay(x, np.where(a == part, part, k), k) for x, a in zip(scenes, assigned)]
         blank = [np.ones_like(scenes[0])] * (columns - len(scenes))
         axes[1].imshow(mosaic([*scenes, *blank, *shown], columns), interpolation="nearest")
-    axes[0].set_title("its strongest patch (framed) in each of these images, strongest first", fontsize=9, loc="left")
-    axes[1].set_title("images with this part, spread over the split; below, its patches", fontsize=9, loc="left")
+        axes[0].set_title("its strongest patch (framed) in each of these images, strongest first", fontsize=9,
+                          loc="left")
+        axes[1].set_title("images with this part, spread over the split; below, its patches", fontsize=9, loc="left")
+    else:
+        axes[1].text(0.5, 0.5, "no patch of any image goes to this part", ha="center", fontsize=11)
     for axis in axes:
         axis.axis("off")
     figure.suptitle(title, fontsize=11)

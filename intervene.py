@@ -12,6 +12,9 @@ section 3.4). --drop and a single --q are done as told; --loo and several --q ar
 
     a removal is accepted if the worst group rises, and the average stays within --tolerance of the untouched model's.
 
+Where a benchmark has no groups its classes are the groups; of many, the worst is the mean of the worst tenth. SIIM-ACR
+is decided by its own measure, AUROC: of all images, and of those whose tube misleads (without tube labels, of all).
+
 --loo takes the accepted part with the best worst group (then average, then number) and looks again among the rest. An
 image that loses all its patches is classified from class token and registers alone, and counted as empty.
 
@@ -29,9 +32,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+import data
 import figures
-from evaluate import OnCheckpoint, load_model, open_split, pick_device
-from metrics import accuracies
+from evaluate import SPLITS, OnCheckpoint, load_model, open_split, pick_device
+from metrics import accuracies, auroc
 from settings import UsageError, at_least, opt, parse, run_script, write_json
 
 
@@ -154,11 +158,17 @@ def predict_each(model, samples, options, device="cpu", batch=32, workers=0):
 
 
 class Trials:
-    """A model on the split that decides. rows: what was measured, by (parts removed, q), first the untouched model."""
+    """A model on the split that decides. rows: what was measured, by (parts removed, q), first the untouched model.
+
+    average, worst: the two numbers of a row that RULE speaks of.
+    """
+    average, worst = "aa", "worst_group"
 
     def __init__(self, model, samples, **loading):
         self.model, self.samples, self.loading = model, samples, loading
         self.patches = math.prod(model.grid)
+        if "auroc" in data.BENCHMARKS[samples.name].metrics:
+            self.average, self.worst = "auroc", "auroc_rare"
         self.thresholds = {None: None}                   # {q: (K,) squared distances}
         self.rows, self.census = {}, None
 
@@ -175,10 +185,14 @@ class Trials:
     def row(self, drop, q, logits, kept):
         """The numbers of one intervention, and its effect: their difference from the untouched model's."""
         numbers = accuracies({"logits": logits}, self.samples)
-        row = {"drop": list(drop), "q": q, "aa": numbers["aa"], "worst_group": numbers["worst_group"],
+        row = {"drop": list(drop), "q": q, "aa": numbers["aa"],
                "groups": {name: group["accuracy"] for name, group in numbers["groups"].items() if group["n"]},
                "kept_share": kept.mean().item() / self.patches, "empty": int((kept == 0).sum())}
-        row["worst_group_name"] = min(row["groups"], key=row["groups"].get)
+        lowest = sorted(row["groups"], key=row["groups"].get)[:max(1, len(row["groups"]) // 10)]
+        row["worst_group"] = sum(row["groups"][name] for name in lowest) / len(lowest)
+        row["worst_group_name"] = lowest[0] + f" and {len(lowest) - 1} more" * (len(lowest) > 1)
+        if self.average == "auroc":
+            row |= self.aurocs(logits)
         if self.samples.places:                          # else the classes are the groups
             by_class = copy.copy(self.samples)
             by_class.groups, by_class.group_names = by_class.labels, by_class.classes
@@ -188,15 +202,23 @@ class Trials:
         row["effect"] = {key: difference(row[key], base[key]) for key in EFFECTS if key in row}
         return row
 
+    def aurocs(self, logits):
+        """-> AUROC, 0 to 1, of all images, and of those in the rare groups (of all, where no group is known)."""
+        scores, labels = logits.double().softmax(1)[:, 1], self.samples.labels
+        rare = torch.tensor(data.BENCHMARKS[self.samples.name].rare)
+        hard = torch.isin(self.samples.groups, rare) if self.samples.places else torch.ones_like(labels, dtype=bool)
+        return {"auroc": auroc(scores, labels), "auroc_rare": auroc(scores[hard], labels[hard])}
+
     def accepts(self, new, old, tolerance):
         """RULE, as the one place that decides. new, old: rows."""
-        return new["worst_group"] > old["worst_group"] and new["aa"] >= self.rows[UNTOUCHED]["aa"] - tolerance - 1e-9
+        least = self.rows[UNTOUCHED][self.average] - tolerance - 1e-9
+        return new[self.worst] > old[self.worst] and new[self.average] >= least
 
     def best(self, old, options, tolerance):
         """The best option that the rule accepts over the option `old`, or `old` if it accepts none."""
         rows = dict(zip([old, *options], self.measure(old, *options)))
         good = [option for option in options if self.accepts(rows[option], rows[old], tolerance)]
-        return max(good, key=lambda option: (rows[option]["worst_group"], rows[option]["aa"]), default=old)
+        return max(good, key=lambda option: (rows[option][self.worst], rows[option][self.average]), default=old)
 
 
 def difference(now, before):
@@ -205,7 +227,7 @@ def difference(now, before):
 
 
 UNTOUCHED = ((), None)
-EFFECTS = ("aa", "worst_group", "groups", "classes")
+EFFECTS = ("aa", "worst_group", "auroc", "auroc_rare", "groups", "classes")
 
 
 def leave_one_out(trials, drop, tolerance):
@@ -231,53 +253,79 @@ def apply(model, path, ckpt):
 
     UsageError for a file that is not there, not an intervention, or made for another checkpoint.
     """
+    if model.selector is None:
+        raise UsageError(f"--intervention: {ckpt} is of a method without parts; leave it out")
+    k = model.selector.k
     try:
         content = json.loads(Path(path).read_text())
-        drop, thresholds, made_for = content["drop"], content["thresholds"], content["checkpoint"]
-        hash = made_for["sha256"]
+        made_for, thresholds = content["checkpoint"], content["thresholds"]
         rest = {key: content[key] for key in ("drop", "q", "thresholds", "calibration", "decision")}
+        other = made_for["sha256"] != hash_of(ckpt)
+        if thresholds is not None:
+            thresholds = torch.tensor([math.inf if t is None else t for t in thresholds])
+        sound = set(content["drop"]) < set(range(k)) and (thresholds is None or thresholds.shape == (k,))
+        summary(rest)                                    # what it needs is there
+        if not (other or sound):
+            raise ValueError("its parts are not those of the checkpoint")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; make it with intervene.py --ckpt {ckpt}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is damaged, or not a file of intervene.py ({type(error).__name__}); make it "
                          "again") from None
-    if hash != hash_of(ckpt):
-        raise UsageError(f"{path} is an intervention on another checkpoint ({made_for['path']}, sha256 {hash[:12]}), "
-                         f"not on {ckpt}: its parts are not these; make one with intervene.py --ckpt {ckpt}")
-    if thresholds is not None:
-        thresholds = torch.tensor([math.inf if t is None else t for t in thresholds])
-    model.selector.limits = limits_of(model.selector.k, drop, thresholds).to(model.selector.prototypes.device)
+    if other:
+        raise UsageError(f"{path} is an intervention on another checkpoint ({made_for.get('path')}, sha256 "
+                         f"{str(made_for['sha256'])[:12]}), not on {ckpt}: its parts are not these; make one with "
+                         f"intervene.py --ckpt {ckpt}")
+    model.selector.limits = limits_of(k, rest["drop"], thresholds).to(model.selector.prototypes.device)
     return {"file": str(path), **rest}
+
+
+def chosen_on(decision):
+    """The split whose numbers led to an intervention: "val", "test", or "" where none did."""
+    looked = decision["parts_by_rule"] or decision["parts_by_hand"] or decision["q_by"] == "rule"
+    return decision["split"] if looked else ""
 
 
 def summary(content, name="", splits=()):
     """One line about an intervention, which says so if it was chosen on images that are measured now.
 
-    splits: those that are measured. All but val are of the test set, which test_and_val shares with val.
+    splits: those that are measured. All but val are of the test set, which test_and_val shares with val. A benchmark
+    for evaluation only shows the objects of the test set of the one it belongs to.
     """
-    decision, where = content["decision"], content["decision"]["split"]
+    decision, where = content["decision"], chosen_on(content["decision"])
     parts = f"parts removed: {', '.join(map(str, content['drop'])) or 'none'}"
     tokens = f"patches removed: {'none' if content['q'] is None else 'beyond the quantile ' + str(content['q'])}"
-    looked = decision["parts_by_rule"] or decision["parts_by_hand"] or decision["q_by"] == "rule"
     shared = [s for s in splits if (s in ("val", "test_and_val") if where == "val" else s != "val")]
-    biased = looked and shared and decision["data"] == name
+    same = decision["data"] == name or where == "test" and family(decision["data"]) == family(name)
+    biased = where and shared and same
     return f"{parts}; {tokens}" + (f"; CHOSEN ON {where.upper()}: too good in {', '.join(shared)}" if biased else "")
 
 
+def family(name):
+    """"waterbird200-mini" -> "cub": the benchmark whose objects it shows."""
+    name = name.removesuffix("-mini")
+    return name and (data.BENCHMARKS[name].trained_on or name)
+
+
 # ---------------------------------------------------------------- what a person reads
+def most_changed(row):
+    """The group or class that loses most by an intervention and the one that gains most, as text; "-" for none."""
+    changes = {**row["effect"].get("classes", {}), **row["effect"]["groups"]}
+    low, high = min(changes, key=changes.get), max(changes, key=changes.get)
+    return (f"{low} {changes[low]:+.3f}" if changes[low] < 0 else "-",
+            f"{high} {changes[high]:+.3f}" if changes[high] > 0 else "-")
+
+
 def table(trials, chosen):
     """The rows as text: each intervention, what it does on average, to the worst group and to the most changed ones."""
-    cells = [("", "average", "worst group", "", "loses most", "gains most", "kept", "empty")]
+    names = {"aa": ("average", "worst group"), "auroc": ("AUROC", "of rare groups")}[trials.average]
+    cells = [("", *names, "worst group" * (trials.average == "auroc"), "loses most", "gains most", "kept", "empty")]
     for option, row in trials.rows.items():
         drop, q = option
         title = " and ".join(["without part " + ", ".join(map(str, drop))] * bool(drop) + [f"q {q}"] * (q is not None))
-        changes = {**row["effect"].get("classes", {}), **row["effect"]["groups"]}
-        low, high = min(changes, key=changes.get), max(changes, key=changes.get)
-        cells.append(((title or "untouched") + " *" * (option == chosen), f"{row['aa']:.3f}",
-                      f"{row['worst_group']:.3f}", row["worst_group_name"],
-                      f"{low} {changes[low]:+.3f}" if changes[low] < 0 else "-",
-                      f"{high} {changes[high]:+.3f}" if changes[high] > 0 else "-", f"{row['kept_share']:.1%}",
-                      str(row["empty"])))
+        cells.append(((title or "untouched") + " *" * (option == chosen), f"{row[trials.average]:.3f}",
+                      f"{row[trials.worst]:.3f}", row["worst_group_name"], *most_changed(row),
+                      f"{row['kept_share']:.1%}", str(row["empty"])))
     widths = [max(map(len, column)) for column in zip(*cells)]
     align = "<>><<<>>"
     return "\n".join("  " + "  ".join(f"{x:{a}{w}}" for x, a, w in zip(row, align, widths)).rstrip() for row in cells)
@@ -292,8 +340,9 @@ def sheets(trials, stem, where, device):
         title = (f"part {part}: {count.sum() / kept:.0%} of the foreground patches, in "
                  f"{(count > 0).double().mean():.0%} of {len(count)} images ({where})\n")
         if after := trials.rows.get(((part,), None)):
-            title += (f"removed: average {before['aa']:.3f} → {after['aa']:.3f}, worst group "
-                      f"{before['worst_group']:.3f} → {after['worst_group']:.3f} ({after['worst_group_name']})")
+            average, worst = (f"{before[key]:.3f} → {after[key]:.3f}" for key in (trials.average, trials.worst))
+            title += "removed: average {}, worst group {}\nloses most: {}; gains most: {}".format(
+                average, worst, *most_changed(after))
         else:
             title += "the only part: it cannot be removed"
         paths.append(stem.with_name(f"{stem.name}-part-{part}.png"))
@@ -313,14 +362,24 @@ def check(cfg, model, method):
         if not 0 <= part < k:
             raise UsageError(f"--drop {part}: this model has no such part; its parts are 0 to {k - 1}")
     if len(set(cfg.drop)) == k:
-        raise UsageError(f"--drop removes all {k} parts, and stage 2 would see nothing; leave it at least one")
+        raise UsageError(f"--drop removes all {k} parts, and nothing would be left to see; leave at least one")
     for q in cfg.q:
         if not 0 < q < 1:
             raise UsageError(f"--q {q}: a quantile lies between 0 and 1; 0.99 removes what is farther than 99 % of the "
                              "training patches of its part")
-    folder = Path(cfg.out).parent
-    if Path(cfg.out).suffix != ".json" or not folder.is_dir():
-        raise UsageError(f"--out {cfg.out}: name a .json file in a folder that exists")
+    out = Path(cfg.out)
+    if out.suffix != ".json" or not out.parent.is_dir() or out.is_dir():
+        raise UsageError(f"--out {out}: name a .json file in a folder that exists")
+    if out.stem in (*SPLITS, *data.BENCHMARKS) or not replaceable(out):
+        raise UsageError(f"--out {out} would take the place of another file or of its report; choose another name")
+
+
+def replaceable(path):
+    """Is there nothing here, or an earlier intervention?"""
+    try:
+        return not path.exists() or "decision" in json.loads(path.read_text())
+    except ValueError:
+        return False
 
 
 def decide(trials, cfg):
@@ -341,8 +400,7 @@ def main(argv=None):
     model, state = load_model(cfg.ckpt, device, cfg.data)
     trained = state["config"]
     check(cfg, model, trained["method"])
-    outputs = (model.predictor.head if model.predictor else model.selector.classifier).out_features
-    name, samples, train, _ = open_split(cfg, trained, outputs)
+    name, samples, train, _ = open_split(cfg, trained, model)
     loading = dict(device=device, batch=cfg.batch, workers=cfg.workers)
     trials, calibration = Trials(model, samples, **loading), None
     listed = lambda limits: [None if t == math.inf else t for t in limits.tolist()]
@@ -381,8 +439,9 @@ def main(argv=None):
         print(f"  * {summary(content)}")
         write_json(Path(cfg.out), content)
         written.append(Path(cfg.out))
+    where = f" --data {cfg.data}" * bool(cfg.data) + f" --root {cfg.root}" * bool(cfg.root)
     print(f"  wrote {written[0]}" + f" and {len(written) - 1} more beside it" * (len(written) > 1)
-          + f"; apply with: python evaluate.py --ckpt {cfg.ckpt} --intervention {cfg.out}" * asked)
+          + f"; apply with: python evaluate.py --ckpt {cfg.ckpt}{where} --intervention {cfg.out}" * asked)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import data
@@ -69,26 +68,24 @@ def choose(names):
 
 
 def plan(names, seeds, flags, folder="sweep"):
-    """-> [(train.Config, flags of train.py)], a run each, seeds outermost: after each seed there is a whole table.
+    """-> [(train.Config, flags of train.py)], a run each, seeds outermost: a sweep that is cut off has whole seeds.
 
     folder: the runs are runs/<data>-<folder>/<name>-<seed>. All flags are read here, so that a mistake shows before the
-    first run. A run that would equal an earlier one (--k 8 where 8 is the default) is left out. UsageError if a folder
-    holds a run with other settings.
+    first run. A run that equals its method as it is (--k 8 where 8 is the default) is the run of that name. UsageError
+    if a folder holds a run with other settings.
     """
-    runs, known = [], []
+    parsed = lambda own, seed: settings.parse(train.Config, __doc__, [*flags, *own, "--seed", str(seed)], train.preset)
+    runs = {}
     for seed in range(seeds):
         for name, own in choose(names).items():
-            typed = [*flags, *own, "--seed", str(seed)]
-            cfg = settings.parse(train.Config, __doc__, typed, train.preset)
+            cfg = parsed(own, seed)
+            if cfg == parsed(METHODS[cfg.method], seed):
+                name, own = cfg.method, METHODS[cfg.method]
             cfg.out = str(Path("runs") / (cfg.data + "-mini" * cfg.mini + f"-{folder}") / f"{name}-{seed}")
-            same = {**asdict(cfg), "out": ""}
-            if same in known:
-                continue
-            known.append(same)
             train.check(cfg)
             refuse_other_settings(cfg)
-            runs.append((cfg, [*typed, "--out", cfg.out]))
-    return runs
+            runs[cfg.out] = cfg, [*flags, *own, "--seed", str(seed), "--out", cfg.out]
+    return list(runs.values())
 
 
 def refuse_other_settings(cfg):
@@ -105,8 +102,8 @@ def refuse_other_settings(cfg):
 def commands(cfg, flags, processes=1, measure=(), also=()):
     """What is left to do for a run, as command lines: none if it is finished. A run that was begun is resumed.
 
-    measure: flags of evaluate.py; also: other benchmarks to evaluate on.
-    The first report comes after training, so where there is one, training is done.
+    measure: flags of evaluate.py; also: other benchmarks to evaluate on. Reports of a run that is not trained to its
+    end are made again.
     """
     start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                      f"--nproc_per_node={processes}"]
@@ -115,8 +112,14 @@ def commands(cfg, flags, processes=1, measure=(), also=()):
     measure = [sys.executable, str(here / "evaluate.py"), "--ckpt", str(folder / "best.pt"), "--device", cfg.device,
                *measure]
     left = {"report.json": measure, **{f"report-{name}.json": [*measure, "--data", name] for name in also}}
-    evaluations = [command for name, command in left.items() if not (folder / name).is_file()]
-    return evaluations if (folder / "report.json").is_file() else [training, *evaluations]
+    if not trained(folder / "log.jsonl"):
+        return [training, *left.values()]
+    return [command for name, command in left.items() if not (folder / name).is_file()]
+
+
+def trained(log):
+    """Did training reach its end? It writes one last line then."""
+    return log.is_file() and '"finished": true' in log.read_text().rpartition("\n{")[2]
 
 
 def finished(names, flags, folder="sweep", measure=("--leakage", "100"), also=()):

@@ -521,6 +521,7 @@ def train(cfg):
         if end_of_epoch or done % cfg.save_every == 0:
             save(folder / "last.pt", rank, cfg, done, best, parts)
         ready = time.perf_counter()
+    log({"step": steps, "finished": True})               # sweep.py looks for it
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -36,7 +36,7 @@ def read_file(path, what):
     what: what it should be, for the error. UsageError if the file is not there or damaged.
     """
     if not Path(path).is_file():
-        raise UsageError(f"{path}: no such file; expected {what}")
+        raise UsageError(f"{path}: {'a folder, not a' if Path(path).is_dir() else 'no such'} file; expected {what}")
     read_safetensors = import_safetensors(path) if Path(path).suffix == ".safetensors" else None
     try:
         if read_safetensors:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import data
 import evaluate
 import ifam
+import intervene
 import leakage
 import metrics
 import train
@@ -264,6 +265,22 @@ def test_a_checkpoint_that_is_none_is_one_line_and_no_report(spoil, words, train
     line = fails(evaluate.main, "--ckpt", path)(capsys)
     assert all(w in line for w in words), line
     assert not (tmp_path / "report.json").exists()
+
+
+def test_the_papers_numbers_stand_beside_ifam_itself_and_no_ablation_of_it():
+    settings = lambda *flags: vars(parse(train.Config, "", flags, train.preset))
+    for flags in ([], ["--k", "4"], ["--data", "siim"], ["--data", "cub", "--batch", "64"]):
+        assert evaluate.as_published(settings(*flags)), flags
+    for flags in (["--method", "erm"], ["--hardness", "soft"], ["--no-joint"], ["--data", "siim", "--weight-background", "2"]):
+        assert not evaluate.as_published(settings(*flags)), flags
+
+
+def test_without_a_validation_split_the_error_says_how_to_have_one(tmp_path, capsys):
+    folder = run(tmp_path / "run", "--data", "cub", "--limit", "16")
+    capsys.readouterr()                                  # of drawing the miniature
+    for main, choices in ((evaluate.main, "train, test"), (intervene.main, "test")):
+        line = fails(main, "--ckpt", folder / "best.pt", "--split", "val", "--limit", "8")(capsys)
+        assert f"cub has no split 'val'; train with --val-share 0.1 to have one, or choose another --split: {choices}\n" in line
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -17,6 +17,7 @@ from baselines import ERM, PDiscoFormer
 from ifam import discretize, refuse
 from models import TINY as ARCH
 from models import pictures, tiny
+from samples import Samples
 from tiny import fails, train
 
 INF = math.inf
@@ -93,7 +94,9 @@ def test_an_image_without_any_patch_is_classified_from_class_token_and_registers
     model.selector.limits = torch.full((4,), -1.0)                               # no distance is that small
     out = model(images)
     assert out.keep.sum() == 0 and out.logits.isfinite().all() and out.logits_stage1.isfinite().all()
-    assert torch.equal(out.logits, out.logits[:1].expand_as(out.logits))         # there is nothing left to tell them apart
+    alone = [model(image[None]).logits for image in images]                      # one by one: rows of a batch may round apart
+    assert all(torch.equal(x, alone[0]) for x in alone)                          # there is nothing left to tell them apart
+    torch.testing.assert_close(out.logits, torch.cat(alone))
 
 
 # ---------------------------------------------------------------- the guarantee
@@ -217,6 +220,41 @@ def test_of_several_quantiles_the_rule_takes_the_best_or_none_and_a_single_one_i
     assert intervene.decide(Scripted(numbers, 2), cfg(0.9, 0.95, 0.99)) == ((), None)
 
 
+def rows_of(name, labels, groups, classes, places=()):
+    """Trials on a split of a benchmark without pictures."""
+    n = len(labels)
+    return intervene.Trials(tiny(), Samples(name, "test", 70, classes, range(n), range(n), labels, places, groups))
+
+
+def test_of_many_classes_the_worst_is_the_mean_of_the_worst_tenth():
+    classes = [f"class {c}" for c in range(30)]
+    trials = rows_of("cub", list(range(30)) * 2, None, classes)
+    logits = torch.eye(30).repeat(2, 1)                  # every class is right twice
+    logits[[0, 1, 30]] = -logits[[0, 1, 30]]             # class 0 never, class 1 once
+    row = trials.row((), None, logits, torch.ones(60))
+    assert row["worst_group"] == pytest.approx((0 + 0.5 + 1) / 3) and row["worst_group_name"] == "class 0 and 2 more"
+    few = rows_of("cub", [0, 1], None, ["a", "b"]).row((), None, torch.eye(2) * torch.tensor([[-1], [1]]), torch.ones(2))
+    assert few["worst_group"] == 0 and few["worst_group_name"] == "a"
+
+
+def test_on_siim_the_rule_speaks_of_auroc_of_all_and_of_those_whose_tube_misleads():
+    labels, tubes = [0, 0, 1, 1, 0, 1], [0, 1, 0, 1, 1, 0]
+    groups = [2 * y + tube for y, tube in zip(labels, tubes)]
+    scores = torch.tensor([0.1, 0.8, 0.3, 0.9, 0.2, 0.4])
+    logits = torch.stack([torch.zeros(6), scores], 1)
+    trials = rows_of("siim", labels, groups, ["healthy", "pneumothorax"], ["without tube", "with tube"])
+    trials.rows[intervene.UNTOUCHED] = row = trials.row((), None, logits, torch.ones(6))
+    wins = lambda ones, zeros: sum(a > b for a in ones for b in zeros) / (len(ones) * len(zeros))
+    assert row["auroc"] == pytest.approx(wins([0.3, 0.9, 0.4], [0.1, 0.8, 0.2]))
+    assert row["auroc_rare"] == pytest.approx(wins([0.3, 0.4], [0.8, 0.2])) and row["aa"] == 0.5
+    better = trials.row((0,), None, torch.stack([torch.zeros(6), torch.tensor([0.1, 0.2, 0.3, 0.9, 0.2, 0.4])], 1), torch.ones(6))
+    assert better["aa"] == row["aa"] and better["effect"]["auroc_rare"] == pytest.approx(0.5)
+    assert trials.accepts(better, row, 0.01) and not trials.accepts(row, better, 0.01)
+    assert "AUROC" in intervene.table(trials, intervene.UNTOUCHED)
+    untold = rows_of("siim", labels, None, ["healthy", "pneumothorax"]).row((), None, logits, torch.ones(6))
+    assert untold["auroc_rare"] == untold["auroc"] == row["auroc"]
+
+
 # ---------------------------------------------------------------- the scripts
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -260,7 +298,7 @@ def test_evaluate_measures_the_corrected_model_in_its_whole_report(done):
 def test_the_rows_are_what_the_model_does_when_set_to_that_intervention(trained, done):
     cfg = intervene.Config(str(trained), limit=24)
     model, state = evaluate.load_model(trained)
-    samples = evaluate.open_split(cfg, state["config"], 2)[1]
+    samples = evaluate.open_split(cfg, state["config"], model)[1]
     intervene.apply(model, trained.with_name("intervention.json"), trained)
     result = evaluate.predict(model, samples)
     expected = metrics.accuracies(result, samples)
@@ -273,6 +311,39 @@ def test_the_rows_are_what_the_model_does_when_set_to_that_intervention(trained,
 def test_there_is_a_sheet_for_every_part_and_a_picture_of_the_removed_patches(trained, done):
     for name in ("part-0", "part-1", "part-2", "patches"):
         assert trained.with_name(f"intervention-{name}.png").stat().st_size > 10_000
+
+
+def test_each_sheet_says_what_the_removal_of_its_part_does_and_unused_parts_say_that(trained, monkeypatch):
+    titles = []
+    monkeypatch.setattr(figures, "part_sheet", lambda model, samples, part, census, title, *where: titles.append(title))
+    model, state = evaluate.load_model(trained)
+    trials = intervene.Trials(model, evaluate.open_split(intervene.Config(str(trained), limit=24), state["config"], model)[1])
+    trials.measure(intervene.UNTOUCHED, ((0,), None), ((1,), None), ((2,), None))
+    intervene.sheets(trials, trained.with_name("x"), "here", "cpu")
+    for part, title in enumerate(titles):
+        before, after = trials.rows[(), None], trials.rows[(part,), None]
+        assert f"worst group {before['worst_group']:.3f} → {after['worst_group']:.3f}" in title
+        low, high = intervene.most_changed(after)
+        assert f"part {part}: " in title and f"loses most: {low}; gains most: {high}" in title
+
+
+def test_images_are_read_once_for_all_quantiles_and_once_for_all_removals_of_a_round(trained, tmp_path, monkeypatch):
+    model, state = evaluate.load_model(trained)
+    read, get = [], Samples.__getitem__
+    monkeypatch.setattr(Samples, "__getitem__", lambda self, i: (read.append(self.split), get(self, i))[1])
+    monkeypatch.setattr(figures, "part_sheet", lambda *a: None)
+    monkeypatch.setattr(figures, "removals", lambda *a: None)
+    intervene.main(["--ckpt", str(trained), "--loo", "--tolerance", "0", "--q", "0.5", "0.9", "0.99", "--limit", "8", "--device", "cpu",
+                    "--out", str(tmp_path / "both.json")])
+    content = json.loads((tmp_path / "both.json").read_text())
+    removed = len(content["decision"]["parts_by_rule"])
+    rounds = 1 + min(removed, 1) + 1                     # parts one by one, again beside the first removed, all quantiles
+    assert read.count("train") == 8 and read.count("val") == 8 * rounds
+    assert [row["q"] for row in content["rows"]][-3:] == [0.5, 0.9, 0.99] and content["rows"][-1]["drop"] == content["drop"]
+    assert content["q"] is None or content["decision"]["q_by"] == "rule"
+    model, _ = evaluate.load_model(trained)
+    intervene.apply(model, tmp_path / "both.json", trained)
+    assert ((model.selector.limits == -INF).nonzero()[:, 0].tolist()) == content["drop"]
 
 
 def test_looking_writes_sheets_but_decides_nothing(trained, tmp_path, capsys):
@@ -292,6 +363,9 @@ def test_what_was_decided_on_test_says_so(trained, tmp_path, capsys):
     content["decision"]["parts_by_rule"] = [0]
     assert "CHOSEN ON TEST: too good in test, robust" in intervene.summary(content, "waterbirds-mini", ["test", "robust"])
     assert "CHOSEN" not in intervene.summary(content, "waterbirds-mini", ["val"])
+    cub = {"drop": [], "q": 0.9, "decision": content["decision"] | {"data": "cub", "q_by": "rule"}}
+    assert "CHOSEN ON TEST" in intervene.summary(cub, "waterbird200", ["test"])   # the same birds before other backgrounds
+    assert "CHOSEN" not in intervene.summary(cub, "metashift", ["test"])
     content["decision"]["split"] = "val"
     assert "CHOSEN ON VAL: too good in test_and_val" in intervene.summary(content, "waterbirds-mini", ["test", "test_and_val"])
 
@@ -328,6 +402,22 @@ def test_an_intervention_on_another_checkpoint_is_refused(trained, done, tmp_pat
     line = fails(evaluate.main, "--ckpt", tmp_path / "best.pt", "--intervention", file)(capsys)
     assert "is an intervention on another checkpoint" in line
     assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
+
+
+@pytest.mark.parametrize("change", [{"drop": [9]}, {"drop": [-1]}, {"drop": [0, 1, 2]}, {"drop": "01"}, {"thresholds": [1.0]},
+                                    {"thresholds": ["a", 1, 2]}, {"decision": {}}, {"checkpoint": {}}, {"checkpoint": 3}])
+def test_an_intervention_that_was_edited_into_nonsense_is_one_line_before_anything_is_measured(trained, done, tmp_path, capsys, change):
+    (tmp_path / "x.json").write_text(json.dumps(done[0] | change))
+    assert "damaged" in fails(evaluate.main, "--ckpt", trained, "--intervention", tmp_path / "x.json")(capsys)
+
+
+@pytest.mark.parametrize("name", ["config.json", "val.json", "cub.json", "folder.json"])
+def test_a_result_never_takes_the_place_of_another_file_or_report(trained, tmp_path, capsys, name):
+    shutil.copy(trained, tmp_path / "best.pt")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    fails(intervene.main, "--ckpt", tmp_path / "best.pt", "--loo", "--out", tmp_path / name)(capsys)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "config.json", "folder.json"]
 
 
 @pytest.mark.parametrize("content, says", [(None, "no such file"), ("{", "damaged"), ("[]", "damaged"), ('{"drop": []}', "damaged")])

@@ -27,7 +27,9 @@ def commands(tmp_path, monkeypatch):
         if str(out) in broken:
             return subprocess.CompletedProcess(command, 1, stderr="error: it broke\n")
         out.mkdir(parents=True, exist_ok=True)
-        if script == "evaluate.py":
+        if script == "train.py":
+            (out / "log.jsonl").write_text('{"step": 3}\n{"step": 4, "finished": true}\n')
+        else:
             write_run(out, *recorded(called, out), report="report-waterbird200.json" if "--data" in command else "report.json")
         return subprocess.CompletedProcess(command, 0)
     monkeypatch.setattr(sweep.subprocess, "run", call)
@@ -47,6 +49,7 @@ def test_a_ladder_has_every_method_and_ablations_have_those_of_the_paper():
     names = [Path(cfg.out).name for cfg, _ in runs]
     assert len(set(names)) == len(names) and {n[-1] for n in names} == {"0", "1"}
     assert "k4-0" not in names and "k8-0" in names       # the miniature's own K is ifam
+    assert [cfg.out for cfg, _ in sweep.plan(["k4"], 1, MINI)] == ["runs/waterbirds-mini-sweep/ifam-0"]
     assert all(cfg.out.startswith("runs/waterbirds-mini-sweep/") for cfg, _ in runs)
     by_name = {Path(cfg.out).name[:-2]: cfg for cfg, _ in runs}
     assert by_name["early-truth"].pooling == by_name["late-truth"].pooling == "mean" and by_name["late-truth-all"].pooling == "mean-all"
@@ -75,7 +78,11 @@ def test_a_run_that_was_begun_is_resumed_and_one_that_was_trained_and_measured_i
     (Path(cfg.out) / "config.json").write_text(Path("begun/config.json").read_text())
     training, measuring = sweep.commands(cfg, flags)
     assert training[-1] == "--resume" and measuring[3].endswith("best.pt")
-    (Path(cfg.out) / "report.json").write_text("{}")
+    (Path(cfg.out) / "report.json").write_text("{}")     # of a checkpoint on the way
+    (Path(cfg.out) / "log.jsonl").write_text('{"step": 4, "finished": true}\n{"step": 4, "loss": 1.0}\n')
+    assert sweep.commands(cfg, flags) == [training, measuring]
+    with open(Path(cfg.out) / "log.jsonl", "a") as log:
+        log.write('{"step": 8, "finished": true}\n')
     assert sweep.commands(cfg, flags) == []
     more, = sweep.commands(cfg, flags, also=["waterbird200"])
     assert more[-2:] == ["--data", "waterbird200"]
