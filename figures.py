@@ -316,7 +316,7 @@ def neighbourhood(picture, patch, row, column, colour, around=2, least=160):
 
 @torch.no_grad()
 def part_sheet(model, samples, part, census, title, path=None, device="cpu", columns=8):
-    """What a part is: its strongest patch in each of 32 images (or fewer), closest to the prototype first, and 8 whole ones.
+    """What a part is: its strongest patch in each of up to 32 images, closest to the prototype first, and 8 images.
 
     census: closest, where and count, each (n, K), for the n samples. The 8 are spread over the images with this part.
     """
