@@ -254,6 +254,7 @@ TAKES = {   # settings that only these methods have; all others have no such thi
                      *(f"weight_{loss}" for loss in ("class1", "presence", "background", "orthogonality",
                                                      "equivariance", "variation", "entropy", "concentration"))),
                     ("ifam", "pdiscoformer")),
+    **dict.fromkeys(("weight_class2", "warmup"), tuple(m for m in METHODS if m != "pdiscoformer")),
     **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "freeze_stage2", "selector_size",
                      "selector_arch"), ("ifam",)),
     "pooling": ("ifam", *GIVEN), "train_backbone": ("ep", "aim")}
