@@ -8,7 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from ifam import IFAM, Noise, Output, Predictor, Selector, build_vit
+from ifam import IFAM, Noise, Output, Predictor, Selector
+from vit import build_vit
 
 
 # ---------------------------------------------------------------- a backbone and a head

@@ -9,157 +9,30 @@ and leakage, that is, each way in which the background can reach a prediction, f
 late one (stage 1). Nothing is drawn at random: two runs write the same report. Letters: ifam.py.
 """
 import copy
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import data
-from baselines import TAKES, build
-from leakage import Seen, measure_leakage, place_of_mask, stage1_classifier, stage2_classifier
-from metrics import accuracies, ari, foreground_counts, foreground_ious, keypoint_error, landmarks, nmi
-from samples import patch_keep
-from settings import UsageError, at_least, opt, parse, run_script, write_json
-from weights import find_published, load_strictly, read_file, rename_published
-
-
-SPLITS = ("test", "val", "train", *dict.fromkeys(name for b in data.BENCHMARKS.values() for name in b.sets))
-
-
-@dataclass
-class OnCheckpoint:
-    """The options of every script that takes a checkpoint and runs it on images."""
-    ckpt: str = opt(MISSING, "checkpoint of train.py (best.pt or last.pt), or snapshot of the published code")
-    data: str = opt("", "another benchmark for the same model (cub: waterbird200; imagenet: imagenet9); if not given, "
-                        "the one it was trained on, which a published snapshot does not say",
-                    choices=("", *data.BENCHMARKS))
-    root: str = opt("", "folder of the benchmarks, if they moved since training")
-    limit: int = opt(0, "use only N images of each split, spread evenly (0: as in training)")
-    batch: int = opt(32, "images at once")
-    workers: int = opt(0, "processes that load data")
-    device: str = opt("auto", "auto, cpu, cuda or mps")
+import speed
+from measure import figures
+from measure.leakage import Seen, measure_leakage, place_of_mask, stage1_classifier, stage2_classifier
+from measure.metrics import accuracies, ari, foreground_ious, keypoint_error, landmarks, nmi
+from predict import OnCheckpoint, open_split, predict
+from runs import apply_intervention, as_published, describe_intervention, load_model, pick_device
+from settings import UsageError, opt, parse, progress, run_script, write_json
 
 
 @dataclass
 class Config(OnCheckpoint):
-    split: str = opt("test", "which images to measure on", choices=SPLITS)
+    split: str = opt("test", "which images to measure on", choices=data.SPLITS, group="measures")
     intervention: str = opt("", "intervention.json of intervene.py for this checkpoint, to measure the corrected model")
-    leakage: int = opt(500, "images that leakage is measured on, spread evenly over the split (0: all)")
+    leakage: int = opt(500, "images that leakage is measured on, spread evenly over the split (0: all)", at_least=0)
     kp_normalise: bool = opt(False, "keypoint metrics: normalise images as in training; the published ones are taken "
                              "without")
     speed: bool = opt(False, "also measure time, operations and memory, relative to one dense ViT")
     adversarial: bool = opt(False, "imagenet9: each object on every background until one fools the model (hours)")
-
-
-# ---------------------------------------------------------------- a model from its checkpoint
-def pick_device(name="auto", local_rank=0):
-    """"auto", "cpu", "cuda" or "mps" -> torch.device; UsageError for one that is not there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(n for n in ("cuda", "mps", "cpu") if there[n])
-    if not there.get(name):
-        raise UsageError(f"--device {name} is not available here; choose {' or '.join(n for n in there if there[n])}")
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-
-
-CHECKPOINT = "a checkpoint of train.py, such as runs/<name>/best.pt"
-
-
-def read_checkpoint(path):
-    """The dict that train.py saved: config, step, best, model, optimizer, ... UsageError if it is not one."""
-    return checked(path, read_file(path, CHECKPOINT))
-
-
-def checked(path, state):
-    """The content of a file, if it is what train.py saves; else UsageError."""
-    if not isinstance(state, dict) or not {"config", "step", "best", "model"} <= state.keys():
-        raise UsageError(f"{path} is not a checkpoint of train.py: no config, step, best and model in it")
-    return state
-
-
-def from_published(path, state_dict, name):
-    """A snapshot of the published two-stage code -> a checkpoint like train.py's, under benchmark `name`.
-
-    It carries no settings: sizes come from the tensors, everything else from the preset of the benchmark it is for.
-    """
-    import train                                         # here: train.py imports this module
-    if not name:
-        raise UsageError(f"{path} is a published snapshot and does not say what it was trained on: add --data")
-    try:
-        model, sizes = rename_published(state_dict)
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}") from None
-    name = data.BENCHMARKS[name].trained_on or name
-    classes, (height, width) = sizes.pop("classes"), sizes.pop("size")
-    if classes != data.BENCHMARKS[name].classes:
-        raise UsageError(f"{path} is a published snapshot with {classes} classes, --data {name} has "
-                         f"{data.BENCHMARKS[name].classes}")
-    if height != width:
-        raise UsageError(f"{path}: its position embedding is not that of square images, which --data {name} has")
-    preset = vars(train.Config(**{**train.preset({"data": name}), "data": name}))
-    config = {**preset, **sizes, "size": height, "registers": sizes["arch"]["registers"], "weights": str(path),
-              "method": "ifam", "seed": None}
-    best = {"split": "unknown", "epoch": None, "accuracy": None}
-    return {"config": config, "step": None, "best": best, "model": model}
-
-
-def load_model(path, device="cpu", name=""):
-    """-> (model in evaluation mode, its checkpoint). The moving average of the weights is used where there is one.
-
-    path: a checkpoint of train.py, or a snapshot of the published two-stage code, for which `name` is its benchmark.
-    """
-    state = read_file(path, CHECKPOINT)
-    published = find_published(state)
-    state = from_published(path, published, name) if published else checked(path, state)
-    try:
-        heads = [state["model"][key] for key in ("predictor.head.weight", "selector.classifier.weight")
-                 if key in state["model"]]               # a miniature may have fewer classes than its benchmark
-        model = build(state["config"], len(heads[0]))
-        load_strictly(model, state.get("ema") or state["model"])
-    except (IndexError, KeyError, ValueError) as error:
-        raise UsageError(f"{path}: its weights do not fit its settings: {error}") from None
-    return model.to(device).eval(), state
-
-
-# ---------------------------------------------------------------- predictions
-def given_mask(model, batch, device):
-    """True mask of a batch's images as patches (B, N), for the baselines that are given it; None for all others."""
-    return patch_keep(batch["mask"].to(device), model.predictor.backbone.patch) if model.needs_truth else None
-
-
-@torch.no_grad()
-def predict(model, samples, batch=32, device="cpu", workers=0):
-    """Run a model over a split -> tensors by name, a row a sample, in the order of the samples.
-
-    "logits" (n, C), and where the model has them "logits_stage1" (n, C), "keep" (n, N) in {0, 1}, "foreground" (n, 4)
-    pixel counts of the parts, or of the mask that stage 2 was given. Processes share the work and gather by index:
-    every sample is counted once, whatever their number.
-    """
-    model.eval()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = range(rank, len(samples), world)
-    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(samples, mine), batch, num_workers=workers)
-    found = []
-    for images in loader:
-        out = model(images["image"].to(device), given_mask(model, images, device))
-        one = {"logits": out.logits.float()}
-        maps = out.maps
-        if maps is not None:
-            one |= {"logits_stage1": out.logits_stage1.float(), "keep": model.mask(out)}
-        elif out.keep is not None:                       # a mask without parts: one map for it, one for the rest
-            one["keep"] = out.keep
-            maps = torch.stack([out.keep, 1 - out.keep], 1).unflatten(2, model.predictor.backbone.grid)
-        if maps is not None and "mask" in images:
-            one["foreground"] = foreground_counts(maps, images["mask"].to(device))
-        found.append({name: x.cpu() for name, x in one.items()})
-    pieces = [(list(mine), {name: torch.cat([f[name] for f in found]) for name in found[0]} if found else {})]
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, pieces[0])
-        pieces = [p for p in gathered if p[0]]
-    order = torch.tensor([i for indices, _ in pieces for i in indices]).argsort()
-    return {name: torch.cat([p[name] for _, p in pieces])[order] for name in pieces[0][1]}
 
 
 # ---------------------------------------------------------------- localisation
@@ -364,51 +237,12 @@ def table(report, second="early, hard"):
     return "\n".join(lines)
 
 
-def open_split(cfg, trained, model):
-    """-> (name for the report, the split to measure on, the training split or None, {name: other sets})."""
-    name = cfg.data or trained["data"]
-    here = data.BENCHMARKS[name]
-    if trained["data"] not in (name, here.trained_on):
-        raise UsageError(f"--data {name} has {here.classes} classes that are not those of {trained['data']} "
-                         f"({data.BENCHMARKS[trained['data']].classes}), which the checkpoint was trained on; evaluate "
-                         f"a model of {here.trained_on or name}")
-    root = data.find_root(name, cfg.root or trained["root"], trained["mini"] and not cfg.root)
-    splits = data.load(name, root, trained["size"], limit=cfg.limit or trained["limit"], check=False,
-                       val_share=trained.get("val_share", 0.0) * (name == trained["data"]))
-    if cfg.split not in splits:
-        held = "train with --val-share 0.1 to have one, or " * (cfg.split == "val" and "train" in splits)
-        known = next(f for f in fields(cfg) if f.name == "split").metadata["choices"]
-        raise UsageError(f"{name} has no split {cfg.split!r}; {held}choose another --split: "
-                         f"{', '.join(split for split in splits if split in known)}")
-    samples = splits[cfg.split]
-    outputs = (model.predictor.head if model.predictor else model.selector.classifier).out_features
-    if samples.outputs != outputs:
-        raise UsageError(f"--data {name} needs {samples.outputs} classes, the checkpoint has {outputs}; evaluate it on "
-                         "the data it was trained on")
-    sets = {n: splits[n] for n in here.sets if n in splits and cfg.split == "test"}
-    for some in (samples, *sets.values()):
-        some.check()                                     # images of other splits need not be there
-    return name + "-mini" * trained["mini"], samples, splits.get("train"), sets
-
-
-def as_published(config):
-    """Are these the settings of iFAM itself, and not of an ablation? K and the size of the network may be any."""
-    import train                                         # here: train.py imports this module
-    default = vars(train.Config(**train.preset({"data": config["data"]})))
-    own = {name: default[name] for name, methods in TAKES.items() if "ifam" in methods and name != "k"}
-    return config["method"] == "ifam" and all(config.get(name, x) == x for name, x in own.items())
-
-
 def main(argv=None):
-    import figures                                       # here: training uses this module and needs no matplotlib
-    import intervene
-    import speed
     cfg = parse(Config, __doc__, argv)
-    at_least(cfg, limit=0, leakage=0, workers=0, batch=1)
     device = pick_device(cfg.device)
     model, state = load_model(cfg.ckpt, device, cfg.data)
     trained = state["config"]
-    intervention = intervene.apply(model, cfg.intervention, cfg.ckpt) if cfg.intervention else None
+    intervention = apply_intervention(model, cfg.intervention, cfg.ckpt) if cfg.intervention else None
     name, samples, train, sets = open_split(cfg, trained, model)
     if model.needs_truth:
         if samples.masks is None:
@@ -438,7 +272,7 @@ def main(argv=None):
     print(f"{cfg.ckpt}: {trained['method']}, {chosen}; {name} {cfg.split}, {len(samples)} images")
     if intervention:
         report["intervention"] = intervention
-        print(f"  {intervene.summary(intervention, name, [cfg.split, *sets])}")
+        print(f"  {describe_intervention(intervention, name, [cfg.split, *sets])}")
     print(table(report, f"{trained['masking']}, {trained['hardness']}"))
     if paper:
         print(f"  the paper's iFAM with K = {trained['k']}: " + ", ".join(f"{n} {v}" for n, v in paper.items()))

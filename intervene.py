@@ -22,7 +22,6 @@ Writes one contact sheet per part and, if anything was asked for, intervention.j
 only, and a picture of what --q removed. Letters: ifam.py.
 """
 import copy
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -30,22 +29,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import data
-import figures
-from evaluate import SPLITS, OnCheckpoint, load_model, open_split, pick_device
-from metrics import accuracies, auroc
-from settings import UsageError, at_least, opt, parse, run_script, write_json
+from ifam import limits_of
+from measure import figures
+from measure.metrics import accuracies, auroc
+from predict import OnCheckpoint, open_split
+from runs import describe_intervention, hash_of, load_model, pick_device
+from settings import UsageError, opt, parse, progress, run_script, write_json
 
 
 @dataclass
 class Config(OnCheckpoint):
-    drop: list[int] = opt((), "numbers of the parts to remove")
+    drop: list[int] = opt((), "numbers of the parts to remove", at_least=0, group="intervention")
     loo: bool = opt(False, "leave one out: remove the parts that the rule accepts, beside those of --drop")
     q: list[float] = opt((), "remove patches beyond this quantile of the distances in the training set; of several, "
-                             "the rule chooses one or none")
-    tolerance: float = opt(0.01, "what a removal that the rule accepts may cost the average: 0.01 is one point")
+                             "the rule chooses one or none", above=0, below=1)
+    tolerance: float = opt(0.01, "what a removal that the rule accepts may cost the average: 0.01 is one point", at_least=0)
     split: str = opt("val", "images that effects are measured on and the rule decides by; test only if you mean it",
                      choices=("val", "test"))
     out: str = opt("", "file to write; pictures lie beside it (default intervention.json beside the checkpoint)")
@@ -104,18 +104,11 @@ def calibrate(model, train, device="cpu", batch=32, workers=0):
     return distances
 
 
-def limits_of(k, drop=(), thresholds=None):
-    """What Selector.limits wants: squared distances (K,), inf without a threshold, -inf for removed parts."""
-    limits = torch.full((k,), math.inf) if thresholds is None else thresholds.clone()
-    limits[list(drop)] = -math.inf
-    return limits
-
-
 # ---------------------------------------------------------------- the effect of a removal
 def loader(samples, batch, workers, title):
     samples = copy.copy(samples)
     samples.masks = samples.points = samples.boxes = None          # only images are needed: spare the decoding
-    return tqdm(torch.utils.data.DataLoader(samples, batch, num_workers=workers), title, disable=None, leave=False)
+    return progress(torch.utils.data.DataLoader(samples, batch, num_workers=workers), title)
 
 
 class Census(NamedTuple):
@@ -241,72 +234,6 @@ def leave_one_out(trials, drop, tolerance):
         drop = chosen
 
 
-# ---------------------------------------------------------------- the file
-def hash_of(path):
-    """SHA-256 of a file, as `sha256sum` prints it."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def apply(model, path, ckpt):
-    """Set a model to the intervention in a file, if it was made for this checkpoint -> its content, for the report.
-
-    UsageError for a file that is not there, not an intervention, or made for another checkpoint.
-    """
-    if model.selector is None:
-        raise UsageError(f"--intervention: {ckpt} is of a method without parts; leave it out")
-    k = model.selector.k
-    try:
-        content = json.loads(Path(path).read_text())
-        made_for, thresholds = content["checkpoint"], content["thresholds"]
-        rest = {key: content[key] for key in ("drop", "q", "thresholds", "calibration", "decision")}
-        other = made_for["sha256"] != hash_of(ckpt)
-        if thresholds is not None:
-            thresholds = torch.tensor([math.inf if t is None else t for t in thresholds])
-        sound = set(content["drop"]) < set(range(k)) and (thresholds is None or thresholds.shape == (k,))
-        summary(rest)                                    # what it needs is there
-        if not (other or sound):
-            raise ValueError("its parts are not those of the checkpoint")
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file; make it with intervene.py --ckpt {ckpt}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is damaged, or not a file of intervene.py ({type(error).__name__}); make it "
-                         "again") from None
-    if other:
-        raise UsageError(f"{path} is an intervention on another checkpoint ({made_for.get('path')}, sha256 "
-                         f"{str(made_for['sha256'])[:12]}), not on {ckpt}: its parts are not these; make one with "
-                         f"intervene.py --ckpt {ckpt}")
-    model.selector.limits = limits_of(k, rest["drop"], thresholds).to(model.selector.prototypes.device)
-    return {"file": str(path), **rest}
-
-
-def chosen_on(decision):
-    """The split whose numbers led to an intervention: "val", "test", or "" where none did."""
-    looked = decision["parts_by_rule"] or decision["parts_by_hand"] or decision["q_by"] == "rule"
-    return decision["split"] if looked else ""
-
-
-def summary(content, name="", splits=()):
-    """One line about an intervention, which says so if it was chosen on images that are measured now.
-
-    splits: those that are measured. All but val are of the test set, which test_and_val shares with val. A benchmark
-    for evaluation only shows the objects of the test set of the one it belongs to.
-    """
-    decision, where = content["decision"], chosen_on(content["decision"])
-    parts = f"parts removed: {', '.join(map(str, content['drop'])) or 'none'}"
-    tokens = f"patches removed: {'none' if content['q'] is None else 'beyond the quantile ' + str(content['q'])}"
-    shared = [s for s in splits if (s in ("val", "test_and_val") if where == "val" else s != "val")]
-    same = decision["data"] == name or where == "test" and family(decision["data"]) == family(name)
-    biased = where and shared and same
-    return f"{parts}; {tokens}" + (f"; CHOSEN ON {where.upper()}: too good in {', '.join(shared)}" if biased else "")
-
-
-def family(name):
-    """"waterbird200-mini" -> "cub": the benchmark whose objects it shows."""
-    name = name.removesuffix("-mini")
-    return name and (data.BENCHMARKS[name].trained_on or name)
-
-
 # ---------------------------------------------------------------- what a person reads
 def most_changed(row):
     """The group or class that loses most by an intervention and the one that gains most, as text; "-" for none."""
@@ -353,7 +280,6 @@ def sheets(trials, stem, where, device):
 # ---------------------------------------------------------------- the command
 def check(cfg, model, method):
     """UsageError for an intervention that this model cannot have."""
-    at_least(cfg, limit=0, workers=0, batch=1, tolerance=0)
     if model.selector is None:
         raise UsageError(f"{cfg.ckpt} is of the method {method}, which has no parts: there is nothing to remove; name "
                          "a checkpoint of ifam or pdiscoformer")
@@ -363,14 +289,10 @@ def check(cfg, model, method):
             raise UsageError(f"--drop {part}: this model has no such part; its parts are 0 to {k - 1}")
     if len(set(cfg.drop)) == k:
         raise UsageError(f"--drop removes all {k} parts, and nothing would be left to see; leave at least one")
-    for q in cfg.q:
-        if not 0 < q < 1:
-            raise UsageError(f"--q {q}: a quantile lies between 0 and 1; 0.99 removes what is farther than 99 % of the "
-                             "training patches of its part")
     out = Path(cfg.out)
     if out.suffix != ".json" or not out.parent.is_dir() or out.is_dir():
         raise UsageError(f"--out {out}: name a .json file in a folder that exists")
-    if out.stem in (*SPLITS, *data.BENCHMARKS) or not replaceable(out):
+    if out.stem in (*data.SPLITS, *data.BENCHMARKS) or not replaceable(out):
         raise UsageError(f"--out {out} would take the place of another file or of its report; choose another name")
 
 
@@ -436,7 +358,7 @@ def main(argv=None):
         if cfg.loo or len(set(cfg.q)) > 1:
             on_test = "; it saw the test set, so test numbers are too good" * (samples.split == "test")
             print(f"  rule, on {samples.split}: {RULE} (tolerance {cfg.tolerance:g}){on_test}")
-        print(f"  * {summary(content)}")
+        print(f"  * {describe_intervention(content)}")
         write_json(Path(cfg.out), content)
         written.append(Path(cfg.out))
     where = f" --data {cfg.data}" * bool(cfg.data) + f" --root {cfg.root}" * bool(cfg.root)

@@ -26,9 +26,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 import ifam
 import train
+import vit
 from baselines import FoundMask
-from evaluate import given_mask, pick_device
-from settings import UsageError, at_least, opt, parse, run_script, write_json
+from predict import given_mask
+from runs import pick_device
+from settings import UsageError, opt, parse, run_script, write_json
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")          # else the profiler prints a line whenever it starts or stops
 
@@ -266,7 +268,7 @@ def replaced(owner, name, other):
 def not_packed(vit, images, keep, class_only):
     """ViT._run_packed without packing: every token is computed, and dropped ones are masked out of attention."""
     mask, rows = F.pad(keep.float(), (vit.prefix, 0), value=1.0), (lambda x: x[:, :1]) if class_only else None
-    return vit._run(vit.embed(images), lambda q, k, v: ifam.attend_masked(q, k, v, mask), rows)
+    return vit._run(vit.embed(images), lambda q, k, v: vit.attend_masked(q, k, v, mask), rows)
 
 
 def forced(counts, patches, generator):
@@ -316,12 +318,12 @@ def forced_masks(cfg):
     for name in list(CASES)[:2] if cfg.compare else ():
         for other, attend in OTHERS.items():
             def call(keep=keeps[name], attend=attend):
-                with replaced(ifam, "attend_packed", attend):
+                with replaced(vit, "attend_packed", attend):
                     return model(images, keep)
             calls[f"{name}, {other}"], flops[f"{name}, {other}"] = call, flops[name]
 
         def call(keep=keeps[name]):
-            with replaced(ifam.ViT, "_run_packed", not_packed):
+            with replaced(vit.ViT, "_run_packed", not_packed):
                 return model(images, keep)
         calls[f"{name}, not packed"] = call
         flops[f"{name}, not packed"] = flops["stage 1"] + flops["dense classifier"]
@@ -401,7 +403,6 @@ def growth(cfg):
 # ---------------------------------------------------------------- the command
 def main(argv=None):
     cfg = parse(Config, __doc__, argv)
-    at_least(cfg, size=1, batch=1, k=1, selector_size=0, rounds=1, peak=0)
     device = pick_device(cfg.device)
     print(f"{name_of(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}; {clock(device)[0]}")
     head = {"command": vars(cfg), "device": name_of(device), "threads": torch.get_num_threads(),

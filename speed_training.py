@@ -24,12 +24,13 @@ from PIL import Image
 from torch import nn
 
 import train
-from evaluate import pick_device
-from ifam import ARCHS
-from samples import Samples
-from settings import UsageError, at_least, opt, parse, run_script
+from benchmarks.samples import Samples
+from benchmarks.transforms import FINE_GRAINED, PHOTOGRAPHS
+from runs import Config as RunConfig
+from runs import pick_device
+from settings import UsageError, opt, parse, run_script
 from speed import counts_of, forced
-from transforms import FINE_GRAINED, PHOTOGRAPHS
+from vit import ARCHS
 
 
 @dataclass
@@ -71,7 +72,7 @@ def force(model, share):
 def make_step(cfg, variant):
     """-> a function that takes the training step of this number, always on the same random batch."""
     device = pick_device(cfg.device)
-    settings = train.Config(arch=cfg.arch, size=cfg.size, batch=cfg.batch, amp=cfg.amp, weights="none",
+    settings = RunConfig(arch=cfg.arch, size=cfg.size, batch=cfg.batch, amp=cfg.amp, weights="none",
                             **VARIANTS[variant])
     dtype, scaler = train.autocast_of(settings, device)
     model = train.build_model(settings, device, CLASSES).train()
@@ -169,7 +170,6 @@ def measure_data(count=20, turns=2):
 
 def main(argv=None):
     cfg = parse(Config, __doc__, argv)
-    at_least(cfg, batch=1, turns=1, size=1, keep=0)
     if cfg.keep > 1:
         raise UsageError(f"--keep must be at most 1, not {cfg.keep}")
     measure_data() if cfg.data else compare_steps(cfg)

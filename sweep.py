@@ -8,21 +8,32 @@ Runs lie in runs/<data>-sweep/<name>-<seed> (-mini-sweep for miniatures), which 
 The same command again skips what is finished and resumes what is not. The table is <set>.md and <set>.json beside the
 runs. A run that fails stops no other; the exit status then is 1.
 """
-import argparse
 import json
 import os
 import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import data
-import settings
-import tables
-import train
-from evaluate import pick_device
-from settings import Parser, RunError, UsageError, at_least, nearest, run_script
+from measure import tables
+from runs import Config as RunConfig
+from runs import check, differences, pick_device, preset
+from settings import RunError, UsageError, flag, nearest, opt, parse, run_script
+
+
+@dataclass
+class Config:
+    what: list[str] = opt(MISSING, "sets or single runs of them (--list prints what they are)", positional=True)
+    seeds: int = opt(1, "training seeds 0, 1, ... of each", at_least=1)
+    processes: int = opt(1, "processes that train, through torchrun", at_least=1)
+    leakage: int = opt(500, "of evaluate.py: images for leakage; finished runs stay as they are", at_least=0)
+    also: list[str] = opt((), "evaluate on these as well: waterbird200 for cub, imagenet9 for imagenet",
+                          choices=tuple(name for name, benchmark in data.BENCHMARKS.items() if benchmark.trained_on))
+    list: bool = opt(False, "print the commands and what is finished, run nothing")
+
 
 METHODS = {     # in the order of the paper's table; early and late masks pool alike, so that one thing differs
     name: ["--method", name] for name in ("early-truth", "late-truth", "frozen", "erm", "late-found", "ep", "aim",
@@ -68,13 +79,13 @@ def choose(names):
 
 
 def plan(names, seeds, flags, folder="sweep"):
-    """-> [(train.Config, flags of train.py)], a run each, seeds outermost: a sweep that is cut off has whole seeds.
+    """-> [(RunConfig, flags of train.py)], a run each, seeds outermost: a sweep that is cut off has whole seeds.
 
     folder: the runs are runs/<data>-<folder>/<name>-<seed>. All flags are read here, so that a mistake shows before the
     first run. A run that equals its method as it is (--k 8 where 8 is the default) is the run of that name. UsageError
     if a folder holds a run with other settings.
     """
-    parsed = lambda own, seed: settings.parse(train.Config, __doc__, [*flags, *own, "--seed", str(seed)], train.preset)
+    parsed = lambda own, seed: parse(RunConfig, __doc__, [*flags, *own, "--seed", str(seed)], preset)
     runs = {}
     for seed in range(seeds):
         for name, own in choose(names).items():
@@ -82,7 +93,7 @@ def plan(names, seeds, flags, folder="sweep"):
             if cfg == parsed(METHODS[cfg.method], seed):
                 name, own = cfg.method, METHODS[cfg.method]
             cfg.out = str(Path("runs") / (cfg.data + "-mini" * cfg.mini + f"-{folder}") / f"{name}-{seed}")
-            train.check(cfg)
+            check(cfg)
             refuse_other_settings(cfg)
             runs[cfg.out] = cfg, [*flags, *own, "--seed", str(seed), "--out", cfg.out]
     return list(runs.values())
@@ -94,8 +105,8 @@ def refuse_other_settings(cfg):
         there = json.loads(path.read_text()) if path.is_file() else None
     except ValueError:
         raise UsageError(f"{path} is damaged: move {cfg.out} away") from None
-    for name, (then, now) in (train.differences(there, cfg) if there else {}).items():
-        raise UsageError(f"{cfg.out} was made with --{name.replace('_', '-')} {then}, not {now}: give the old value, "
+    for name, (then, now) in (differences(there, cfg) if there else {}).items():
+        raise UsageError(f"{cfg.out} was made with {flag(name)} {then}, not {now}: give the old value, "
                          f"or move {Path(cfg.out).parent} away")
 
 
@@ -148,18 +159,7 @@ def finished(names, flags, folder="sweep", measure=("--leakage", "100"), also=()
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("what", nargs="+", help=f"sets ({', '.join(SETS)}) or single runs of them")
-    parser.add_argument("--seeds", type=int, default=1, help="training seeds 0, 1, ... of each (default 1)")
-    parser.add_argument("--processes", type=int, default=1, help="processes that train, through torchrun (default 1)")
-    parser.add_argument("--leakage", type=int, default=500,
-                        help="of evaluate.py: images for leakage (default 500); finished runs stay as they are")
-    parser.add_argument("--also", nargs="+", default=[],
-                        choices=[name for name, benchmark in data.BENCHMARKS.items() if benchmark.trained_on],
-                        help="evaluate on these as well: waterbird200 for cub, imagenet9 for imagenet")
-    parser.add_argument("--list", action="store_true", help="print the commands and what is finished, run nothing")
-    given, flags = parser.parse_known_args(argv)
-    at_least(given, seeds=1, processes=1, leakage=0)
+    given, flags = parse(Config, __doc__, argv, rest=True)
     if refused := {"--method", "--seed", "--out", "--resume"} & {flag.split("=")[0] for flag in flags}:
         raise UsageError(f"{min(refused)} is decided by the sweep: leave it out")
     runs, failed = plan(given.what, given.seeds, flags), []

@@ -2,9 +2,9 @@
 
     load_pretrained(model, "dinov2", "b")                # downloaded once; every backbone starts from it
     load_backbone(vit, read_file("model.safetensors", "weights"))        # official, timm or Hugging Face
-    model = load_published(find_published(read_file("snapshot_best.pt", "a snapshot")))
+    names, sizes = rename_published(find_published(read_file("snapshot_best.pt", "a snapshot")))
 
-Our names are those of the official DINOv2 files. A file of another family is renamed by the small table of its family
+Floor: the ground. Our names are those of the official DINOv2 files. A file of another family is renamed by the small table of its family
 and must then fit exactly: what is missing, unexpected or of another shape is an error that names it. Letters: ifam.py.
 """
 import math
@@ -15,12 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ifam import IFAM
 from settings import UsageError
 
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{name}/{name}{registers}_pretrain.pth"
 RAD_DINO_URL = "https://huggingface.co/microsoft/rad-dino/resolve/main/model.safetensors"
-MINI = Path(__file__).resolve().parent / "weights" / "mini.pt"                   # by pretrain.py
+MINI = Path(__file__).resolve().parent / "miniature" / "mini.pt"                 # by miniature/pretrain.py
 
 
 # ---------------------------------------------------------------- files
@@ -275,19 +274,6 @@ def rename_published(state_dict, heads=None):
     except KeyError as error:
         raise ValueError(f"not a snapshot of the published two-stage code: missing {error.args[0]}") from None
     return state, dict(classes=classes, k=k, arch=arch, size=size)
-
-
-def load_published(state_dict, heads=None, **settings):
-    """An IFAM from a state dict of the published two-stage code; heads: rename_published.
-
-    The shape of the patch grid is that of the first images. settings: further arguments of IFAM, such as hardness.
-    Raises ValueError for anything missing, unexpected, or of another shape.
-    """
-    state, sizes = rename_published(state_dict, heads)
-    model = IFAM(**sizes, **settings)
-    model.selector.backbone.grid_is_known = model.predictor.backbone.grid_is_known = False
-    load_strictly(model, state)
-    return model
 
 
 def describe(vit, heads):

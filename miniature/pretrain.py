@@ -1,7 +1,7 @@
 """pretrain.py: the small backbone of the miniatures, from unlabelled scenes: dense bags of visual words.
 
-    OMP_NUM_THREADS=1 python pretrain.py   # 35 minutes on one core -> runs/pretrain/mini.pt, made weights/mini.pt
-    python pretrain.py --resume            # go on after a stop
+    OMP_NUM_THREADS=1 python -m miniature.pretrain   # 35 minutes on one core -> runs/pretrain/mini.pt, made miniature/mini.pt
+    python -m miniature.pretrain --resume            # go on after a stop
 
 The scenes show one creature of any kind among things of any kind, drawn independently. No class, place or mask is used.
 
@@ -31,14 +31,14 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-import ifam
-import transforms
-from evaluate import pick_device
-from leakage import linear_head
-from samples import patch_keep
-from scenes import pretraining_scenes
-from settings import UsageError, at_least, opt, parse, run_script, write_json, write_whole
+from benchmarks import transforms
+from benchmarks.samples import patch_keep
+from measure.leakage import linear_head
+from miniature.scenes import pretraining_scenes
+from runs import pick_device
+from settings import UsageError, opt, parse, run_script, write_json, write_whole
 from train import lr_at
+from vit import attend_all, build_vit
 from weights import read_file
 
 MEAN, STD = (torch.tensor(x)[:, None, None] for x in transforms.IMAGENET)
@@ -181,7 +181,7 @@ class Reader(nn.Module):
 
     def __init__(self, words):
         super().__init__()
-        self.vit = ifam.build_vit("mini", 96)
+        self.vit = build_vit("mini", 96)
         self.own, self.bag = nn.Linear(self.vit.width, words), nn.Linear(self.vit.width, words)
         frequency = 10000 ** (-torch.arange(self.vit.width // 4) / (self.vit.width // 4))
         rows, columns = torch.meshgrid(*(torch.arange(float(n)) for n in self.vit.grid), indexing="ij")
@@ -196,7 +196,7 @@ class Reader(nn.Module):
         window = (rows[:, :, None] * vit.grid[1] + columns[:, None]).flatten(1).to(views.device)
         x = vit.patch_embed(views) + vit.pos_embed[0, 1:][window]
         prefix = torch.cat([vit.cls_token + vit.pos_embed[:, :1], vit.register_tokens], 1).expand(B, -1, -1)
-        return vit._run(torch.cat([prefix, x], 1), ifam.attend_all)[:, vit.prefix:]
+        return vit._run(torch.cat([prefix, x], 1), attend_all)[:, vit.prefix:]
 
 
 def draw_scenes(scenes, count):
@@ -290,7 +290,6 @@ def to_images(scenes):
 def pretrain(cfg):
     if cfg.view % 8 or not 24 <= cfg.view <= 96:
         raise UsageError(f"--view must be a multiple of 8 from 24 to 96, not {cfg.view}")
-    at_least(cfg, scenes=1, steps=1, batch=1, words=1, every=1)
     folder, device = Path(cfg.out), pick_device(cfg.device)
     state = None
     if cfg.resume:

@@ -1,6 +1,6 @@
-"""objects.py: what the miniatures of layouts.py draw: cats and dogs, rooms and streets, chests, ImageNet's nine groups.
+"""objects.py: what the miniatures draw beside birds: cats and dogs, rooms and streets, chests, ImageNet's nine groups.
 
-Everything is polygons in the manner of scenes.KINDS: (shade of the thing's colour or a colour of its own, polygon in
+Floor: data. Everything is polygons in the manner of scenes.KINDS: (shade of the thing's colour or a colour of its own, polygon in
 radius 1).
 """
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from scenes import (BROWN, COAT_CELLS, KINDS, PIXEL_NOISE, SUPERSAMPLE, WHITE, Frame, Look, Shape, bar,
+from miniature.scenes import (BROWN, COAT_CELLS, KINDS, PIXEL_NOISE, SUPERSAMPLE, WHITE, Frame, Look, Shape, bar,
                     bird_look, box, colours, creature, cued, draw_thing, ellipse, hsv, paint, poly, scatter, shade,
                     smooth_noise, wavy)
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-import siim
+from benchmarks.files import read_image
+from benchmarks.transforms import FINE_GRAINED, View, to_tensor
 from settings import UsageError
-from transforms import FINE_GRAINED, View, to_tensor
 
 
 def patch_keep(masks, patch, share=0.5):
@@ -123,9 +122,9 @@ class Samples(torch.utils.data.Dataset):
         """
         for what, paths in (("image", self.paths), ("mask", self.masks or ())):
             for name, path in zip(self.ids, () if isinstance(paths, Names) else paths):
-                if isinstance(path, siim.Runs):          # out of a csv that has been read
-                    continue
                 path = getattr(path, "path", path)
+                if path is None:                         # runs of a csv that has been read
+                    continue
                 if not path.is_file():
                     raise UsageError(f"{self.name}: {what} of sample {name} ({self.split}) is missing: {path}; "
                                      "unpack the archive again or remove its row")
@@ -194,23 +193,16 @@ def crosstab(splits):
     return "\n".join(lines)
 
 
-def read_image(path, mode=None):
-    """Open and decode as PIL's mode, or look at the header only; UsageError that names a file that is no image.
+def stratified(labels, share, seed=0):
+    """Hold out `share` of each class, at least one image -> (indices that stay, indices held out), both sorted.
 
-    Also DICOM files, masks that are arrays (.npy, 1 = object) and masks that are runs.
+    The seed is that of the split and not of a run: all runs validate on the same images.
     """
-    try:
-        if isinstance(path, (siim.Runs, siim.Mask)):
-            return path.image()
-        if path.suffix == ".dcm":
-            image = siim.read_dicom(path, pixels=bool(mode))
-            return image and image.convert(mode)
-        if path.suffix == ".npy":
-            return Image.fromarray((np.load(path, allow_pickle=False) > 0).astype(np.uint8) * 255)
-        with Image.open(path) as image:
-            return image.convert(mode) if mode else None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UsageError(f"cannot read image {path}: {error}; replace the file") from None
+    held = []
+    for label in labels.unique().tolist():
+        mine = (labels == label).nonzero()[:, 0].numpy()
+        held += np.random.default_rng([seed, label]).permutation(mine)[:max(1, round(share * len(mine)))].tolist()
+    return sorted(set(range(len(labels))) - set(held)), sorted(held)
 
 
 class Plan(torch.utils.data.Sampler):

@@ -1,44 +1,21 @@
-"""miniature.py: small look-alikes of the benchmarks, in the benchmarks' own layout.
+"""cub.py: miniatures of Waterbirds, CUB and Waterbird200, in the layout that benchmarks/cub.py reads.
 
-    python miniature.py --data waterbirds --sheet scenes.png
-
-renders a miniature Waterbirds under data/mini (10 to 20 seconds on two cores), prints its folder and group
-sizes, and draws some scenes to look at. Each benchmark has knobs of its own: --data NAME --help. The folder
-appears when it is complete, and a seed draws the same bytes every time.
-
-The problem that Waterbirds poses: a bird stands on a coloured backdrop that says nothing. Behind it lie small
-things: trees and grass (place = land) or waves and boats (place = water). In training the place agrees with
-the kind of bird 95 % of the time, elsewhere it is a coin flip. Land- and waterbirds differ in shape and in
-the hue of the head: the bird alone decides. The others are described by their classes: birds here, the rest
-in layouts.py. How anything is drawn: scenes.py.
+Floor: data. Read scenes.py first: how anything is drawn. Waterbirds' problem: a bird stands on a coloured backdrop that
+says nothing. Behind it lie small things: trees and grass (place = land) or waves and boats (place = water). In training
+the place agrees with the kind of bird 95 % of the time, elsewhere it is a coin flip. Land- and waterbirds differ in
+shape and in the hue of the head: the bird alone decides.
 """
-import argparse
 import csv
-import hashlib
-import inspect
-import json
-import os
-import platform
-import re
-import shutil
-from dataclasses import asdict, dataclass, fields, make_dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from layouts import ImageNet, ImageNet9, MetaShift, Siim
-from objects import ALL_KINDS
-from scenes import (COAT, PLACE_KINDS, PRETRAIN, Look, Miniature, Row, bird_look, colours, compose, creature, cued,
-                    empty, hsv, in_parallel, note, pose, save, save_jpeg, scatter)
-from settings import RunError, UsageError, nearest, opt, parse, run_script
+from miniature.objects import ALL_KINDS
+from miniature.scenes import (COAT, PLACE_KINDS, PRETRAIN, Look, Miniature, Row, bird_look, colours, compose, creature,
+                              cued, empty, hsv, note, pose, save, save_jpeg, scatter)
+from settings import opt
 
-DRAWING_VERSION = 4     # part of every cache's name: raise it when the same seed would give another picture
-CACHE = Path(__file__).resolve().parent / "data" / "mini"
-
-
-# ---------------------------------------------------------------- birds, in CUB's layout
 IDS, ORDER, COMPOSITE = PRETRAIN + 1, PRETRAIN + 2, PRETRAIN + 3        # other uses of the seed
 PLACES = (("/b/bamboo_forest", "/f/forest/broadleaf"), ("/o/ocean", "/l/lake/natural"))
 PARTS = ("back", "beak", "belly", "breast", "crown", "forehead", "left eye", "left leg", "left wing", "nape",
@@ -279,92 +256,3 @@ def part_locations(scene, mask):
             distance = ((covered + .5 - xy * len(mask)) ** 2).sum(1)
             table[i] = *covered[distance.argmin()], 1
     return table
-
-
-BENCHMARKS = {"cub": Cub, "waterbirds": Waterbirds, "waterbird200": Waterbird200, "metashift": MetaShift,
-              "siim": Siim, "imagenet": ImageNet, "imagenet9": ImageNet9}
-
-
-# ---------------------------------------------------------------- rendering: whole or not at all
-def render(name, root=None, workers=None, **knobs):
-    """Folder of the miniature, rendered on first use: root/<name>-<digest of the knobs>.
-
-    Everything goes into a temporary sibling that takes the final name when complete: a process killed at any
-    moment leaves nothing that could be mistaken for data. Of two processes at once the first to finish wins.
-    """
-    benchmark = configure(name, knobs)
-    content = json.dumps([DRAWING_VERSION, asdict(benchmark)], sort_keys=True)
-    digest = hashlib.sha256(content.encode()).hexdigest()[:10]
-    final = Path(root or CACHE) / f"{getattr(benchmark, 'FOLDER', name)}-{digest}"
-    if final.is_dir():
-        return final
-    temporary = final.with_name(f".{final.name}.{os.getpid()}@{platform.node()}")
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(final.parent)
-        benchmark.prepare(temporary)
-        rows = benchmark.rows()
-        write = partial(benchmark.write, root=temporary)
-        benchmark.finish(temporary, rows, list(in_parallel(write, rows, f"rendering {name}", workers)))
-        if not final.is_dir():
-            temporary.rename(final)
-    except OSError as error:
-        if not final.is_dir():                              # else another process was first: use its copy
-            raise RunError(f"cannot render into {final.parent}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return final
-
-
-def configure(name, knobs):
-    """Name and keyword arguments -> benchmark, or one line that says what is wrong with them."""
-    if name not in BENCHMARKS:
-        known = ", ".join(BENCHMARKS)
-        raise UsageError(f"no miniature named {name!r}{nearest(name, BENCHMARKS)} (one of: {known})")
-    known = [f.name for f in fields(BENCHMARKS[name])]
-    for knob in knobs:
-        if knob not in known:
-            raise UsageError(f"{name}: no knob {knob!r}{nearest(knob, known)} (one of: {', '.join(known)})")
-    return BENCHMARKS[name](**knobs)
-
-
-def remove_stale(root):
-    """Delete what killed processes of this machine left half written, one that had our number included."""
-    for folder in root.iterdir():
-        match = re.fullmatch(r"\..+\.(\d+)@(.+)", folder.name)
-        if match and match[2] == platform.node():
-            pid = int(match[1])
-            if pid == os.getpid() or not alive(pid):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)                                         # signal 0 only asks
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-# ---------------------------------------------------------------- command line
-def main(argv=None):
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)      # the benchmark has the knobs
-    peek.add_argument("--data", default="waterbirds")
-    knobs = BENCHMARKS.get(peek.parse_known_args(argv)[0].data, Waterbirds)
-    command = make_dataclass("Command", bases=(knobs,), frozen=True, fields=[
-        ("data", str, opt("waterbirds", "which benchmark", choices=tuple(BENCHMARKS))),
-        ("out", str, opt("", "folder for miniatures, if not data/mini beside this file")),
-        ("sheet", str, opt("", "also draw some scenes into this picture file"))])
-    args = parse(command, __doc__ + "\n" + inspect.cleandoc(knobs.__doc__), argv)
-    chosen = {f.name: getattr(args, f.name) for f in fields(knobs)}
-    benchmark = configure(args.data, chosen)
-    print(render(args.data, args.out or None, **chosen))
-    print(benchmark.summary())
-    if args.sheet:
-        Image.fromarray(benchmark.sheet()).save(args.sheet)
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from baselines import FoundMask
+from benchmarks.samples import patch_keep
 from ifam import Predictor, discretize, masked_mean
-from metrics import accuracies
-from samples import patch_keep
+from measure.metrics import accuracies
+from settings import progress
 
 
 # ---------------------------------------------------------------- a classifier under test

@@ -1,26 +1,25 @@
-"""tables.py: reports of many runs -> the layout of the paper's tables, as Markdown and JSON.
+"""measure/tables.py: reports of many runs -> the layout of the paper's tables, as Markdown and JSON.
 
-    python tables.py runs/waterbirds-mini-sweep/*                  # Markdown on the terminal
-    python tables.py runs/*-sweep/* --out tables/all               # also tables/all.md and tables/all.json
+    python -m measure.tables runs/waterbirds-mini-sweep/*                  # Markdown on the terminal
+    python -m measure.tables runs/*-sweep/* --out tables/all               # also tables/all.md and tables/all.json
 
 One table for each benchmark, split and number of images, a row for each method with what was changed in its settings
 and for each correction by intervene.py. A number is the mean over training seeds and half its 95 % interval (Student's
 t); a dash where a method has no such number. Each folder holds the config.json of train.py and the report*.json of
 evaluate.py; one that has none yet is named and left out.
 """
-import argparse
 import json
 import math
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 
 import data
-import train
 from baselines import GIVEN
-from intervene import chosen_on
-from settings import Parser, UsageError, run_script, write_json, write_whole
+from runs import Config as RunConfig
+from runs import chosen_on, differences, preset
+from settings import UsageError, flag, opt, parse, run_script, write_json, write_whole
 
 # 97.5 % quantile of Student's t for n numbers
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 11: 2.228, 12: 2.201,
@@ -142,12 +141,12 @@ def from_paper(benchmark, row, k):
 def row_name(config):
     """What a run is, from its config.json: its method, and as flags the settings that are not its defaults."""
     given = {key: config[key] for key in ("data", "mini", "method")}
-    default = train.Config(**{**train.preset(given), **given, "seed": config["seed"]})
-    changed = train.differences({**asdict(default), **config}, default)
+    default = RunConfig(**{**preset(given), **given, "seed": config["seed"]})
+    changed = differences({**asdict(default), **config}, default)
     words = [config["method"]]
     for name, (value, _) in changed.items():
-        name = name.replace("_", "-")
-        words.append(f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name} {value}")
+        typed = flag(name)
+        words.append(typed if value is True else f"--no-{typed[2:]}" if value is False else f"{typed} {value}")
     return " ".join(words)
 
 
@@ -283,11 +282,14 @@ def write_tables(folders, out=""):
         write_json(json_file, {"paper": FOOTNOTE, "tables": tables})
 
 
+@dataclass
+class Config:
+    runs: list[Path] = opt(MISSING, "folders of runs, with config.json and report.json", positional=True)
+    out: str = opt("", "write <out>.md and <out>.json as well")
+
+
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, with config.json and report.json")
-    parser.add_argument("--out", default="", help="write <out>.md and <out>.json as well")
-    given = parser.parse_args(argv)
+    given = parse(Config, __doc__, argv)
     folders = [run for run in given.runs if not run.is_file()]
     if not folders:
         raise UsageError(f"{given.runs[0]} is not a folder: name folders of runs")

@@ -1,6 +1,6 @@
 """scenes.py: pictures drawn with polygons, each with its exact mask: a creature among things on a backdrop.
 
-Every miniature (miniature.py, layouts.py) and the pretraining of their backbone (pretrain.py) draw from here.
+Floor: data. Every miniature and the pretraining of their backbone (pretrain.py) draw from here.
 Creatures have a coat, a fine grain that nothing else has.
 
 Letters: S side of a picture in pixels. Local coordinates: x to the right (creatures face right), y down.
@@ -502,6 +502,16 @@ def save(picture, path, **options):
 
 # The usual 4:2:0 keeps one colour per 2x2 pixels: the backdrop would smear over the object's edge.
 save_jpeg = partial(save, format="JPEG", quality=95, subsampling=0)
+
+
+def share(rate, rank, n):
+    """True for the first round(rate * n) of n ranks: shares are exact, not drawn."""
+    return rank < round(rate * n)
+
+
+def save_mask(mask, path):
+    """Share of each pixel that is covered -> 0 or 255: object where it covers half of a pixel or more."""
+    save((mask >= .5).astype(np.uint8) * 255, path)
 
 
 def require(ok, name, wanted, value):

@@ -4,6 +4,7 @@ Colours are those of Okabe and Ito, which colour-blind readers can tell apart; a
 so has a kind of mask, whose bars differ in hatching too. With a path a figure is written to it; without, it is left
 open, and a notebook shows it under its cell.
 """
+import json
 import os
 import re
 import textwrap
@@ -17,9 +18,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from benchmarks.samples import patch_keep
 from ifam import refuse
-from leakage import pixel_gradient, pixels
-from samples import patch_keep
+from measure.leakage import pixel_gradient, pixels
 from settings import write_whole
 
 if NOTEBOOK:                                             # PNG files of grain are four times as large
@@ -408,6 +409,27 @@ def growth(found, path):
         axes[1, column].set_xticks(rows["x"], rows["x"])
         axes[1, column].xaxis.minorticks_off()
     figure.tight_layout()
+    save(figure, path)
+
+
+def training_curves(log, path=None):
+    """What a run's log.jsonl tells: loss terms, accuracy and worst group of validation, learning rates, over steps."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    steps, scores = [x for x in lines if "loss" in x], [x for x in lines if "val" in x]
+    known = ("step", "epoch", "lr", "accuracy", "gradient_norm", "images_per_second", "waiting")
+    figure, (losses, accuracy, rates) = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
+    at = [x["step"] for x in steps]
+    for name in steps[0].keys() - {*known} if steps else ():
+        losses.plot(at, [x[name] for x in steps], lw=2.5 if name == "loss" else 1, label=name)
+    accuracy.plot(at, [x["accuracy"] for x in steps], lw=1, color="0.7", label="training, this step")
+    for name, label in (("aa", "validation"), ("worst_group", "validation, worst group")):
+        accuracy.plot([x["step"] for x in scores], [x["val"][name] for x in scores], "o-", label=label)
+    for name in steps[0]["lr"] if steps else ():
+        rates.semilogy(at, [max(x["lr"][name], 1e-12) for x in steps], label=name)
+    for axis, title in ((losses, "loss and its terms, unweighted"), (accuracy, "accuracy"), (rates, "learning rate")):
+        axis.set(title=title, xlabel="step")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=7, frameon=False)
     save(figure, path)
 
 

@@ -1,0 +1,166 @@
+"""siim.py: SIIM-ACR Pneumothorax: DICOM images, run-length masks, labels, chest tubes. Floor: data.
+
+Unique identifiers (UIDs) hold dots and share prefixes: they are compared whole. Read samples.py first.
+"""
+import csv
+import os
+import pickle
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.files import NotThere, drawn_masks, files, is_miniature
+from benchmarks.samples import Samples
+from benchmarks.transforms import RADIOGRAPHS
+from settings import UsageError
+
+SIDE = 1024                                                # pixels of every image and mask
+PREPARED = ("train_set", "full_test_set", "robust_test_set", "non_robust_test_set")
+
+
+class Runs(NamedTuple):
+    """A mask as rows of the csv: each "offset length offset length ...", offsets from the end of the run before."""
+    rows: tuple
+    path = None                                            # it has no file of its own
+
+    def __str__(self):
+        return f"({len(self.rows)} rows of train-rle.csv)"
+
+    def image(self):
+        """The union of all rows -> PIL mask, 0 or 255. Runs go down columns, so the flat array is the transpose."""
+        mask = np.zeros(SIDE * SIDE, np.uint8)
+        for row in self.rows:
+            numbers, end = [int(x) for x in row.split()], 0
+            for offset, length in zip(numbers[::2], numbers[1::2], strict=True):
+                mask[end + offset:end + offset + length] = 255
+                end += offset + length
+            if end > len(mask):
+                raise ValueError(f"its runs end at pixel {end} of {len(mask)}")
+        return Image.fromarray(mask.reshape(SIDE, SIDE).T.copy())
+
+
+class Mask(NamedTuple):
+    """A mask file; those that the published code prepares are transposed."""
+    path: Path
+    transposed: bool
+
+    def image(self):
+        with Image.open(self.path) as mask:
+            return mask.convert("L").transpose(Image.Transpose.TRANSPOSE) if self.transposed else mask.convert("L")
+
+
+def read_runs(path):
+    """train-rle.csv -> {uid: Runs}, no rows for a negative. Both releases: names and values are stripped.
+
+    An image has a row for each region, or one row "-1"; UsageError for both, or for a file without the columns.
+    """
+    found = {}
+    with open(path, newline="") as file:
+        reader = csv.reader(file)
+        header = [name.strip() for name in next(reader, [])]
+        if header[:2] != ["ImageId", "EncodedPixels"]:
+            raise UsageError(f"{path}: its columns are {header}, expected ImageId and EncodedPixels; download it again")
+        for uid, row, *_ in filter(None, reader):
+            found.setdefault(uid.strip(), []).append(row.strip())
+    for uid, rows in found.items():
+        if "-1" in rows and set(rows) != {"-1"}:
+            raise UsageError(f"{path}: image {uid} has both -1 and a mask; download the file again")
+    return {uid: Runs(() if "-1" in rows else tuple(rows)) for uid, rows in found.items()}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Numbers, strings, lists and dicts only: a pickle that names any class or function is refused, not run."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a table of labels does not need")
+
+
+def read_tubes(path):
+    """Chest tubes -> {uid: bool}, from cxr_tube_dict.pkl or from a csv with the columns ImageId,chest_tube."""
+    try:
+        if path.suffix == ".csv":
+            with open(path, newline="") as file:
+                rows = [{k.strip(): v.strip() for k, v in row.items()} for row in csv.DictReader(file)]
+            known = {"0": False, "1": True, "false": False, "true": True}
+            return {row["ImageId"]: known[row["chest_tube"].lower()] for row in rows}
+        with open(path, "rb") as file:
+            tubes = PlainUnpickler(file).load()
+        plain = isinstance(tubes, dict) and all(isinstance(k, str) and isinstance(v, bool) for k, v in tubes.items())
+        if not plain:
+            raise ValueError("it is no dict of str -> bool")
+        return tubes
+    except Exception as error:                             # a damaged pickle can fail in many ways
+        raise UsageError(f"{path}: cannot read chest tubes ({type(error).__name__}: {error}); use the published pickle "
+                         "or a csv with the columns ImageId,chest_tube and values 0 or 1") from None
+
+
+# ---------------------------------------------------------------- the benchmark
+def load_siim(root, size, seed):
+    """SIIM-ACR Pneumothorax: Kaggle's files with Saab et al.'s chest tubes, or the folders the published code prepares.
+
+    test: every image with a tube label, group = 2 * label + tube; robust, non_robust: the part of it where a tube
+    misleads, and where it helps. train: every other image with a label; nobody knows its tubes. The masks are of the
+    pneumothorax; those of a miniature are of the lungs, where all evidence lies.
+    """
+    places = [root / p for p in ("siim", "siim/pneumothorax", "pneumothorax", ".")]
+    raw = next((p for p in places if (p / "dicom-images-train").is_dir()), None)
+    prepared = next((p for p in places if (p / "train_set").is_dir()), None)
+    rows = siim_raw(raw) if raw else siim_prepared(prepared, is_miniature(root)) if prepared else None
+    if rows is None:
+        raise NotThere(places[0] / "dicom-images-train")
+
+    def split(name, wanted):
+        mine = [r for r in rows if wanted(r)]
+        uids, paths, labels, tubes, masks = zip(*mine) if mine else [[]] * 5
+        groups = {} if name == "train" else dict(places=("without tube", "with tube"),
+                                                 groups=[2 * y + tube for y, tube in zip(labels, tubes)])
+        lungs = drawn_masks(root, uids)
+        found = Samples("siim", name, size, ("healthy", "pneumothorax"), uids, paths, labels, **groups,
+                        masks=lungs or (masks if all(masks) else None), pipeline=RADIOGRAPHS, seed=seed)
+        found.masks_tell = lungs is None
+        return found
+    return {"train": split("train", lambda r: r[3] is None), "test": split("test", lambda r: r[3] is not None),
+            "robust": split("robust", lambda r: r[3] is not None and r[2] != r[3]),
+            "non_robust": split("non_robust", lambda r: r[2] == r[3])}
+
+
+def siim_raw(base):
+    """Kaggle's layout -> rows (uid, path, label, tube or None, mask). What has no label is left out, and counted."""
+    if not (base / "train-rle.csv").is_file():
+        raise NotThere(base / "train-rle.csv")
+    tables = [base / name for name in ("cxr_tube_dict.pkl", "cxr_tube_dict.csv")]
+    table = next((p for p in tables if p.is_file()), None)
+    if table is None:
+        raise NotThere(tables[0])
+    runs, tubes, paths = read_runs(base / "train-rle.csv"), read_tubes(table), {}
+    for path in sorted((base / "dicom-images-train").glob("*/*/*.dcm")):
+        if paths.setdefault(path.name[:-len(".dcm")], path) != path:              # a UID has dots: no stem but this
+            raise UsageError(f"siim: {path} and {paths[path.name[:-4]]} have the same UID; unpack the archive again")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"siim: {len(paths)} images; left out: {len(paths.keys() - runs)} without a row in train-rle.csv, "
+              f"{len(runs.keys() - paths)} rows and {len(tubes.keys() - paths)} tube labels without an image")
+    return [(uid, path, int(bool(runs[uid].rows)), tubes.get(uid), runs[uid]) for uid, path in paths.items()
+            if uid in runs]
+
+
+def siim_prepared(base, drawn):
+    """The published code's folders <set>/<label>/<uid>.dcm -> rows as siim_raw.
+
+    Its all_masks are transposed (and hold one region an image); `drawn`: those of a miniature are upright.
+    """
+    found = {(s, y): {Path(f).with_suffix("").name: base / s / str(y) / f
+                      for f in files(base / s / str(y), ".dcm", ".png", ".jpg")}
+             for s in PREPARED for y in (0, 1)}
+    masks, rows = base / "all_masks", []
+    for (s, y), paths in found.items():
+        for uid, path in paths.items() if s in ("train_set", "full_test_set") else ():
+            robust, easy = (uid in found[other, y] for other in ("robust_test_set", "non_robust_test_set"))
+            if s == "full_test_set" and robust == easy:
+                raise UsageError(f"siim: {path} is in {'both' if robust else 'neither'} of robust_test_set and "
+                                 "non_robust_test_set; prepare the folders again")
+            tube = None if s == "train_set" else int(robust != bool(y))
+            mask = Runs(()) if not y else Mask(masks / f"{uid}.png", not drawn) if masks.is_dir() else None
+            rows.append((uid, path, y, tube, mask))
+    return sorted(rows, key=lambda row: row[0])

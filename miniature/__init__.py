@@ -1,0 +1,88 @@
+"""miniature/: small look-alikes of the benchmarks, drawn in the benchmarks' own layout: `python -m miniature`.
+
+Floor: data. What miniature/metashift.py writes, benchmarks/metashift.py reads, and so for the others. The folder of a
+miniature appears when it is complete, and a seed draws the same bytes every time.
+"""
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+
+from miniature.cub import Cub, Waterbird200, Waterbirds
+from miniature.imagenet import ImageNet, ImageNet9
+from miniature.metashift import MetaShift
+from miniature.scenes import in_parallel
+from miniature.siim import Siim
+from settings import RunError, UsageError, nearest
+
+DRAWING_VERSION = 4     # part of every cache's name: raise it when the same seed would give another picture
+CACHE = Path(__file__).resolve().parent.parent / "data" / "mini"
+BENCHMARKS = {"cub": Cub, "waterbirds": Waterbirds, "waterbird200": Waterbird200, "metashift": MetaShift,
+              "siim": Siim, "imagenet": ImageNet, "imagenet9": ImageNet9}
+
+
+def render(name, root=None, workers=None, **knobs):
+    """Folder of the miniature, rendered on first use: root/<name>-<digest of the knobs>.
+
+    Everything goes into a temporary sibling that takes the final name when complete: a process killed at any
+    moment leaves nothing that could be mistaken for data. Of two processes at once the first to finish wins.
+    """
+    benchmark = configure(name, knobs)
+    content = json.dumps([DRAWING_VERSION, asdict(benchmark)], sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:10]
+    final = Path(root or CACHE) / f"{getattr(benchmark, 'FOLDER', name)}-{digest}"
+    if final.is_dir():
+        return final
+    temporary = final.with_name(f".{final.name}.{os.getpid()}@{platform.node()}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(final.parent)
+        benchmark.prepare(temporary)
+        rows = benchmark.rows()
+        write = partial(benchmark.write, root=temporary)
+        benchmark.finish(temporary, rows, list(in_parallel(write, rows, f"rendering {name}", workers)))
+        if not final.is_dir():
+            temporary.rename(final)
+    except OSError as error:
+        if not final.is_dir():                              # else another process was first: use its copy
+            raise RunError(f"cannot render into {final.parent}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def configure(name, knobs):
+    """Name and keyword arguments -> benchmark, or one line that says what is wrong with them."""
+    if name not in BENCHMARKS:
+        known = ", ".join(BENCHMARKS)
+        raise UsageError(f"no miniature named {name!r}{nearest(name, BENCHMARKS)} (one of: {known})")
+    known = [f.name for f in fields(BENCHMARKS[name])]
+    for knob in knobs:
+        if knob not in known:
+            raise UsageError(f"{name}: no knob {knob!r}{nearest(knob, known)} (one of: {', '.join(known)})")
+    return BENCHMARKS[name](**knobs)
+
+
+def remove_stale(root):
+    """Delete what killed processes of this machine left half written, one that had our number included."""
+    for folder in root.iterdir():
+        match = re.fullmatch(r"\..+\.(\d+)@(.+)", folder.name)
+        if match and match[2] == platform.node():
+            pid = int(match[1])
+            if pid == os.getpid() or not alive(pid):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)                                         # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

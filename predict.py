@@ -1,0 +1,97 @@
+"""predict.py: a trained model over a split: train.py validates with it, evaluate.py and intervene.py begin with it.
+
+    name, samples, train, sets = open_split(cfg, state["config"], model)         # the images of a checkpoint
+    result = predict(model, samples)                     # {"logits": (n, C), "keep": (n, N), ...}
+
+Floor: commands, the lowest. Read runs.py first.
+"""
+from dataclasses import MISSING, dataclass, fields
+
+import torch
+import torch.distributed as dist
+
+import data
+from benchmarks.samples import patch_keep
+from measure.metrics import foreground_counts
+from settings import UsageError, opt, progress
+
+
+@dataclass
+class OnCheckpoint:
+    """The options of every script that takes a checkpoint and runs it on images."""
+    ckpt: str = opt(MISSING, "checkpoint of train.py (best.pt or last.pt), or snapshot of the published code",
+                    group="checkpoint and images")
+    data: str = opt("", "another benchmark for the same model (cub: waterbird200; imagenet: imagenet9); if not given, "
+                        "the one it was trained on, which a published snapshot does not say",
+                    choices=("", *data.BENCHMARKS))
+    root: str = opt("", "folder of the benchmarks, if they moved since training")
+    limit: int = opt(0, "use only N images of each split, spread evenly (0: as in training)", at_least=0)
+    batch: int = opt(32, "images at once", at_least=1)
+    workers: int = opt(0, "processes that load data", at_least=0)
+    device: str = opt("auto", "auto, cpu, cuda or mps")
+
+
+def given_mask(model, batch, device):
+    """True mask of a batch's images as patches (B, N), for the baselines that are given it; None for all others."""
+    return patch_keep(batch["mask"].to(device), model.predictor.backbone.patch) if model.needs_truth else None
+
+
+@torch.no_grad()
+def predict(model, samples, batch=32, device="cpu", workers=0):
+    """Run a model over a split -> tensors by name, a row a sample, in the order of the samples.
+
+    "logits" (n, C), and where the model has them "logits_stage1" (n, C), "keep" (n, N) in {0, 1}, "foreground" (n, 4)
+    pixel counts of the parts, or of the mask that stage 2 was given. Processes share the work and gather by index:
+    every sample is counted once, whatever their number.
+    """
+    model.eval()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = range(rank, len(samples), world)
+    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(samples, mine), batch, num_workers=workers)
+    found = []
+    for images in progress(loader, f"{samples.name} {samples.split}"):
+        out = model(images["image"].to(device), given_mask(model, images, device))
+        one = {"logits": out.logits.float()}
+        maps = out.maps
+        if maps is not None:
+            one |= {"logits_stage1": out.logits_stage1.float(), "keep": model.mask(out)}
+        elif out.keep is not None:                       # a mask without parts: one map for it, one for the rest
+            one["keep"] = out.keep
+            maps = torch.stack([out.keep, 1 - out.keep], 1).unflatten(2, model.predictor.backbone.grid)
+        if maps is not None and "mask" in images:
+            one["foreground"] = foreground_counts(maps, images["mask"].to(device))
+        found.append({name: x.cpu() for name, x in one.items()})
+    pieces = [(list(mine), {name: torch.cat([f[name] for f in found]) for name in found[0]} if found else {})]
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, pieces[0])
+        pieces = [p for p in gathered if p[0]]
+    order = torch.tensor([i for indices, _ in pieces for i in indices]).argsort()
+    return {name: torch.cat([p[name] for _, p in pieces])[order] for name in pieces[0][1]}
+
+
+def open_split(cfg, trained, model):
+    """-> (name for the report, the split to measure on, the training split or None, {name: other sets})."""
+    name = cfg.data or trained["data"]
+    here = data.BENCHMARKS[name]
+    if trained["data"] not in (name, here.trained_on):
+        raise UsageError(f"--data {name} has {here.classes} classes that are not those of {trained['data']} "
+                         f"({data.BENCHMARKS[trained['data']].classes}), which the checkpoint was trained on; evaluate "
+                         f"a model of {here.trained_on or name}")
+    root = data.find_root(name, cfg.root or trained["root"], trained["mini"] and not cfg.root)
+    splits = data.load(name, root, trained["size"], limit=cfg.limit or trained["limit"], check=False,
+                       val_share=trained.get("val_share", 0.0) * (name == trained["data"]))
+    if cfg.split not in splits:
+        held = "train with --val-share 0.1 to have one, or " * (cfg.split == "val" and "train" in splits)
+        known = next(f for f in fields(cfg) if f.name == "split").metadata["choices"]
+        raise UsageError(f"{name} has no split {cfg.split!r}; {held}choose another --split: "
+                         f"{', '.join(split for split in splits if split in known)}")
+    samples = splits[cfg.split]
+    outputs = (model.predictor.head if model.predictor else model.selector.classifier).out_features
+    if samples.outputs != outputs:
+        raise UsageError(f"--data {name} needs {samples.outputs} classes, the checkpoint has {outputs}; evaluate it on "
+                         "the data it was trained on")
+    sets = {n: splits[n] for n in here.sets if n in splits and cfg.split == "test"}
+    for some in (samples, *sets.values()):
+        some.check()                                     # images of other splits need not be there
+    return name + "-mini" * trained["mini"], samples, splits.get("train"), sets

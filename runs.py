@@ -1,0 +1,388 @@
+"""runs.py: what a run is: its settings, its checkpoints, its log, and the model that comes out of them.
+
+    cfg = parse(Config, __doc__, argv, preset)           # a command line -> the settings of a run
+    model, state = load_model("runs/waterbirds-mini/best.pt")            # ready to predict
+
+Floor: what a run is, between data and the commands. Read data.py (the benchmarks) and baselines.py (settings become a
+model) first. A run lives in runs/<name>: config.json, log.jsonl, last.pt (to resume), best.pt (to evaluate).
+"""
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import vit
+from baselines import GIVEN, METHODS, PRETRAINED, TAKES, build
+from ifam import IFAM, limits_of
+from settings import UsageError, check_bounds, flag, opt, write_json, write_whole
+from weights import find_published, load_strictly, read_file, rename_published
+
+
+@dataclass
+class Config:
+    """Settings of a run, the flags of train.py. Defaults are the paper's (appendix A.1)."""
+    data: str = opt("waterbirds", f"benchmark ({data.overview()})", choices=tuple(data.BENCHMARKS), group="data")
+    root: str = opt("data", "folder that holds the unpacked benchmarks")
+    mini: bool = opt(False, "use the miniature of the benchmark: drawn on first use, no download")
+    limit: int = opt(0, "use only N training and evaluation samples, spread evenly (0: all)", at_least=0)
+    val_share: float = opt(0.0, "hold out this share of the training images of each class as validation, where a "
+                                "benchmark has none, such as 0.1 (0: none)", at_least=0, below=1)
+
+    method: str = opt("ifam", "ifam, or a baseline", choices=METHODS, group="model")
+    arch: str = opt("b", "size of the vision transformers", choices=tuple(vit.ARCHS))
+    registers: int = opt(4, "register tokens; 0 for weights without registers", at_least=0)
+    weights: str = opt("dinov2", "start of all backbones: dinov2 or rad-dino (downloaded once), mini (miniature/mini.pt, "
+                                 "for --arch mini), a file of DINOv2, timm or Hugging Face, or none")
+    size: int = opt(518, "image side in pixels, a multiple of the patch", at_least=1)
+    selector_size: int = opt(0, "side at which stage 1 looks at the image, smaller is faster (0: --size)", at_least=0)
+    selector_arch: str = opt("", "a smaller ViT for stage 1: s where --arch is b, or b/6 for the first 6 blocks of b "
+                                 "(if not given, that of --arch)")
+    freeze_stage2: bool = opt(False, "of the backbone of stage 2 train class token, registers and positions only")
+    train_backbone: bool = opt(False, "ep and aim: train the backbone too")
+    train_tokens: bool = opt(True, "train class token, registers and positions of a pretrained stage 1, as in the "
+                                   "paper")
+
+    k: int = opt(8, "foreground parts", at_least=1, group="mask")
+    masking: str = opt("early", "where the mask acts", choices=("early", "late"))
+    hardness: str = opt("hard", "binary mask, or any weight in [0, 1]", choices=("hard", "soft"))
+    pooling: str = opt("cls", "what stage 2 classifies from: class token, mean of the kept patches (the default of "
+                              "early-* and late-*), or their sum over the number of all patches (late-*, as published)",
+                       choices=("cls", "mean", "mean-all"))
+    joint: bool = opt(True, "let the stage-2 loss reach stage 1 through the mask, as in the paper")
+    tau: float = opt(1.0, "temperature of the part assignment", above=0)
+    part_dropout1: float = opt(0.3, "share of parts dropped before the stage-1 classifier", at_least=0, below=1)
+    part_dropout2: float = opt(0.3, "share of parts dropped in the mask of stage 2", at_least=0, below=1)
+
+    shaping: bool = opt(True, "the losses that shape parts; without them ifam is a joint amortised model (JAM)",
+                        group="losses")
+    stage1_class: bool = opt(True, "the class loss of stage 1")
+    weight_class1: float = opt(1.0, "loss weight: class, stage 1", at_least=0)
+    weight_class2: float = opt(1.0, "loss weight: class, stage 2", at_least=0)
+    weight_presence: float = opt(1.0, "loss weight: every part occurs in the batch", at_least=0)
+    weight_background: float = opt(2.0, "loss weight: background in every image, at its border", at_least=0)
+    weight_orthogonality: float = opt(1.0, "loss weight: parts have different features", at_least=0)
+    weight_equivariance: float = opt(1.0, "loss weight: parts move with the image", at_least=0)
+    weight_variation: float = opt(1.0, "loss weight: neighbouring patches agree", at_least=0)
+    weight_entropy: float = opt(1.0, "loss weight: patches are sure of their part", at_least=0)
+    weight_concentration: float = opt(0.0, "loss weight: parts are compact (PDiscoNet)", at_least=0)
+
+    epochs: int = opt(90, "passes over the training set", at_least=1, group="schedule")
+    batch: int = opt(16, "images per step over all processes and accumulation steps", at_least=1)
+    micro: int = opt(0, "most images at once in a process; more are accumulated, and the presence loss takes its "
+                        "maximum within each portion (0: no limit)", at_least=0)
+    lr: float = opt(1e-6, "learning rate at batch 16 of the backbone that trains, scaled by sqrt(batch / 16)",
+                    at_least=0)
+    lr_tokens: float = opt(1e-6, "the same for the tokens of a frozen stage 1", at_least=0)
+    lr_prototypes: float = opt(1e-3, "the same for the prototypes", at_least=0)
+    lr_heads: float = opt(1e-2, "the same for modulation, fc_norm and classifiers", at_least=0)
+    warmup: int = opt(0, "steps of linear warm-up of stage 2, so that it learns little before there are parts",
+                      at_least=0)
+    weight_decay: float = opt(0.05, "multiplied by sqrt(1 / steps); matrices only", at_least=0)
+    clip: float = opt(2.0, "largest gradient norm (0: no clipping)", at_least=0)
+    ema: float = opt(0.0, "decay of an exponential moving average of the weights, which is then evaluated (0: none)",
+                     at_least=0, below=1)
+    amp: str = opt("auto", "autocast: auto is bf16 on a GPU that has it, fp16 on others, off elsewhere",
+                   choices=("auto", "bf16", "fp16", "off"))
+
+    seed: int = opt(0, "decides initial weights, order, augmentation, noise and dropout", at_least=0, group="run")
+    device: str = opt("auto", "auto, cpu, cuda or mps")
+    compile: bool = opt(False, "torch.compile both stages")
+    workers: int = opt(4, "processes that load data, per training process", at_least=0)
+    out: str = opt("", "folder of the run (default runs/<data>, with -mini and -<method> where they apply)")
+    resume: bool = opt(False, "go on from last.pt of this run")
+    save_every: int = opt(500, "steps between saves of last.pt (it is also saved after every epoch)", at_least=1)
+    log_every: int = opt(20, "steps between log lines", at_least=1)
+
+    def __post_init__(self):
+        suffix = "-mini" * self.mini + f"-{self.method}" * (self.method != "ifam")
+        self.out = self.out or f"runs/{self.data}{suffix}"
+
+
+# data.BENCHMARKS says what differs from Config's defaults by benchmark, this by miniature.
+MINI = dict(arch="mini", size=96, weights="mini", k=4, epochs=2, batch=8, lr=7e-4, lr_tokens=1e-5, lr_prototypes=2.5e-3,
+            lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, weight_variation=0.33, workers=0)
+FREE = {"root", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}   # may change on --resume
+
+
+def preset(typed, earlier=None):
+    """What was typed, and the settings of --config -> those of the benchmark that replace Config's defaults.
+
+    UsageError for a setting that was typed and that the method does not have.
+    """
+    known = {"data": Config.data, "mini": Config.mini, "method": Config.method, **(earlier or {}), **typed}
+    for name, methods in TAKES.items():
+        if name in typed and known["method"] in METHODS and known["method"] not in methods:
+            raise UsageError(f"{flag(name)} means nothing to --method {known['method']}, only to {', '.join(methods)}; "
+                             "leave it out")
+    if known["data"] not in data.BENCHMARKS:             # parse() says so
+        return {}
+    benchmark = data.BENCHMARKS[known["data"]]
+    settings = benchmark.settings
+    if known["mini"]:                                    # its own network and schedule, the benchmark's loss
+        settings = {**{name: x for name, x in settings.items() if name.startswith("weight_")}, **MINI}
+    if known["method"] in GIVEN:                         # early and late read the same, so that one thing differs
+        settings = {**settings, "pooling": "mean"}
+    return {"size": benchmark.size, "k": benchmark.k, **settings}
+
+
+def read_settings(path):
+    """config.json of a run -> its settings but those of the folder, for --config. UsageError if it is none."""
+    try:
+        found = json.loads(Path(path).read_text())
+        return {f.name: found[f.name] for f in fields(Config) if f.name in found and f.name not in ("out", "resume")}
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"--config {path}: expected the config.json of a run ({error})") from None
+
+
+def check(cfg):
+    """UsageError for settings that no part of the program could use."""
+    check_bounds(cfg)
+    if where := data.BENCHMARKS[cfg.data].trained_on:
+        raise UsageError(f"--data {cfg.data} is for evaluation only: train with --data {where}, then "
+                         f"evaluate.py --ckpt runs/{where}/best.pt --data {cfg.data}")
+    if cfg.weights == "none" and (cfg.freeze_stage2 or cfg.method in PRETRAINED and not cfg.train_backbone):
+        what = "--freeze-stage2" if cfg.freeze_stage2 else f"--method {cfg.method}"
+        raise UsageError(f"{what} takes the backbone as it is, and with --weights none it is random: give --weights")
+    if cfg.selector_size > cfg.size:
+        raise UsageError(f"--selector-size {cfg.selector_size} is larger than the image (--size {cfg.size}): there is "
+                         "nothing more to see")
+    if cfg.mini and cfg.root != Config.root:
+        raise UsageError("--mini draws its own data: leave out --root or --mini")
+
+
+def loss_weights(cfg):
+    """-> {name of a loss term: its weight}; 0 for what --no-shaping and --no-stage1-class switch off."""
+    found = {f.name[len("weight_"):]: getattr(cfg, f.name) for f in fields(Config)
+             if f.name.startswith("weight_") and f.name != "weight_decay"}
+    on = {"class1": cfg.stage1_class, "class2": True}
+    return {name: weight * on.get(name, cfg.shaping) for name, weight in found.items()}
+
+
+def as_published(config):
+    """Are these the settings of iFAM itself, and not of an ablation? K and the size of the network may be any."""
+    default = vars(Config(**preset({"data": config["data"]})))
+    own = {name: default[name] for name, methods in TAKES.items() if "ifam" in methods and name != "k"}
+    return config["method"] == "ifam" and all(config.get(name, x) == x for name, x in own.items())
+
+
+# ---------------------------------------------------------------- files of a run
+def plain(value):
+    """Tuples to lists, as JSON and checkpoints have them."""
+    return json.loads(json.dumps(value))
+
+
+def differences(config, cfg):
+    """Settings of a run that was recorded (a dict) that are not those of cfg -> {name: (then, now)}.
+
+    A setting that did not exist then had its default.
+    """
+    both = {f.name: (config.get(f.name, f.default), plain(getattr(cfg, f.name))) for f in fields(Config)
+            if f.name not in FREE}
+    return {name: (then, now) for name, (then, now) in both.items() if then != now}
+
+
+def open_run(cfg, rank):
+    """The checkpoint to resume from, or None and a new folder. A run that is already there is moved aside, not lost."""
+    folder = Path(cfg.out)
+    if cfg.resume:
+        if not folder.is_dir():
+            raise UsageError(f"--resume: no run at {folder} (name it with --out)")
+        state = read_checkpoint(folder / "last.pt") if (folder / "last.pt").is_file() else None
+        try:                                             # without last.pt it was killed before its first save
+            config = state["config"] if state else json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError):
+            raise UsageError(f"--resume: no run at {folder}, it has neither last.pt nor config.json") from None
+        for name, (then, now) in differences(config, cfg).items():
+            raise UsageError(f"--resume: {folder} was started with {flag(name)} {then}, not {now}; use the old value, "
+                             "or another --out")
+        return state
+    if rank == 0:
+        if (folder / "config.json").is_file():
+            old = next(p for n in range(1, 10 ** 6) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
+            folder.rename(old)
+            print(f"{folder} was already there: moved to {old}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {folder}: cannot make this folder ({error})") from None
+        write_json(folder / "config.json", asdict(cfg))
+    return None
+
+
+def save(path, rank, cfg, step, best, parts):
+    """Rank 0 writes a checkpoint, whole or not at all. parts: {name: what has a state_dict, or None}."""
+    if rank == 0:
+        state = dict(config=plain(asdict(cfg)), step=step, best=best,
+                     **{name: part.state_dict() for name, part in parts.items() if part is not None})
+        write_whole(path, lambda temporary: torch.save(state, temporary))
+
+
+class Log:
+    """log.jsonl of a run, one object a line; lines after `step` (of a run that was killed) are dropped on resume."""
+
+    def __init__(self, folder, rank, step):
+        self.path = folder / "log.jsonl" if rank == 0 else None
+        if self.path and self.path.is_file():
+            lines = [line for line in self.path.read_text().splitlines(True)
+                     if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_whole(self.path, lambda temporary: temporary.write_text("".join(lines)))
+
+    def __call__(self, record, text=None):
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+            if text:
+                tqdm.write(text)
+
+
+# ---------------------------------------------------------------- a model from its checkpoint
+def pick_device(name="auto", local_rank=0):
+    """"auto", "cpu", "cuda" or "mps" -> torch.device; UsageError for one that is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(n for n in ("cuda", "mps", "cpu") if there[n])
+    if not there.get(name):
+        raise UsageError(f"--device {name} is not available here; choose {' or '.join(n for n in there if there[n])}")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+CHECKPOINT = "a checkpoint of train.py, such as runs/<name>/best.pt"
+
+
+def read_checkpoint(path):
+    """The dict that train.py saved: config, step, best, model, optimizer, ... UsageError if it is not one."""
+    return checked(path, read_file(path, CHECKPOINT))
+
+
+def checked(path, state):
+    """The content of a file, if it is what train.py saves; else UsageError."""
+    if not isinstance(state, dict) or not {"config", "step", "best", "model"} <= state.keys():
+        raise UsageError(f"{path} is not a checkpoint of train.py: no config, step, best and model in it")
+    return state
+
+
+def from_published(path, state_dict, name):
+    """A snapshot of the published two-stage code -> a checkpoint like train.py's, under benchmark `name`.
+
+    It carries no settings: sizes come from the tensors, everything else from the preset of the benchmark it is for.
+    """
+    if not name:
+        raise UsageError(f"{path} is a published snapshot and does not say what it was trained on: add --data")
+    try:
+        model, sizes = rename_published(state_dict)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from None
+    name = data.BENCHMARKS[name].trained_on or name
+    classes, (height, width) = sizes.pop("classes"), sizes.pop("size")
+    if classes != data.BENCHMARKS[name].classes:
+        raise UsageError(f"{path} is a published snapshot with {classes} classes, --data {name} has "
+                         f"{data.BENCHMARKS[name].classes}")
+    if height != width:
+        raise UsageError(f"{path}: its position embedding is not that of square images, which --data {name} has")
+    settings = vars(Config(**{**preset({"data": name}), "data": name}))
+    config = {**settings, **sizes, "size": height, "registers": sizes["arch"]["registers"], "weights": str(path),
+              "method": "ifam", "seed": None}
+    best = {"split": "unknown", "epoch": None, "accuracy": None}
+    return {"config": config, "step": None, "best": best, "model": model}
+
+
+def load_model(path, device="cpu", name=""):
+    """-> (model in evaluation mode, its checkpoint). The moving average of the weights is used where there is one.
+
+    path: a checkpoint of train.py, or a snapshot of the published two-stage code, for which `name` is its benchmark.
+    """
+    state = read_file(path, CHECKPOINT)
+    published = find_published(state)
+    state = from_published(path, published, name) if published else checked(path, state)
+    try:
+        heads = [state["model"][key] for key in ("predictor.head.weight", "selector.classifier.weight")
+                 if key in state["model"]]               # a miniature may have fewer classes than its benchmark
+        model = build(state["config"], len(heads[0]))
+        load_strictly(model, state.get("ema") or state["model"])
+    except (IndexError, KeyError, ValueError) as error:
+        raise UsageError(f"{path}: its weights do not fit its settings: {error}") from None
+    return model.to(device).eval(), state
+
+
+def load_published(state_dict, heads=None, **settings):
+    """An IFAM from a state dict of the published two-stage code; heads: rename_published.
+
+    The shape of the patch grid is that of the first images. settings: further arguments of IFAM, such as hardness.
+    Raises ValueError for anything missing, unexpected, or of another shape.
+    """
+    state, sizes = rename_published(state_dict, heads)
+    model = IFAM(**sizes, **settings)
+    model.selector.backbone.grid_is_known = model.predictor.backbone.grid_is_known = False
+    load_strictly(model, state)
+    return model
+
+
+# ---------------------------------------------------------------- an intervention on it
+def hash_of(path):
+    """SHA-256 of a file, as `sha256sum` prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def apply_intervention(model, path, ckpt):
+    """Set a model to the intervention in a file, if it was made for this checkpoint -> its content, for the report.
+
+    UsageError for a file that is not there, not an intervention, or made for another checkpoint.
+    """
+    if model.selector is None:
+        raise UsageError(f"--intervention: {ckpt} is of a method without parts; leave it out")
+    k = model.selector.k
+    try:
+        content = json.loads(Path(path).read_text())
+        made_for, thresholds = content["checkpoint"], content["thresholds"]
+        rest = {key: content[key] for key in ("drop", "q", "thresholds", "calibration", "decision")}
+        other = made_for["sha256"] != hash_of(ckpt)
+        if thresholds is not None:
+            thresholds = torch.tensor([math.inf if t is None else t for t in thresholds])
+        sound = set(content["drop"]) < set(range(k)) and (thresholds is None or thresholds.shape == (k,))
+        describe_intervention(rest)                                    # what it needs is there
+        if not (other or sound):
+            raise ValueError("its parts are not those of the checkpoint")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; make it with intervene.py --ckpt {ckpt}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is damaged, or not a file of intervene.py ({type(error).__name__}); make it "
+                         "again") from None
+    if other:
+        raise UsageError(f"{path} is an intervention on another checkpoint ({made_for.get('path')}, sha256 "
+                         f"{str(made_for['sha256'])[:12]}), not on {ckpt}: its parts are not these; make one with "
+                         f"intervene.py --ckpt {ckpt}")
+    model.selector.limits = limits_of(k, rest["drop"], thresholds).to(model.selector.prototypes.device)
+    return {"file": str(path), **rest}
+
+
+def chosen_on(decision):
+    """The split whose numbers led to an intervention: "val", "test", or "" where none did."""
+    looked = decision["parts_by_rule"] or decision["parts_by_hand"] or decision["q_by"] == "rule"
+    return decision["split"] if looked else ""
+
+
+def describe_intervention(content, name="", splits=()):
+    """One line about an intervention, which says so if it was chosen on images that are measured now.
+
+    splits: those that are measured. All but val are of the test set, which test_and_val shares with val. A benchmark
+    for evaluation only shows the objects of the test set of the one it belongs to.
+    """
+    decision, where = content["decision"], chosen_on(content["decision"])
+    parts = f"parts removed: {', '.join(map(str, content['drop'])) or 'none'}"
+    tokens = f"patches removed: {'none' if content['q'] is None else 'beyond the quantile ' + str(content['q'])}"
+    shared = [s for s in splits if (s in ("val", "test_and_val") if where == "val" else s != "val")]
+    same = decision["data"] == name or where == "test" and family(decision["data"]) == family(name)
+    biased = where and shared and same
+    return f"{parts}; {tokens}" + (f"; CHOSEN ON {where.upper()}: too good in {', '.join(shared)}" if biased else "")
+
+
+def family(name):
+    """"waterbird200-mini" -> "cub": the benchmark whose objects it shows."""
+    name = name.removesuffix("-mini")
+    return name and (data.BENCHMARKS[name].trained_on or name)
