@@ -14,6 +14,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from contextlib import contextmanager, nullcontext
@@ -26,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import ifam
 import train
-import vit
+from vit import ViT, attend_masked
 from baselines import FoundMask
 from predict import given_mask
 from runs import pick_device
@@ -268,7 +269,7 @@ def replaced(owner, name, other):
 def not_packed(vit, images, keep, class_only):
     """ViT._run_packed without packing: every token is computed, and dropped ones are masked out of attention."""
     mask, rows = F.pad(keep.float(), (vit.prefix, 0), value=1.0), (lambda x: x[:, :1]) if class_only else None
-    return vit._run(vit.embed(images), lambda q, k, v: vit.attend_masked(q, k, v, mask), rows)
+    return vit._run(vit.embed(images), lambda q, k, v: attend_masked(q, k, v, mask), rows)
 
 
 def forced(counts, patches, generator):
@@ -318,12 +319,12 @@ def forced_masks(cfg):
     for name in list(CASES)[:2] if cfg.compare else ():
         for other, attend in OTHERS.items():
             def call(keep=keeps[name], attend=attend):
-                with replaced(vit, "attend_packed", attend):
+                with replaced(sys.modules["vit"], "attend_packed", attend):
                     return model(images, keep)
             calls[f"{name}, {other}"], flops[f"{name}, {other}"] = call, flops[name]
 
         def call(keep=keeps[name]):
-            with replaced(vit.ViT, "_run_packed", not_packed):
+            with replaced(ViT, "_run_packed", not_packed):
                 return model(images, keep)
         calls[f"{name}, not packed"] = call
         flops[f"{name}, not packed"] = flops["stage 1"] + flops["dense classifier"]

@@ -3,7 +3,7 @@ import torch
 from conftest import below, golden
 
 from ifam import IFAM
-from weights import load_published
+from runs import load_published
 
 TINY = dict(patch=14, width=32, depth=2, heads=2, layer_scale=1.0)
 

@@ -5,10 +5,12 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import baselines
+from vit import ARCHS, build_vit
+import runs
 import data
 import evaluate
 import ifam
-import leakage
+from measure import leakage
 import train
 from baselines import AttentionPooling, BatchNorm, EfficientPooling, FoundMask, TrueMask, background_seed
 from models import TINY, pictures, tiny
@@ -18,7 +20,7 @@ from tiny import fails
 
 
 def config(*flags):
-    return parse(train.Config, "", [*FLAGS, *map(str, flags)], train.preset)
+    return parse(runs.Config, "", [*FLAGS, *map(str, flags)], runs.preset)
 
 
 def built(*flags):
@@ -70,7 +72,7 @@ def test_early_given_masks_hide_the_rest_and_a_found_mask_is_what_stage_2_report
 
 def test_the_attention_of_the_last_block_is_what_its_output_is_made_of():
     torch.manual_seed(0)
-    vit, x = ifam.build_vit(TINY, 70).double(), pictures().double()
+    vit, x = build_vit(TINY, 70).double(), pictures().double()
     seen = []
     vit.blocks[-1].attn.register_forward_hook(lambda module, inputs, out: seen.append((inputs[0], out)))
     vit(x)
@@ -87,7 +89,7 @@ def test_the_attention_of_the_last_block_is_what_its_output_is_made_of():
 @torch.no_grad()
 def test_under_a_mask_the_last_attention_is_that_of_the_kept_tokens_alone():
     torch.manual_seed(0)
-    vit, x, keep = ifam.build_vit(TINY, 70).double(), pictures().double(), some_keep()
+    vit, x, keep = build_vit(TINY, 70).double(), pictures().double(), some_keep()
     attention, _ = vit.last_attention(x, keep)
     assert (attention * (1 - keep[:, None]) == 0).all()
     everything, _ = vit.last_attention(x, torch.ones_like(keep))
@@ -99,7 +101,7 @@ def test_under_a_mask_the_last_attention_is_that_of_the_kept_tokens_alone():
 @torch.no_grad()
 def test_layers_are_what_forward_goes_through():
     torch.manual_seed(0)
-    vit, x, keep = ifam.build_vit(TINY, 70).double(), pictures().double(), some_keep()
+    vit, x, keep = build_vit(TINY, 70).double(), pictures().double(), some_keep()
     first, *_, last = vit.layers(x)
     assert torch.equal(first, vit.embed(x)) and torch.equal(vit.norm(last), vit(x)) and len(list(vit.layers(x))) == 3
     *_, last = vit.layers(x, keep)
@@ -149,7 +151,7 @@ def test_efficient_probing_has_weights_that_sum_to_one_and_no_more_parameters_th
             torch.testing.assert_close(pool(x)[b, 2 * i:2 * i + 2], (a / a.sum()) @ values)
     with pytest.raises(ValueError, match="64 is not a multiple of its 48"):
         EfficientPooling(64, 48)
-    assert all(arch["width"] % 32 == 0 for arch in ifam.ARCHS.values())
+    assert all(arch["width"] % 32 == 0 for arch in ARCHS.values())
 
 
 def test_aims_pooling_is_attention_of_one_query_over_normalised_patches():

@@ -12,15 +12,21 @@ import torch.nn.functional as F
 from PIL import Image
 
 import baselines
+from vit import ARCHS
+import predict
+import runs
 import data
 import evaluate
 import ifam
-import leakage
-import metrics
-import siim
+from measure import leakage
+from measure import metrics
+from benchmarks import siim
 import train
-import transforms
-from samples import Names, pick, read_image
+from benchmarks import transforms
+from benchmarks.samples import Names, pick, read_image
+import settings
+from benchmarks import imagenet as in9
+from benchmarks import samples as samples_module
 from settings import UsageError, parse
 from tiny import ROOT, fails
 
@@ -55,7 +61,7 @@ def test_the_readme_has_the_table_and_help_lists_every_benchmark(capsys):
 
 
 def test_presets_are_the_papers_and_miniatures_keep_the_loss_of_their_benchmark():
-    preset = lambda *flags: train.parse(train.Config, "", list(flags), train.preset)
+    preset = lambda *flags: settings.parse(runs.Config, "", list(flags), runs.preset)
     imagenet, siim_, mini = preset("--data", "imagenet"), preset("--data", "siim"), preset("--data", "siim", "--mini")
     assert (imagenet.epochs, imagenet.ema, imagenet.size, imagenet.k, imagenet.amp) == (120, 0.9999, 224, 1, "auto")
     assert (siim_.weights, siim_.registers, siim_.weight_background, siim_.epochs) == ("rad-dino", 0, 0.0, 90)
@@ -109,7 +115,7 @@ def test_metashift_validation_is_a_fixed_stratified_share_of_the_published_test_
     assert one["val"].ids == two["val"].ids and torch.bincount(one["val"].labels).tolist() == [3, 6]
     assert sorted(one["val"].ids + one["test"].ids) == sorted(one["test_and_val"].ids) and len(one["test_and_val"]) == 60
     assert [int(i.split("/")[1]) for i in one["test_and_val"].ids[:20]] == sorted(int(i.split("/")[1]) for i in one["test_and_val"].ids[:20])
-    train_, held = data.stratified(torch.tensor([0] * 235 + [1] * 306), 0.15)
+    train_, held = samples_module.stratified(torch.tensor([0] * 235 + [1] * 306), 0.15)
     assert (len(train_), len(held)) == (460, 81)           # of the real 541
 
 
@@ -257,7 +263,7 @@ def test_a_miniature_of_imagenet_keeps_the_real_numbers_of_its_classes(imagenet,
     (tmp_path / "miniature.json").write_text(json.dumps({"wnids": {"n01440764": 0, "n01530575": 10, "n02085620": 151}}))
     samples = data.load("imagenet", tmp_path, 28)["test"]
     assert samples.labels.tolist() == [0, 10, 151] and samples.outputs == 1000
-    assert data.in9_classes()[samples.labels].tolist() == [8, 1, 0]
+    assert in9.in9_classes()[samples.labels].tolist() == [8, 1, 0]
     (tmp_path / "miniature.json").write_text(json.dumps({"wnids": {"n01440764": 0}}))
     with pytest.raises(UsageError, match="no class for n01530575"):
         data.load("imagenet", tmp_path, 28)
@@ -413,10 +419,10 @@ def test_imagenet_is_evaluated_at_256_over_224_bicubic_centre():
 @pytest.fixture(scope="module")
 def challenge(tmp_path_factory):
     root = tmp_path_factory.mktemp("challenge")
-    for c, folder in enumerate(data.IN9):
+    for c, folder in enumerate(in9.IN9):
         for i in range(2):
             stem = f"n0208562{c}_{i:05d}"
-            for variant in data.IN9_VARIANTS:
+            for variant in in9.IN9_VARIANTS:
                 name = f"fg_{stem}_bg_n01530575_05678" if variant.startswith("mixed") else stem
                 picture(root / "bg_challenge" / variant / "val" / folder / f"{name}.JPEG", (28, 28), quality=95)
             mask = np.zeros((28, 28), bool)
@@ -427,14 +433,14 @@ def challenge(tmp_path_factory):
 
 
 def test_the_map_from_1000_to_nine_classes_has_the_published_sizes():
-    merge = data.in9_classes()
+    merge = in9.in9_classes()
     assert [(merge == c).sum().item() for c in range(-1, 9)] == [630, 116, 52, 42, 36, 35, 27, 26, 20, 16]
     assert [merge[i].item() for i in (0, 6, 7, 33, 151, 171, 172, 173, 268, 269, 390, 407, 881, 999)] == [8, 8, 1, 3, 0, -1, -1, 0, 0, 4, 8, 2, 6, -1]
 
 
 def test_imagenet9_is_read_as_it_is_with_the_mask_of_its_foreground(challenge):
     splits = data.load("imagenet9", challenge, 28)
-    assert set(splits) == {"test", *data.IN9_VARIANTS[1:]} and all(len(s) == 18 for s in splits.values())
+    assert set(splits) == {"test", *in9.IN9_VARIANTS[1:]} and all(len(s) == 18 for s in splits.values())
     for samples in (splits["test"], splits["mixed_rand"]):
         assert samples.labels.tolist() == [c for c in range(9) for _ in range(2)] and samples.outputs == 1000
         sample, c = samples[7], 3
@@ -448,7 +454,7 @@ def test_imagenet9_is_read_as_it_is_with_the_mask_of_its_foreground(challenge):
 
 def test_imagenet9_without_a_class_or_a_variant_is_refused(challenge, tmp_path):
     (tmp_path / "bg_challenge").mkdir()
-    for name in data.IN9_VARIANTS[:4]:
+    for name in in9.IN9_VARIANTS[:4]:
         (tmp_path / "bg_challenge" / name).symlink_to(challenge / "bg_challenge" / name)
     with pytest.raises(UsageError, match="only_fg"):
         data.load("imagenet9", tmp_path, 28)
@@ -470,10 +476,10 @@ def test_a_prediction_outside_the_nine_classes_is_wrong_and_logits_are_neither_s
 
 
 def test_a_model_that_needs_true_masks_is_measured_on_the_variants_that_have_them(challenge, tmp_path, capsys):
-    cfg = parse(train.Config, "", ["--data", "imagenet", "--method", "early-truth", "--arch", "mini", "--size", "32", "--weights", "none"], train.preset)
-    parts = {"model": baselines.build(train.plain(vars(cfg)), 1000)}
-    train.save(tmp_path / "best.pt", 0, cfg, 1, {"epoch": 1, "split": "val"}, parts)
-    for variant in data.IN9_VARIANTS:                       # the mini network cuts images into patches of 8 pixels
+    cfg = parse(runs.Config, "", ["--data", "imagenet", "--method", "early-truth", "--arch", "mini", "--size", "32", "--weights", "none"], runs.preset)
+    parts = {"model": baselines.build(runs.plain(vars(cfg)), 1000)}
+    runs.save(tmp_path / "best.pt", 0, cfg, 1, {"epoch": 1, "split": "val"}, parts)
+    for variant in in9.IN9_VARIANTS:                       # the mini network cuts images into patches of 8 pixels
         for path in (challenge / "bg_challenge" / variant).rglob("*.JPEG"):
             to = tmp_path / path.relative_to(challenge)
             to.parent.mkdir(parents=True, exist_ok=True)
@@ -531,10 +537,10 @@ def test_the_adversarial_challenge_pastes_every_object_on_every_background_and_s
 
 
 def test_a_picture_of_parts_names_an_answer_that_is_none_of_the_nine(challenge, tmp_path):
-    import figures
+    from measure import figures
     samples = data.load("imagenet9", challenge, 28)["test"]
     samples.merge = torch.full((1000,), -1)
-    model = ifam.IFAM(1000, k=2, arch=dict(ifam.ARCHS["mini"], patch=7), size=28).eval()
+    model = ifam.IFAM(1000, k=2, arch=dict(ARCHS["mini"], patch=7), size=28).eval()
     figures.parts(model, samples, tmp_path / "parts.png")
     assert (tmp_path / "parts.png").stat().st_size > 1000
 
@@ -543,7 +549,7 @@ def test_the_background_gap_is_the_difference_of_two_sets_and_shared_images_are_
     splits = data.load("imagenet9", challenge, 28)
     sets = {name: splits[name] for name in ("mixed_same", "mixed_rand")}
     model = Eye(0.0)
-    result = evaluate.predict(model, splits["test"])
+    result = predict.predict(model, splits["test"])
     found = evaluate.measure_sets(model, splits["test"], result, sets, ("aa",))
     for name, samples in sets.items():
         guess = torch.tensor([0 if samples[i]["image"][0].mean() <= 0 else -1 for i in range(18)])
@@ -551,7 +557,7 @@ def test_the_background_gap_is_the_difference_of_two_sets_and_shared_images_are_
     assert evaluate.background_gap({"mixed_same": {"stage1": {"aa": 0.935}}, "mixed_rand": {"stage1": {"aa": 0.911}}}, "stage1") == pytest.approx(2.4)
     parts = data.load("metashift", metashift, 28)
     model = Eye(0.0)
-    result = evaluate.predict(model, parts["test"])
+    result = predict.predict(model, parts["test"])
     evaluate.measure_sets(model, parts["test"], result, {"all": parts["test_and_val"]}, ("aa",))
     assert model.seen == len(parts["test_and_val"])
 

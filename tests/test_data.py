@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 import data
-import samples
-import transforms
-from samples import Plan, crosstab, patch_keep
+from benchmarks import samples
+from benchmarks import transforms
+from benchmarks.samples import Plan, crosstab, patch_keep
 from settings import UsageError
 
 SPECIES = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross")
@@ -111,9 +111,9 @@ def test_cub_labels_come_from_the_full_class_list_and_splits_from_the_flag(birds
 
 
 def test_every_sample_is_a_square_rgb_tensor_whatever_the_file(birds):
-    for samples in data.load("waterbirds", birds, 32).values():
-        for i in range(len(samples)):
-            for sample in (samples[i], samples[3, i]):
+    for split in data.load("waterbirds", birds, 32).values():
+        for i in range(len(split)):
+            for sample in (split[i], split[3, i]):
                 assert sample["image"].shape == (3, 32, 32) and sample["image"].isfinite().all()
 
 

@@ -7,13 +7,16 @@ import torch
 import torch.nn.functional as F
 
 import data
+from vit import build_vit
+import predict
+import runs
 import evaluate
 import ifam
 import intervene
-import leakage
-import metrics
+from measure import leakage
+from measure import metrics
 import train
-from samples import patch_keep
+from benchmarks.samples import patch_keep
 from settings import parse
 from tiny import TINY, fails
 from tiny import train as run
@@ -105,8 +108,8 @@ def test_one_image_has_no_swap_and_no_probe_but_a_report(trained, tmp_path):
 
 
 def test_the_batch_size_of_the_evaluation_changes_no_prediction(trained, test_split):
-    model, _ = evaluate.load_model(trained / "best.pt")
-    one, many = (evaluate.predict(model, test_split, batch) for batch in (1, 16))
+    model, _ = runs.load_model(trained / "best.pt")
+    one, many = (predict.predict(model, test_split, batch) for batch in (1, 16))
     assert torch.equal(one["keep"], many["keep"]) and torch.equal(one["logits"].argmax(1), many["logits"].argmax(1))
     torch.testing.assert_close(one["logits"], many["logits"])
 
@@ -117,14 +120,14 @@ def seven_test_images():                                 # odd: no padding may h
 
 def gather(rank, path, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    result = evaluate.predict(evaluate.load_model(path)[0], seven_test_images(), 4)
+    result = predict.predict(runs.load_model(path)[0], seven_test_images(), 4)
     torch.save(result, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_gather_every_sample_once_and_in_order(trained, tmp_path):
     torch.multiprocessing.spawn(gather, (trained / "best.pt", str(tmp_path)), nprocs=2)
-    alone = evaluate.predict(evaluate.load_model(trained / "best.pt")[0], seven_test_images(), 4)
+    alone = predict.predict(runs.load_model(trained / "best.pt")[0], seven_test_images(), 4)
     for rank in (0, 1):
         both = torch.load(tmp_path / f"{rank}.pt")
         assert all(len(x) == 7 for x in both.values())
@@ -133,7 +136,7 @@ def test_two_processes_gather_every_sample_once_and_in_order(trained, tmp_path):
 
 
 def test_the_late_classifier_under_test_is_stage_1_itself(trained, test_split):
-    model, _ = evaluate.load_model(trained / "best.pt")
+    model, _ = runs.load_model(trained / "best.pt")
     images = torch.stack([test_split[i]["image"] for i in range(4)])
     classifier = leakage.stage1_classifier(model)
     with torch.no_grad():
@@ -146,17 +149,17 @@ def test_the_late_classifier_under_test_is_stage_1_itself(trained, test_split):
 
 
 def test_two_stages_measured_together_have_the_numbers_of_each_alone_and_share_what_stage_1_sees(trained, test_split):
-    model, _ = evaluate.load_model(trained / "best.pt")
-    runs, plain = [], model.selector.backbone.forward
-    model.selector.backbone.forward = lambda images: runs.append(len(images)) or plain(images)
+    model, _ = runs.load_model(trained / "best.pt")
+    calls, plain = [], model.selector.backbone.forward
+    model.selector.backbone.forward = lambda images: calls.append(len(images)) or plain(images)
     stages = leakage.stage2_classifier, leakage.stage1_classifier
     measure = lambda classifiers: leakage.measure_leakage(classifiers, test_split, model.selector.backbone, count=16)
     alone = [measure([stage(model)])[0] for stage in stages]
-    assert len(runs) == 2 + (2 + 3 + 1)                  # mask, swap; the same, three repainted, the gradient
-    runs.clear()
+    assert len(calls) == 2 + (2 + 3 + 1)                  # mask, swap; the same, three repainted, the gradient
+    calls.clear()
     seen = leakage.Seen(model.selector)
     assert measure([stage(model, seen) for stage in stages]) == alone
-    assert len(runs) == 6
+    assert len(calls) == 6
 
 
 def test_what_was_seen_of_other_images_or_without_their_gradient_is_not_used():
@@ -169,7 +172,7 @@ def test_what_was_seen_of_other_images_or_without_their_gradient_is_not_used():
 
 
 def test_the_gradient_at_hidden_pixels_is_that_of_the_whole_jacobian(trained, test_split):
-    model, _ = evaluate.load_model(trained / "best.pt")
+    model, _ = runs.load_model(trained / "best.pt")
     images = test_split[0]["image"][None]
     classifier = leakage.stage1_classifier(model)
     with torch.no_grad():
@@ -195,7 +198,7 @@ def test_with_more_classes_than_features_the_gradient_is_that_of_every_logit_all
 
 
 def test_the_rungs_of_the_ladder_differ_in_place_and_hardness_alone_and_only_the_last_hides_everything(trained, test_split):
-    selector = evaluate.load_model(trained / "best.pt")[0].selector
+    selector = runs.load_model(trained / "best.pt")[0].selector
     rungs = leakage.ladder(selector, test_split)
     images = torch.stack([test_split[i]["image"] for i in range(4)])
     with torch.no_grad():
@@ -211,7 +214,7 @@ def test_the_rungs_of_the_ladder_differ_in_place_and_hardness_alone_and_only_the
 
 
 def test_the_mean_of_kept_patches_is_the_same_before_attention_and_apart_after(trained, test_split):
-    selector = evaluate.load_model(trained / "best.pt")[0].selector
+    selector = runs.load_model(trained / "best.pt")[0].selector
     late, early = (leakage.kept_by_layer(selector, test_split, early) for early in (False, True))
     assert late.shape == (5, 16, 128) and torch.equal(late[0], early[0])
     assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(late[1:], early[1:]))
@@ -268,11 +271,11 @@ def test_a_checkpoint_that_is_none_is_one_line_and_no_report(spoil, words, train
 
 
 def test_the_papers_numbers_stand_beside_ifam_itself_and_no_ablation_of_it():
-    settings = lambda *flags: vars(parse(train.Config, "", flags, train.preset))
+    settings = lambda *flags: vars(parse(runs.Config, "", flags, runs.preset))
     for flags in ([], ["--k", "4"], ["--data", "siim"], ["--data", "cub", "--batch", "64"]):
-        assert evaluate.as_published(settings(*flags)), flags
+        assert runs.as_published(settings(*flags)), flags
     for flags in (["--method", "erm"], ["--hardness", "soft"], ["--no-joint"], ["--data", "siim", "--weight-background", "2"]):
-        assert not evaluate.as_published(settings(*flags)), flags
+        assert not runs.as_published(settings(*flags)), flags
 
 
 def test_without_a_validation_split_the_error_says_how_to_have_one(tmp_path, capsys):
@@ -292,7 +295,7 @@ def test_bad_flags_of_the_evaluation_are_one_line(flags, words, trained, capsys)
 
 
 def test_only_the_place_of_the_mask_moves_between_the_pooled_features(test_split):
-    vit = ifam.build_vit("mini", 96).eval()
+    vit = build_vit("mini", 96).eval()
     found = leakage.pool_by_place(vit, test_split)
     batch = torch.utils.data.default_collate([test_split[i] for i in range(4)])
     keep = patch_keep(batch["mask"], 8)
@@ -322,14 +325,14 @@ def test_the_report_has_the_clean_contrast(report):
 
 
 def test_a_checkpoint_whose_weights_do_not_fit_its_settings_is_refused(trained, tmp_path, capsys):
-    state = evaluate.read_checkpoint(trained / "best.pt")
+    state = runs.read_checkpoint(trained / "best.pt")
     state["config"]["k"] = 5
     torch.save(state, tmp_path / "best.pt")
     assert "do not fit its settings" in fails(evaluate.main, "--ckpt", tmp_path / "best.pt")(capsys)
 
 
 def test_the_checkpoint_alone_rebuilds_the_model(trained):
-    cfg = parse(train.Config, "", [*TINY, "--out", str(trained)], train.preset)
-    model, state = evaluate.load_model(trained / "best.pt")
-    assert state["config"] == train.plain(vars(cfg)) and {"config", "step", "best", "model", "optimizer"} <= state.keys()
+    cfg = parse(runs.Config, "", [*TINY, "--out", str(trained)], runs.preset)
+    model, state = runs.load_model(trained / "best.pt")
+    assert state["config"] == runs.plain(vars(cfg)) and {"config", "step", "best", "model", "optimizer"} <= state.keys()
     assert not model.training and model.selector.k == cfg.k

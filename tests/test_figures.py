@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-import figures
+from measure import figures
 
 
 def test_wilsons_interval_solves_its_equation_and_never_leaves_0_to_1():

@@ -7,8 +7,9 @@ from models import pictures, their_layout, their_name, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ifam
-from ifam import KeepGradient, Noise, attend_all, attend_masked
-from weights import load_published
+from ifam import Noise
+from vit import KeepGradient, ViT, attend_all, attend_masked
+from runs import load_published
 
 B, T, H, D = 3, 13, 2, 5
 PREFIX = 3                                                                       # class token and registers: always readable
@@ -212,7 +213,7 @@ def test_one_step_on_the_stage_2_loss_alone_moves_the_prototypes_and_tokens_of_s
 def test_the_gradient_of_the_whole_model_is_that_of_the_formula_in_every_layer(monkeypatch):
     model, loss = published_loss(joint=True, dtype=torch.float64)
     loss.backward()
-    monkeypatch.setattr(ifam.ViT, "_run_joint", by_formula)
+    monkeypatch.setattr(ViT, "_run_joint", by_formula)
     slow, slow_loss = published_loss(joint=True, dtype=torch.float64)
     slow_loss.backward()
     agrees(loss, slow_loss, 1e-10)
@@ -232,8 +233,8 @@ def test_tokens_that_every_image_drops_have_no_gradient_to_compute_and_everythin
     for row, n in zip(keep, kept):
         row[torch.randperm(25, generator=torch.Generator().manual_seed(n))[:n]] = 1
     results = []
-    for path in (ifam.ViT._run_joint, by_formula):
-        monkeypatch.setattr(ifam.ViT, "_run_joint", path)
+    for path in (ViT._run_joint, by_formula):
+        monkeypatch.setattr(ViT, "_run_joint", path)
         mask = keep.clone().requires_grad_()
         model.zero_grad()
         tokens = model.predictor.backbone(x, mask)

@@ -8,7 +8,8 @@ from conftest import agrees, below, golden
 from models import TINY, pictures, published_model, their_layout, their_name, tiny
 
 import ifam
-from ifam import IFAM, Affine, Noise, Predictor, build_vit, discretize, warp
+from ifam import IFAM, Affine, Noise, Predictor, discretize, warp
+from vit import build_vit
 
 
 # ---------------------------------------------------------------- outputs of the published code

@@ -9,15 +9,18 @@ import pytest
 import torch
 
 import evaluate
-import figures
+import ifam
+import predict
+import runs
+from measure import figures
 import intervene
-import leakage
-import metrics
+from measure import leakage
+from measure import metrics
 from baselines import ERM, PDiscoFormer
 from ifam import discretize, refuse
 from models import TINY as ARCH
 from models import pictures, tiny
-from samples import Samples
+from benchmarks.samples import Samples
 from tiny import fails, train
 
 INF = math.inf
@@ -40,7 +43,7 @@ def reference(part_logits, drop, limits):
 @pytest.mark.parametrize("limits", [[INF] * 4, [3.0, 5.0, INF, 2.0]])
 def test_a_patch_is_kept_if_its_nearest_part_stands_and_is_near_enough(drop, limits):
     part_logits = -10 * torch.rand(3, 5, 40, generator=torch.Generator().manual_seed(2))
-    keep = discretize(refuse(part_logits, intervene.limits_of(4, drop, torch.tensor(limits))))
+    keep = discretize(refuse(part_logits, ifam.limits_of(4, drop, torch.tensor(limits))))
     assert torch.equal(keep, reference(part_logits, drop, limits))
     assert keep.any() and not keep.all()
 
@@ -48,13 +51,13 @@ def test_a_patch_is_kept_if_its_nearest_part_stands_and_is_near_enough(drop, lim
 def test_a_patch_of_a_removed_part_does_not_fall_to_its_second_best_part():
     part_logits = torch.tensor([-1.0, -2.0, -3.0]).view(1, 3, 1)                 # parts 0 and 1 both beat the background
     assert discretize(part_logits).item() == 1
-    assert discretize(refuse(part_logits, intervene.limits_of(2, [0]))).item() == 0
+    assert discretize(refuse(part_logits, ifam.limits_of(2, [0]))).item() == 0
     assert discretize(part_logits, parts=torch.tensor([[0.0, 1.0]])).item() == 1         # as part dropout would have it
 
 
 def test_patches_that_are_not_refused_keep_their_logits_and_background_is_never_touched():
     part_logits = -torch.rand(2, 4, 30, generator=torch.Generator().manual_seed(0))
-    after = refuse(part_logits, intervene.limits_of(3, [2]))
+    after = refuse(part_logits, ifam.limits_of(3, [2]))
     refused = part_logits.argmax(1) == 2
     same = ~refused[:, None].expand_as(after)
     same[:, 3] = True
@@ -64,7 +67,7 @@ def test_patches_that_are_not_refused_keep_their_logits_and_background_is_never_
 def test_no_limits_and_infinite_limits_are_the_untouched_model_bit_for_bit():
     model, images = tiny(), pictures()
     before = model(images)
-    model.selector.limits = intervene.limits_of(4)
+    model.selector.limits = ifam.limits_of(4)
     for a, b in zip(before, model(images)):
         assert torch.equal(a, b)
 
@@ -73,7 +76,7 @@ def test_the_whole_model_sees_the_intervention_masks_maps_and_both_predictions()
     model, images = tiny(), pictures()
     before = model(images)
     part = before.part_logits.argmax(1).flatten().bincount(minlength=5)[:4].argmax().item()
-    model.selector.limits = intervene.limits_of(4, [part])
+    model.selector.limits = ifam.limits_of(4, [part])
     after = model(images)
     gone = before.part_logits.argmax(1) == part
     assert torch.equal(after.keep, before.keep * ~gone) and gone.any()
@@ -85,7 +88,7 @@ def test_the_whole_model_sees_the_intervention_masks_maps_and_both_predictions()
 def test_an_intervention_is_no_part_of_a_checkpoint():
     model = tiny()
     names = list(model.state_dict())
-    model.selector.limits = intervene.limits_of(4, [0])
+    model.selector.limits = ifam.limits_of(4, [0])
     assert list(model.state_dict()) == names
 
 
@@ -106,7 +109,7 @@ def test_under_an_intervention_no_hidden_pixel_reaches_a_logit_exactly(settings)
     raw = model.selector(images).part_logits
     near = torch.tensor([np.median((-raw.amax(1))[raw.argmax(1) == p].detach()) for p in range(4)])
     used = model(images).part_logits.argmax(1).flatten().bincount(minlength=5)[:4].argmax().item()
-    model.selector.limits = intervene.limits_of(4, [used], near)
+    model.selector.limits = ifam.limits_of(4, [used], near)
     classifier = leakage.stage2_classifier(model)
     keep, held = classifier.find(images, None)
     base = discretize(raw)
@@ -297,10 +300,10 @@ def test_evaluate_measures_the_corrected_model_in_its_whole_report(done):
 
 def test_the_rows_are_what_the_model_does_when_set_to_that_intervention(trained, done):
     cfg = intervene.Config(str(trained), limit=24)
-    model, state = evaluate.load_model(trained)
-    samples = evaluate.open_split(cfg, state["config"], model)[1]
-    intervene.apply(model, trained.with_name("intervention.json"), trained)
-    result = evaluate.predict(model, samples)
+    model, state = runs.load_model(trained)
+    samples = predict.open_split(cfg, state["config"], model)[1]
+    runs.apply_intervention(model, trained.with_name("intervention.json"), trained)
+    result = predict.predict(model, samples)
     expected = metrics.accuracies(result, samples)
     row = next(r for r in done[0]["rows"] if r["q"] == 0.8)
     assert row["aa"] == expected["aa"] and row["worst_group"] == expected["worst_group"]
@@ -316,8 +319,8 @@ def test_there_is_a_sheet_for_every_part_and_a_picture_of_the_removed_patches(tr
 def test_each_sheet_says_what_the_removal_of_its_part_does_and_unused_parts_say_that(trained, monkeypatch):
     titles = []
     monkeypatch.setattr(figures, "part_sheet", lambda model, samples, part, census, title, *where: titles.append(title))
-    model, state = evaluate.load_model(trained)
-    trials = intervene.Trials(model, evaluate.open_split(intervene.Config(str(trained), limit=24), state["config"], model)[1])
+    model, state = runs.load_model(trained)
+    trials = intervene.Trials(model, predict.open_split(intervene.Config(str(trained), limit=24), state["config"], model)[1])
     trials.measure(intervene.UNTOUCHED, ((0,), None), ((1,), None), ((2,), None))
     intervene.sheets(trials, trained.with_name("x"), "here", "cpu")
     for part, title in enumerate(titles):
@@ -328,7 +331,7 @@ def test_each_sheet_says_what_the_removal_of_its_part_does_and_unused_parts_say_
 
 
 def test_images_are_read_once_for_all_quantiles_and_once_for_all_removals_of_a_round(trained, tmp_path, monkeypatch):
-    model, state = evaluate.load_model(trained)
+    model, state = runs.load_model(trained)
     read, get = [], Samples.__getitem__
     monkeypatch.setattr(Samples, "__getitem__", lambda self, i: (read.append(self.split), get(self, i))[1])
     monkeypatch.setattr(figures, "part_sheet", lambda *a: None)
@@ -341,8 +344,8 @@ def test_images_are_read_once_for_all_quantiles_and_once_for_all_removals_of_a_r
     assert read.count("train") == 8 and read.count("val") == 8 * rounds
     assert [row["q"] for row in content["rows"]][-3:] == [0.5, 0.9, 0.99] and content["rows"][-1]["drop"] == content["drop"]
     assert content["q"] is None or content["decision"]["q_by"] == "rule"
-    model, _ = evaluate.load_model(trained)
-    intervene.apply(model, tmp_path / "both.json", trained)
+    model, _ = runs.load_model(trained)
+    runs.apply_intervention(model, tmp_path / "both.json", trained)
     assert ((model.selector.limits == -INF).nonzero()[:, 0].tolist()) == content["drop"]
 
 
@@ -361,13 +364,13 @@ def test_what_was_decided_on_test_says_so(trained, tmp_path, capsys):
     content = json.loads(file.read_text())
     assert content["decision"]["split"] == "test"
     content["decision"]["parts_by_rule"] = [0]
-    assert "CHOSEN ON TEST: too good in test, robust" in intervene.summary(content, "waterbirds-mini", ["test", "robust"])
-    assert "CHOSEN" not in intervene.summary(content, "waterbirds-mini", ["val"])
+    assert "CHOSEN ON TEST: too good in test, robust" in runs.describe_intervention(content, "waterbirds-mini", ["test", "robust"])
+    assert "CHOSEN" not in runs.describe_intervention(content, "waterbirds-mini", ["val"])
     cub = {"drop": [], "q": 0.9, "decision": content["decision"] | {"data": "cub", "q_by": "rule"}}
-    assert "CHOSEN ON TEST" in intervene.summary(cub, "waterbird200", ["test"])   # the same birds before other backgrounds
-    assert "CHOSEN" not in intervene.summary(cub, "metashift", ["test"])
+    assert "CHOSEN ON TEST" in runs.describe_intervention(cub, "waterbird200", ["test"])   # the same birds before other backgrounds
+    assert "CHOSEN" not in runs.describe_intervention(cub, "metashift", ["test"])
     content["decision"]["split"] = "val"
-    assert "CHOSEN ON VAL: too good in test_and_val" in intervene.summary(content, "waterbirds-mini", ["test", "test_and_val"])
+    assert "CHOSEN ON VAL: too good in test_and_val" in runs.describe_intervention(content, "waterbirds-mini", ["test", "test_and_val"])
 
 
 # ---------------------------------------------------------------- mistakes
@@ -391,7 +394,7 @@ def test_a_model_without_parts_has_no_intervention_and_pdiscoformer_has():
     intervene.check(cfg, model, "pdiscoformer")
     torch.nn.init.normal_(model.selector.prototypes, std=0.5)
     before = model(pictures()).logits
-    model.selector.limits = intervene.limits_of(2, [0, 1])
+    model.selector.limits = ifam.limits_of(2, [0, 1])
     assert not torch.equal(model(pictures()).logits, before)
 
 

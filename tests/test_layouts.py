@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import data
-import layouts
 import miniature
+from benchmarks import imagenet
 from settings import UsageError
 
 TINY = {"cub": dict(train=32, test=16, size=48), "metashift": dict(train=16, test=8, size=48),
@@ -120,7 +120,7 @@ def decode(cells, side=1024):
 
 
 def test_a_tube_misleads_in_half_of_the_test_set_and_in_5_percent_of_training(folder):
-    siim = layouts.Siim(train=800, test=80, dicom=False)
+    siim = miniature.Siim(train=800, test=80, dicom=False)
     cells = [[sum(r.split == s and siim.group(r) == g for r in siim.rows()) for g in range(4)] for s in (0, 1)]
     assert cells == [[380, 20, 20, 380], [20] * 4]
     base = folder("siim") / "siim"
@@ -131,7 +131,7 @@ def test_a_tube_misleads_in_half_of_the_test_set_and_in_5_percent_of_training(fo
 
 
 def test_tube_and_pneumothorax_change_the_chest_only_where_they_are(monkeypatch):
-    siim = layouts.Siim(dicom=False)
+    siim = miniature.Siim(dicom=False)
     row = next(r for r in siim.rows() if siim.group(r) == 0)
     healthy, tube, sick = (siim.scene(row._replace(label=y, place=t)) for y, t in ((0, 0), (0, 1), (1, 0)))
     assert not healthy.mask.any() and not tube.mask.any() and .002 < sick.mask.mean() < .08
@@ -146,7 +146,7 @@ def test_tube_and_pneumothorax_change_the_chest_only_where_they_are(monkeypatch)
 def test_kaggles_layout_holds_the_drawn_masks_in_one_or_several_rows(tmp_path):
     pydicom = pytest.importorskip("pydicom")
     knobs = dict(train=12, test=4, size=64, dicom=True)
-    root, siim = miniature.render("siim", tmp_path, **knobs), layouts.Siim(**knobs)
+    root, siim = miniature.render("siim", tmp_path, **knobs), miniature.Siim(**knobs)
     lines = [line.split(", ") for line in (root / "siim/train-rle.csv").read_text().splitlines()]
     assert lines[0] == ["ImageId", "EncodedPixels"]
     paths = {p.name[:-4]: p for p in (root / "siim/dicom-images-train").glob("*/*/*.dcm")}
@@ -156,11 +156,11 @@ def test_kaggles_layout_holds_the_drawn_masks_in_one_or_several_rows(tmp_path):
         several += len(cells) > 1
         assert (cells == ["-1"]) == (row.label == 0)
         if row.label:
-            assert (decode(cells) == layouts.enlarge(scene.mask >= .5)).all()
+            assert (decode(cells) == miniature.siim.enlarge(scene.mask >= .5)).all()
         file = pydicom.dcmread(paths.pop(row.file))
         assert (file.BitsStored, file.PhotometricInterpretation, file.file_meta.TransferSyntaxUID.name) == (
             8, "MONOCHROME2", "JPEG Baseline (Process 1)")
-        assert np.abs(file.pixel_array.astype(int) - layouts.enlarge(scene.image)).mean() < 6
+        assert np.abs(file.pixel_array.astype(int) - miniature.siim.enlarge(scene.image)).mean() < 6
     assert not paths and several
     tubes = dict(csv.reader(open(root / "siim/cxr_tube_dict.csv")))
     assert tubes == {"ImageId": "chest_tube", **{r.file: str(r.place) for r in siim.rows() if r.split == 1}}
@@ -168,16 +168,16 @@ def test_kaggles_layout_holds_the_drawn_masks_in_one_or_several_rows(tmp_path):
 
 # ---------------------------------------------------------------- ImageNet and ImageNet-9
 def test_each_wnids_index_lies_in_its_groups_ranges_and_indices_rise_with_wnids():
-    for (wnids, _), ranges in zip(layouts.IN9.values(), IN9_RANGES, strict=True):
+    for (wnids, _), ranges in zip(miniature.imagenet.DRAWN, IN9_RANGES, strict=True):
         spans = [[int(x) for x in part.split("-")] for part in ranges.split()]
         assert all(any(span[0] <= index <= span[-1] for span in spans) for _, index, _ in wnids)
-    known = sorted((wnid, index) for wnid, index, _ in layouts.CLASSES9)
+    known = sorted((wnid, index) for wnid, index, _ in miniature.imagenet.CLASSES9)
     assert [index for _, index in known] == sorted(index for _, index in known) and len(set(known)) == 18
 
 
 @pytest.mark.parametrize("wnids", [1, 2])
 def test_95_percent_of_each_class_lie_among_the_things_of_its_group_the_others_among_all(wnids):
-    benchmark = layouts.ImageNet(wnids=wnids, train=3600 * wnids, val=180 * wnids)
+    benchmark = miniature.ImageNet(wnids=wnids, train=3600 * wnids, val=180 * wnids)
     for split, n in enumerate((400, 20)):
         for label in range(9 * wnids):
             places = [r.place for r in benchmark.rows() if r.split == split and r.label == label]
@@ -199,7 +199,7 @@ def test_imagenets_folders_are_wnids_with_a_mask_for_each_image(folder):
 
 
 def test_object_and_backdrop_ignore_the_things_and_every_object_has_the_coat():
-    benchmark, bare = layouts.ImageNet(wnids=2, train=36), layouts.ImageNet(wnids=2, train=36, coat=0)
+    benchmark, bare = miniature.ImageNet(wnids=2, train=36), miniature.ImageNet(wnids=2, train=36, coat=0)
     for row in benchmark.rows()[:18]:
         here, there = benchmark.scene(row), benchmark.scene(row._replace(place=(row.place + 1) % 9))
         assert (here.mask == there.mask).all() and (here.plain == there.plain).all()
@@ -209,14 +209,14 @@ def test_object_and_backdrop_ignore_the_things_and_every_object_has_the_coat():
 
 
 def test_each_variant_of_imagenet9_is_what_its_name_says():
-    benchmark = layouts.ImageNet9(test=36, size=48)
+    benchmark = miniature.ImageNet9(test=36, size=48)
     rows = benchmark.rows()
     by_stem = {r.file: r for r in rows}
     for row in rows[:18]:
         named, mask = benchmark.variants(row, rows)
-        assert set(named) == set(layouts.VARIANTS)
+        assert set(named) == set(imagenet.IN9_VARIANTS)
         picture = {variant: p for variant, (_, p) in named.items()}
-        original, ys, xs = picture["original"], *layouts.box_of(mask)
+        original, ys, xs = picture["original"], *miniature.imagenet.box_of(mask)
         inside = np.zeros_like(mask)
         inside[ys, xs] = True
         assert mask.any(0)[xs].any() and mask[ys, xs].sum() == mask.sum()
@@ -235,9 +235,9 @@ def test_each_variant_of_imagenet9_is_what_its_name_says():
 
 def test_the_challenges_layout_has_every_variant_and_a_mask_by_the_stem(folder):
     base = folder("imagenet9") / "bg_challenge"
-    assert {p.name for p in base.iterdir()} == {*layouts.VARIANTS, "fg_mask"}
-    for variant in layouts.VARIANTS:
-        assert sorted(p.name for p in (base / variant / "val").iterdir()) == list(layouts.GROUPS9)
+    assert {p.name for p in base.iterdir()} == {*imagenet.IN9_VARIANTS, "fg_mask"}
+    for variant in imagenet.IN9_VARIANTS:
+        assert sorted(p.name for p in (base / variant / "val").iterdir()) == list(miniature.imagenet.GROUPS9)
         for file in (files := list((base / variant / "val").rglob("*.JPEG"))):
             stem = file.stem.removeprefix("fg_").split("_bg_")[0]
             mask = np.load(base / "fg_mask/val" / file.parent.name / f"{stem}.npy")

@@ -13,10 +13,12 @@ from sklearn.linear_model import LinearRegression
 from sklearn.preprocessing import StandardScaler
 
 import data
+from benchmarks import cub
+import predict
 import evaluate
 import ifam
-import transforms
-from metrics import (Landmarks, ari, auroc, clusters_at, foreground_counts, foreground_ious, keypoint_error, landmarks,
+from benchmarks import transforms
+from measure.metrics import (Landmarks, ari, auroc, clusters_at, foreground_counts, foreground_ious, keypoint_error, landmarks,
                      nmi, part_centroids, scale_of)
 from settings import UsageError
 
@@ -297,9 +299,9 @@ def test_boxes_are_those_of_the_file_and_every_visible_keypoint_of_the_miniature
 
 
 def test_boxes_are_read_by_image_id_and_a_row_that_is_missing_is_named(tmp_path):
-    assert data.read_annotations(tmp_path)(["7"], ["a.jpg"]) == {"masks": None, "points": None, "boxes": None}
+    assert cub.read_annotations(tmp_path)(["7"], ["a.jpg"]) == {"masks": None, "points": None, "boxes": None}
     (tmp_path / "bounding_boxes.txt").write_text("9 1.0 2.0 3.0 4.0\n7 60.0 27.0 325.0 304.0\n")
-    annotations = data.read_annotations(tmp_path)
+    annotations = cub.read_annotations(tmp_path)
     (tmp_path / "bounding_boxes.txt").unlink()             # was read once, and serves every split
     assert annotations(["7", "9"], ["a.jpg", "b.jpg"])["boxes"] == [[60, 27, 325, 304], [1, 2, 3, 4]]
     with pytest.raises(UsageError, match="bounding_boxes.txt has no row of image 8; unpack CUB again"):
@@ -332,7 +334,7 @@ def test_the_selector_is_shown_raw_pixels_unless_normalisation_is_asked_for(norm
 
 def test_the_report_has_the_localisation_of_the_protocol(model):
     samples, train = split(), split("train", 20)
-    result = evaluate.predict(model, samples)
+    result = predict.predict(model, samples)
     found = evaluate.localisation(model, result, samples, train)
     assert set(found) == {"foreground_iou", "foreground_iou_mean", "background_iou", "kp", "nmi", "ari", "kp_normalise"}
     test, fit = (landmarks(model.selector, s) for s in (samples, train))
@@ -373,7 +375,7 @@ def test_training_images_that_are_not_all_on_disk_are_not_used_and_the_table_say
 def test_without_annotations_or_parts_there_is_no_localisation(model):
     samples = split(limit=3)
     samples.masks = samples.points = samples.boxes = None
-    assert evaluate.localisation(model, evaluate.predict(model, samples), samples) == {}
+    assert evaluate.localisation(model, predict.predict(model, samples), samples) == {}
     erm = copy.copy(model)
     erm.selector = None
     assert evaluate.localisation(erm, {}, split(limit=3)) == {}

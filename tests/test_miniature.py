@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import miniature
-import scenes
+from miniature import scenes
 from settings import UsageError
 
 REPOSITORY = Path(miniature.__file__).parent
@@ -171,7 +171,7 @@ def test_a_half_written_cache_is_never_used(tmp_path):
     """Killed in the middle, with workers: nothing usable is left, and the next render is whole and tidy."""
     knobs = dict(train=600, val=8, test=12, size=48)
     flags = [word for name, value in knobs.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, REPOSITORY / "miniature.py", "--out", tmp_path / "killed", *flags]
+    command = [sys.executable, "-m", "miniature", "--out", tmp_path / "killed", *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 30
     while len(list(tmp_path.rglob("*.png"))) < 20 and time.time() < deadline:
@@ -219,7 +219,7 @@ def test_an_unknown_benchmark_is_refused_with_the_nearest_name(tmp_path):
 
 def test_the_command_line_prints_the_folder_and_the_groups_and_draws_a_sheet(tmp_path):
     flags = "--data waterbirds --size 48 --train 40 --val 8 --test 12 --things 3 5".split()
-    command = [sys.executable, REPOSITORY / "miniature.py", *flags,
+    command = [sys.executable, "-m", "miniature", *flags,
                "--out", tmp_path, "--sheet", tmp_path / "sheet.png"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     assert (Path(lines[0]) / "CUB_200_2011").is_dir() and lines[2].split() == ["train", "19", "1", "1", "19"]

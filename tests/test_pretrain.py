@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 import ifam
-import pretrain
-import transforms
-from samples import patch_keep
-from scenes import pretraining_scenes
+from vit import build_vit
+from miniature import pretrain
+from benchmarks import transforms
+from benchmarks.samples import patch_keep
+from miniature.scenes import pretraining_scenes
 from settings import parse
 from tiny import ROOT, fails
 from weights import load_backbone, read_file
@@ -82,7 +83,7 @@ def test_the_measures_are_1_for_features_that_are_only_position_or_only_the_mask
 
 def test_afterwards_the_mean_of_five_clusters_of_patches_is_the_origin():
     scenes, _ = pretraining_scenes(6, 0, size=96)
-    vit = ifam.build_vit("mini", 96)
+    vit = build_vit("mini", 96)
     pretrain.centre_features(vit, pretrain.to_images(scenes), 0.32, 5)
     views = [transforms.View(Image.fromarray(s)) for s in scenes]
     for i, view in enumerate(views):
@@ -122,7 +123,7 @@ def test_the_committed_file_is_small_and_measures_as_written_beside_it():
     path = ROOT / "weights" / "mini.pt"
     made = json.loads((ROOT / "weights" / "mini.json").read_text())
     assert path.stat().st_size < 4e6 and "python pretrain.py" in made["command"]
-    vit = ifam.build_vit("mini", 96)
+    vit = build_vit("mini", 96)
     load_backbone(vit, read_file(path, "weights"))
     cfg = parse(pretrain.Config, "", [])
     images, masks = pretraining_scenes(400, cfg.seed + 1, size=96)

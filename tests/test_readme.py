@@ -3,9 +3,10 @@ import dataclasses
 import re
 
 import evaluate
+import runs
 import intervene
 import miniature
-import pretrain
+from miniature import pretrain
 import speed
 import speed_training
 import train
@@ -20,9 +21,9 @@ def test_the_file_map_lists_every_module_with_its_length():
 
 
 def test_every_flag_of_the_readme_exists():
-    known = {f.name for c in (train.Config, evaluate.Config, intervene.Config, pretrain.Config, speed.Config, speed_training.Config, miniature.Waterbirds)
+    known = {f.name for c in (runs.Config, evaluate.Config, intervene.Config, pretrain.Config, speed.Config, speed_training.Config, miniature.Waterbirds)
              for f in dataclasses.fields(c)}
-    known |= {f"no_{f.name}" for f in dataclasses.fields(train.Config) if f.type is bool}
+    known |= {f"no_{f.name}" for f in dataclasses.fields(runs.Config) if f.type is bool}
     known |= {"help", "sheet", "nproc_per_node", "seeds", "processes", "also", "list"}               # of argparse alone
     mentioned = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w-]*)", README)}
     assert mentioned - known == set()

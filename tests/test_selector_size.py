@@ -10,9 +10,11 @@ from tiny import fails
 from tiny import train as run
 
 import evaluate
+from vit import build_vit
+import runs
 import ifam
 import intervene
-import leakage
+from measure import leakage
 import train
 from baselines import build
 from ifam import Noise, discretize
@@ -98,8 +100,8 @@ def test_no_dropped_pixel_reaches_a_logit_when_stage_1_is_smaller(settings):
     (lambda: small()(pictures(2, 84)), "images are 84x84 pixels, the model was built for 70x70"),
     (lambda: small(selector_size=45), "45x45 is not a multiple of the patch size 14"),
     (lambda: small()(pictures(2), keep=torch.ones(2, 9)), r"keep is \(2, 9\), not \(2, 25\)"),
-    (lambda: ifam.build_vit("q", 70), "'q' is no architecture"), (lambda: ifam.build_vit("s/", 70), "'s/' is no architecture"),
-    (lambda: ifam.build_vit("s/0", 70), "s has 12 blocks"), (lambda: ifam.build_vit("mini/5", 96), "mini has 4 blocks")])
+    (lambda: build_vit("q", 70), "'q' is no architecture"), (lambda: build_vit("s/", 70), "'s/' is no architecture"),
+    (lambda: build_vit("s/0", 70), "s has 12 blocks"), (lambda: build_vit("mini/5", 96), "mini has 4 blocks")])
 def test_sizes_and_architectures_that_do_not_fit_are_one_line(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -107,7 +109,7 @@ def test_sizes_and_architectures_that_do_not_fit_are_one_line(make, message):
 
 def test_the_first_blocks_of_a_file_are_loaded_and_a_file_with_too_many_is_still_an_error():
     torch.manual_seed(0)
-    whole, part = ifam.build_vit("mini", 96), ifam.build_vit("mini/2", 48)
+    whole, part = build_vit("mini", 96), build_vit("mini/2", 48)
     with pytest.raises(ValueError, match="unexpected blocks.2"):
         load_backbone(part, whole.state_dict())
     load_backbone(part, whole.state_dict(), 2)
@@ -121,7 +123,7 @@ def test_each_stage_starts_from_the_weights_of_its_own_size(monkeypatch):
 
     def fetch(url, cached):
         asked.append(cached.name)
-        return ifam.build_vit("s" if "vits" in cached.name else "b", 518).state_dict()
+        return build_vit("s" if "vits" in cached.name else "b", 518).state_dict()
     monkeypatch.setattr("weights.fetch", fetch)
     model = ifam.IFAM(2, arch="b", size=28, selector_arch="s/1", selector_size=14)
     load_pretrained(model, "dinov2", "b", 4, "s/1")
@@ -130,13 +132,13 @@ def test_each_stage_starts_from_the_weights_of_its_own_size(monkeypatch):
 
 
 def test_a_run_from_before_these_options_had_their_defaults():
-    cfg = parse(train.Config, "", ["--mini"], train.preset)
+    cfg = parse(runs.Config, "", ["--mini"], runs.preset)
     old = {name: value for name, value in vars(cfg).items() if not name.startswith("selector")}
-    assert train.differences(old, cfg) == {}
+    assert runs.differences(old, cfg) == {}
     model = build(old, 2)
     assert model.selector.given is None and model.selector.backbone.grid == model.grid == (12, 12)
     cfg.selector_size = 48
-    assert train.differences(old, cfg) == {"selector_size": (0, 48)}
+    assert runs.differences(old, cfg) == {"selector_size": (0, 48)}
 
 
 # ---------------------------------------------------------------- the scripts
@@ -153,7 +155,7 @@ def test_a_checkpoint_with_a_smaller_stage_1_is_evaluated_and_leaks_exactly_noth
     assert 0 <= report["localisation"]["foreground_iou"] <= 1 and report["localisation"]["nmi"] is not None
     assert report["leakage"]["place_of_mask"]["weights"] == "stage 1"
     assert report["speed"]["gflops"]["stage1"] < 0.25 * report["speed"]["gflops"]["dense"]
-    model, state = evaluate.load_model(trained / "best.pt")
+    model, state = runs.load_model(trained / "best.pt")
     assert (state["config"]["selector_size"], state["config"]["selector_arch"]) == (56, "mini/2")
     assert model.selector.backbone.grid == (7, 7) and model.grid == (12, 12)
 

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ifam
 import speed
-from ifam import IFAM, Predictor, build_vit
+from ifam import IFAM, Predictor
+from vit import ARCHS, KeepGradient, ViT, attend_packed, build_vit
 
 RAGGED = torch.zeros(4, 25)
 RAGGED[1, [0, 7, 24]] = 1
@@ -55,11 +56,11 @@ def test_every_way_to_attend_within_packed_images_gives_the_same_logits(other, k
         expected = model(x, keep).logits
         with speed.replaced(ifam, "attend_packed", speed.OTHERS[other]):
             agrees(model(x, keep).logits, expected)
-        with speed.replaced(ifam.ViT, "_run_packed", speed.not_packed):
+        with speed.replaced(ViT, "_run_packed", speed.not_packed):
             agrees(model(x, keep).logits, expected)
             asked = counted(lambda: model.predictor(x, keep))
     assert asked == 4 * speed.stage2_flops(model.predictor)                      # it does compute every token
-    assert ifam.attend_packed is not speed.OTHERS[other]
+    assert attend_packed is not speed.OTHERS[other]
 
 
 @torch.no_grad()
@@ -113,7 +114,7 @@ def test_the_exponent_of_a_power_law_is_its_power():
 
 @pytest.mark.parametrize("hard", [True, False])
 def test_the_memory_of_a_masked_step_does_not_grow_with_queries_times_keys(hard, monkeypatch):
-    monkeypatch.setattr(ifam.KeepGradient, "CHUNK", 1 << 16)
+    monkeypatch.setattr(KeepGradient, "CHUNK", 1 << 16)
     bytes_of = []
     for side in (12, 36):                                # 9 times the patches, 81 times the pairs
         vit, x = build_vit(TINY, 14 * side), torch.randn(1, 3, 14 * side, 14 * side)
@@ -134,7 +135,7 @@ def test_a_measured_model_is_described_in_full():
 
 
 def test_the_command_prints_every_case_and_the_growth_comes_with_its_figure(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(ifam.ARCHS, "mini", dict(TINY, depth=2))
+    monkeypatch.setitem(ARCHS, "mini", dict(TINY, depth=2))
     common = ("--arch", "mini", "--rounds", "1", "--device", "cpu")
     speed.main([*common, "--size", "70", "--batch", "2", "--k", "2", "--compare", "--profile", "--out", str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]

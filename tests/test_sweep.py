@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import baselines
+import runs
 import sweep
 from settings import RunError
 from tiny import fails

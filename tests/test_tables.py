@@ -5,8 +5,9 @@ from dataclasses import asdict
 
 import pytest
 
-import tables
+from measure import tables
 import train
+import runs
 from settings import parse, write_json
 from tiny import fails
 
@@ -15,8 +16,8 @@ PLACE = {"none": 0.1, "late": 0.3, "early": 0.7}
 
 def write_run(folder, *flags, worst=0.5, report="report.json", images=16, **more):
     folder.mkdir(exist_ok=True)
-    cfg = parse(train.Config, "", ["--data", "waterbirds", "--mini", *flags, "--out", str(folder)], train.preset)
-    write_json(folder / "config.json", train.plain(asdict(cfg)))
+    cfg = parse(runs.Config, "", ["--data", "waterbirds", "--mini", *flags, "--out", str(folder)], runs.preset)
+    write_json(folder / "config.json", runs.plain(asdict(cfg)))
     write_json(folder / report, {"data": "waterbirds-mini", "split": "test", "images": 400,
                                  "stage2": {"worst_group": worst, "aa": 1.0}, **more,
                                  "leakage": {"images": images, "repaint": {"max_logit_change": 0.0}, "place_of_mask": PLACE}})

@@ -12,19 +12,22 @@ import torch
 import torch.multiprocessing as mp
 
 import data
+from vit import ViT, build_vit
+import runs
 import evaluate
 import ifam
 import train
 from baselines import METHODS
-from samples import Plan, read_image
+from benchmarks.samples import Plan, read_image
 from settings import parse
 from tiny import ROOT, TINY, fails, torchrun
 from tiny import train as run
-from weights import MINI, load_published, read_file
+from runs import load_published
+from weights import MINI, read_file
 
 
 def config(*flags):
-    return parse(train.Config, "", [*TINY, *map(str, flags)], train.preset)
+    return parse(runs.Config, "", [*TINY, *map(str, flags)], runs.preset)
 
 
 def first_gradients(rank, world, flags, path):
@@ -81,10 +84,10 @@ def test_two_processes_train_to_the_weights_of_one_and_two_nodes_finish(tmp_path
     run(tmp_path / "one", *flags[len(TINY) + 1:])
     one, two, nodes = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
                        for name in ("one", "two", "nodes"))
-    for name in one[1].keys() & train.weights(config()).keys():          # after three updates, averaged over the whole batch
+    for name in one[1].keys() & runs.loss_weights(config()).keys():          # after three updates, averaged over the whole batch
         assert two[1][name] == pytest.approx(one[1][name], rel=1e-3), name
     assert two[2] == nodes[2]                            # validation, each sample once
-    two, nodes = (evaluate.read_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("two", "nodes"))
+    two, nodes = (runs.read_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("two", "nodes"))
     assert all(torch.equal(nodes[name], w) for name, w in two.items())
 
 
@@ -99,12 +102,12 @@ def test_killed_in_the_third_epoch_and_resumed_equals_never_killed_bit_for_bit(t
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    saved = evaluate.read_checkpoint(tmp_path / "killed" / "last.pt")["step"]
+    saved = runs.read_checkpoint(tmp_path / "killed" / "last.pt")["step"]
     assert 9 <= saved < 16
     subprocess.run([*command, "--resume"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     subprocess.run([*command[:-1], str(tmp_path / "whole")], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     for name in ("last.pt", "best.pt"):
-        killed, whole = (evaluate.read_checkpoint(tmp_path / run / name) for run in ("killed", "whole"))
+        killed, whole = (runs.read_checkpoint(tmp_path / run / name) for run in ("killed", "whole"))
         assert killed["step"] == whole["step"] and killed["best"] == whole["best"]
         for key in ("model", "ema"):
             assert all(torch.equal(killed[key][n], w) for n, w in whole[key].items())
@@ -152,11 +155,11 @@ def test_the_schedule_warms_up_linearly_and_falls_to_zero_as_a_cosine():
 
 
 def test_presets_are_the_papers_settings_and_the_command_line_wins():
-    cfg = parse(train.Config, "", ["--data", "cub", "--k", "16"], train.preset)
+    cfg = parse(runs.Config, "", ["--data", "cub", "--k", "16"], runs.preset)
     assert (cfg.size, cfg.k, cfg.epochs, cfg.lr, cfg.lr_prototypes, cfg.lr_heads) == (518, 16, 90, 1e-6, 1e-3, 1e-2)
-    assert train.weights(cfg) == {"class1": 1, "class2": 1, "presence": 1, "background": 2, "orthogonality": 1, "equivariance": 1,
+    assert runs.loss_weights(cfg) == {"class1": 1, "class2": 1, "presence": 1, "background": 2, "orthogonality": 1, "equivariance": 1,
                                   "variation": 1, "entropy": 1, "concentration": 0}
-    assert not parse(train.Config, "", ["--no-joint"], train.preset).joint
+    assert not parse(runs.Config, "", ["--no-joint"], runs.preset).joint
 
 
 @pytest.mark.parametrize("flags", [*(("--method", m) for m in METHODS[1:]), ("--method", "aim", "--train-backbone"),
@@ -173,10 +176,10 @@ def test_every_method_and_setting_trains_and_evaluates(flags, tmp_path):
 
 
 def test_pretrained_backbones_start_equal_and_only_tokens_of_stage_1_move(tmp_path):
-    vit = ifam.build_vit("mini", 96)
+    vit = build_vit("mini", 96)
     torch.save(vit.state_dict(), tmp_path / "vit.pt")
     folder = run(tmp_path / "run", "--weights", tmp_path / "vit.pt", "--limit", 16)
-    trained = evaluate.read_checkpoint(folder / "last.pt")["model"]
+    trained = runs.read_checkpoint(folder / "last.pt")["model"]
     for name, before in vit.state_dict().items():
         moved = not torch.equal(trained[f"selector.backbone.{name}"], before)
         # nobody reads the class token of stage 1 but its own patches, through attention: it moves too
@@ -186,7 +189,7 @@ def test_pretrained_backbones_start_equal_and_only_tokens_of_stage_1_move(tmp_pa
 
 def test_without_train_tokens_nothing_of_the_backbone_of_stage_1_moves(tmp_path):
     folder = run(tmp_path / "run", "--limit", 16, "--no-train-tokens")
-    trained = evaluate.read_checkpoint(folder / "last.pt")["model"]
+    trained = runs.read_checkpoint(folder / "last.pt")["model"]
     for name, before in read_file(MINI, "weights").items():
         assert torch.equal(trained[f"selector.backbone.{name}"], before.float()), name
 
@@ -194,7 +197,7 @@ def test_without_train_tokens_nothing_of_the_backbone_of_stage_1_moves(tmp_path)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_starts_every_backbone_from_the_same_file(method):
     model = train.build_model(config("--method", method), torch.device("cpu"))
-    backbones = [m for m in model.modules() if isinstance(m, ifam.ViT)]
+    backbones = [m for m in model.modules() if isinstance(m, ViT)]
     assert len(backbones) == (1 + (method == "ifam" or method.endswith("-found")))
     for name, x in read_file(MINI, "weights").items():
         assert all(torch.equal(backbone.state_dict()[name], x.float()) for backbone in backbones), name
@@ -320,7 +323,7 @@ def test_a_file_that_is_no_image_is_found_before_the_run_begins(tmp_path, capsys
 def test_pixels_that_do_not_decode_stop_training_with_their_path_also_from_a_worker(tmp_path, capsys, monkeypatch):
     original = read_image
     bad = lambda path, mode=None: original(tmp_path / "gone.jpg", mode) if mode else None
-    monkeypatch.setattr("samples.read_image", bad)
+    monkeypatch.setattr("benchmarks.samples.read_image", bad)
     for workers in (0, 1):
         line = fails(train.main, *TINY, "--workers", workers, "--out", tmp_path / "run")(capsys)
         assert "cannot read image" in line and "gone.jpg" in line

@@ -11,15 +11,17 @@ from conftest import HERE, agrees, below, golden
 from models import TINY, as_published, pictures, published_model, their_name, tiny
 
 import data
+import runs
 import evaluate
 import ifam
 import train
 import weights
-from ifam import ViT
+from vit import ViT
 from settings import UsageError
 from tiny import TINY as FLAGS
 from tiny import fails
-from weights import load_backbone, load_pretrained, load_published
+from runs import load_published
+from weights import load_backbone, load_pretrained
 
 
 # ---------------------------------------------------------------- backbones
@@ -216,7 +218,7 @@ def test_weights_that_cannot_be_are_one_line(flags, words, tmp_path, capsys):
 
 
 def test_weights_of_another_architecture_or_no_weights_at_all_are_refused(tmp_path, capsys):
-    torch.save(ifam.ViT(96, 8, 64, 2, 2).state_dict(), tmp_path / "narrow.pt")
+    torch.save(ViT(96, 8, 64, 2, 2).state_dict(), tmp_path / "narrow.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "text.pt").write_text("hello")
     for name, words in (("narrow", ("blocks.2", "missing")), ("list", ("dict of tensors",)), ("text", ("damaged, or not a file of backbone weights",))):
@@ -338,13 +340,13 @@ def snapshot(path, classes=2, layout="whole", **settings):
 @pytest.mark.parametrize("registers", [4, 0])
 def test_a_snapshot_becomes_a_model_with_the_settings_of_its_benchmark(layout, registers, tmp_path):
     model = snapshot(tmp_path / "snapshot_best.pt", 200, layout, registers=registers)
-    loaded, state = evaluate.load_model(tmp_path / "snapshot_best.pt", "cpu", "cub")
+    loaded, state = runs.load_model(tmp_path / "snapshot_best.pt", "cpu", "cub")
     for ours, again in zip(model(pictures(2, 96)), loaded(pictures(2, 96))):
         agrees(again, ours)                              # timm adds a position to the class token: rounded once more
     config = state["config"]
     expected = dict(data="cub", method="ifam", size=96, k=3, registers=registers, masking="early", hardness="hard", pooling="cls", mini=False)
-    assert {name: config[name] for name in expected} == expected and config["tau"] == train.Config.tau
-    assert evaluate.load_model(tmp_path / "snapshot_best.pt", "cpu", "waterbird200")[1]["config"] == config
+    assert {name: config[name] for name in expected} == expected and config["tau"] == runs.Config.tau
+    assert runs.load_model(tmp_path / "snapshot_best.pt", "cpu", "waterbird200")[1]["config"] == config
 
 
 @pytest.mark.parametrize("old", [True, False])
