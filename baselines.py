@@ -1,7 +1,9 @@
 """baselines.py: what iFAM is compared with, and the one place where settings become a model.
 
 Every model returns an ifam.Output from forward(images, keep=None, noise=None), and for training a pair from
-forward_pair(images, warped, noise), so that one loop trains and one program measures them all. Letters: ifam.py.
+forward_pair(images, warped, noise), so that one loop trains and one program measures them all.
+
+Floor: the lesson, its last chapter. Read ifam.py first; its letters are used here.
 """
 import torch
 import torch.distributed as dist

@@ -6,7 +6,9 @@
 
 Writes report.json and parts.png beside the checkpoint: accuracy by group, the parts against true masks and keypoints,
 and leakage, that is, each way in which the background can reach a prediction, for the early mask (stage 2) beside the
-late one (stage 1). Nothing is drawn at random: two runs write the same report. Letters: ifam.py.
+late one (stage 1). Nothing is drawn at random: two runs write the same report.
+
+Floor: commands. Read predict.py and measure/ first; what is here is the list of measurements. Letters: ifam.py.
 """
 import copy
 from dataclasses import dataclass
@@ -237,52 +239,71 @@ def table(report, second="early, hard"):
     return "\n".join(lines)
 
 
-def main(argv=None):
-    cfg = parse(Config, __doc__, argv)
-    device = pick_device(cfg.device)
-    model, state = load_model(cfg.ckpt, device, cfg.data)
-    trained = state["config"]
-    intervention = apply_intervention(model, cfg.intervention, cfg.ckpt) if cfg.intervention else None
-    name, samples, train, sets = open_split(cfg, trained, model)
-    if model.needs_truth:
-        if samples.masks is None:
-            raise UsageError(f"{cfg.ckpt} is of the method {trained['method']}, which needs true masks, and {name} "
-                             f"{cfg.split} has none here; unpack its segmentations, or name another --ckpt")
-        if bare := [part for part, some in sets.items() if some.masks is None]:
-            print(f"{name}: left out, for they have no true masks: {', '.join(bare)}")
-        sets = {part: some for part, some in sets.items() if part not in bare}
+def check(cfg, model, state, samples, sets):
+    """UsageError for what this model or these images cannot have, before anything is measured."""
+    if model.needs_truth and samples.masks is None:
+        raise UsageError(f"{cfg.ckpt} is of the method {state['config']['method']}, which needs true masks, and "
+                         f"{samples.name} {cfg.split} has none here; unpack its segmentations, or name another --ckpt")
     if cfg.speed:
         speed.check(model)
     if cfg.adversarial and samples.masks is None:
         raise UsageError("--adversarial needs bg_challenge/fg_mask; unpack it")
     if cfg.adversarial and "only_bg_t" not in sets:
         raise UsageError("--adversarial is of --data imagenet9, --split test, and needs its variant only_bg_t")
-    rare = data.BENCHMARKS[samples.name].rare
-    source = "published snapshot" if state["step"] is None else "train.py"
+
+
+def measure(cfg, model, state, name, samples, train, sets, intervention, device):
+    """Everything that report.json says -> dict."""
+    trained, benchmark = state["config"], data.BENCHMARKS[samples.name]
     normalise = cfg.kp_normalise or bool(intervention and intervention["q"])     # thresholds are of normalised images
-    report = {"data": name, "method": trained["method"], "source": source, "seed": trained["seed"],
-              "step": state["step"], "selection": state["best"],
-              **evaluate(model, samples, train, rare, device, cfg.batch, cfg.leakage, cfg.workers, sets, normalise)}
+    report = {"data": name, "method": trained["method"], "seed": trained["seed"], "step": state["step"],
+              "source": "published snapshot" if state["step"] is None else "train.py", "selection": state["best"],
+              **evaluate(model, samples, train, benchmark.rare, device, cfg.batch, cfg.leakage, cfg.workers, sets,
+                         normalise)}
     comparable = as_published(trained) and cfg.split == "test" and not trained["mini"] and not intervention
-    if paper := data.BENCHMARKS[samples.name].paper.get(trained["k"], {}) if comparable else {}:
-        report["paper"] = paper
-    if cfg.adversarial:
-        report["adversarial"] = adversarial(model, samples, sets["only_bg_t"], device, cfg.batch, cfg.workers)
-    chosen = f"epoch {state['best']['epoch']}, chosen on {state['best']['split']}" if source == "train.py" else source
-    print(f"{cfg.ckpt}: {trained['method']}, {chosen}; {name} {cfg.split}, {len(samples)} images")
+    if comparable and trained["k"] in benchmark.paper:
+        report["paper"] = benchmark.paper[trained["k"]]
     if intervention:
         report["intervention"] = intervention
-        print(f"  {describe_intervention(intervention, name, [cfg.split, *sets])}")
-    print(table(report, f"{trained['masking']}, {trained['hardness']}"))
-    if paper:
-        print(f"  the paper's iFAM with K = {trained['k']}: " + ", ".join(f"{n} {v}" for n, v in paper.items()))
+    if cfg.adversarial:
+        report["adversarial"] = adversarial(model, samples, sets["only_bg_t"], device, cfg.batch, cfg.workers)
     if cfg.speed:
         report["speed"] = speed.measure_split(model, samples, device, cfg.batch)
-        print(speed.summary(report["speed"]))
-    if cfg.adversarial:
-        print("  adversarial backgrounds: challenge accuracy {challenge_accuracy:.1f} ({vulnerable} of {objects} "
-              "objects vulnerable)".format(**report["adversarial"]))
-    suffix = f"-{samples.name}" * (samples.name != trained["data"]) + f"-{cfg.split}" * (cfg.split != "test")
+    return report
+
+
+def text(cfg, state, report, sets):
+    """A report as it is printed."""
+    trained, best, name = state["config"], state["best"], report["data"]
+    chosen = f"epoch {best['epoch']}, chosen on {best['split']}" if report["source"] == "train.py" else report["source"]
+    lines = [f"{cfg.ckpt}: {trained['method']}, {chosen}; {name} {cfg.split}, {report['images']} images"]
+    if "intervention" in report:
+        lines.append(f"  {describe_intervention(report['intervention'], name, [cfg.split, *sets])}")
+    lines.append(table(report, f"{trained['masking']}, {trained['hardness']}"))
+    if "paper" in report:
+        lines.append(f"  the paper's iFAM with K = {trained['k']}: "
+                     + ", ".join(f"{n} {v}" for n, v in report["paper"].items()))
+    if "speed" in report:
+        lines.append(speed.summary(report["speed"]))
+    if "adversarial" in report:
+        lines.append("  adversarial backgrounds: challenge accuracy {challenge_accuracy:.1f} ({vulnerable} of {objects} "
+                     "objects vulnerable)".format(**report["adversarial"]))
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    cfg = parse(Config, __doc__, argv)
+    device = pick_device(cfg.device)
+    model, state = load_model(cfg.ckpt, device, cfg.data)
+    intervention = apply_intervention(model, cfg.intervention, cfg.ckpt) if cfg.intervention else None
+    name, samples, train, sets = open_split(cfg, state["config"], model)
+    check(cfg, model, state, samples, sets)
+    if bare := [part for part, some in sets.items() if model.needs_truth and some.masks is None]:
+        print(f"{name}: left out, for they have no true masks: {', '.join(bare)}")
+        sets = {part: some for part, some in sets.items() if part not in bare}
+    report = measure(cfg, model, state, name, samples, train, sets, intervention, device)
+    print(text(cfg, state, report, sets))
+    suffix = f"-{samples.name}" * (samples.name != state["config"]["data"]) + f"-{cfg.split}" * (cfg.split != "test")
     suffix += f"-{Path(cfg.intervention).stem}" * bool(intervention)
     written = [Path(cfg.ckpt).with_name(f"report{suffix}.json")]
     write_json(written[0], report)

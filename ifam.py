@@ -4,6 +4,8 @@ Stage 1, the selector, sees the whole image and gives each patch to one of K par
 Stage 2, the predictor, classifies from the patches that stage 1 kept, and from nothing else: dropped patches
 are masked out of every attention layer, so no pixel of theirs can reach a logit.
 
+Floor: the lesson; it needs torch and vit.py alone. Read vit.py first: how a mask enters attention.
+
 Letters: B images, N = h*w patches, R registers, T = 1+R+N tokens (class token, registers, patches), D width,
 H heads, K parts (index K is the background), C classes. keep (B, N): 1 = stage 2 may see this patch.
 

@@ -19,7 +19,9 @@ is decided by its own measure, AUROC: of all images, and of those whose tube mis
 image that loses all its patches is classified from class token and registers alone, and counted as empty.
 
 Writes one contact sheet per part and, if anything was asked for, intervention.json, which holds for this checkpoint
-only, and a picture of what --q removed. Letters: ifam.py.
+only, and a picture of what --q removed.
+
+Floor: commands. Read ifam.refuse (what an intervention does to a model) first. Letters: ifam.py.
 """
 import copy
 import json

@@ -7,6 +7,8 @@
 Runs lie in runs/<data>-sweep/<name>-<seed> (-mini-sweep for miniatures), which all sets share: ifam is trained once.
 The same command again skips what is finished and resumes what is not. The table is <set>.md and <set>.json beside the
 runs. A run that fails stops no other; the exit status then is 1.
+
+Floor: commands, the highest: it starts train.py and evaluate.py, and reads nothing but their files.
 """
 import json
 import os

@@ -2,6 +2,8 @@
 
 Randomness is a function: how a sample is augmented depends on (seed, epoch, sample id) and on nothing else, so results
 do not depend on workers, processes or resuming. Coordinates of keypoints and boxes are x (column), y (row) in pixels.
+
+Floor: data. Read this first of the data, then transforms.py.
 """
 import os
 import zlib

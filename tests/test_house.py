@@ -1,0 +1,97 @@
+"""The house: rooms on floors, imports run down and nowhere in a circle; functions of one screen."""
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+from tiny import ROOT
+
+# From the top to the ground; a module imports from lines below its own, and from its own line only to the right of it.
+# A folder stands for its files: inside one, imports may run either way, but in no circle.
+FLOORS = """
+sweep
+evaluate intervene speed miniature.pretrain
+train
+predict
+measure
+runs
+data
+miniature
+benchmarks
+baselines
+ifam
+vit
+weights
+settings
+"""
+ORDER = [name for line in FLOORS.split("\n") for name in line.split()]
+# miniature/pretrain.py is a command: it trains, and stands beside the weights that it made
+
+
+def modules():
+    """{module: its file}: everything but tests."""
+    paths = [*ROOT.glob("*.py"), *(p for folder in ("measure", "benchmarks", "miniature") for p in (ROOT / folder).glob("*.py"))]
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
+
+
+def imports(source, known):
+    """Modules of ours that a source imports, those inside functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{name.name}" for name in node.names}
+            found |= (inner & known) | ({node.module} if inner - known else set())
+    return found & known
+
+
+def room(module):
+    """The entry of ORDER that a module belongs to: the longest."""
+    fits = [name for name in ORDER if module == name or module.startswith(name + ".")]
+    assert fits, f"{module} has no place in the house: add it to FLOORS"
+    return max(fits, key=len)
+
+
+def broken(graph):
+    """The arrows {module: imported modules} that do not run down, as text."""
+    return [f"{module} -> {other}" for module, others in graph.items() for other in others
+            if room(module) != room(other) and ORDER.index(room(other)) < ORDER.index(room(module))]
+
+
+@pytest.fixture(scope="module")
+def graph():
+    known = modules()
+    return {name: imports(path.read_text(), known.keys()) for name, path in known.items()}
+
+
+def test_imports_run_down_the_house(graph):
+    assert not broken(graph)
+
+
+def test_no_import_closes_a_circle(graph):
+    graphlib.TopologicalSorter(graph).prepare()          # CycleError names the circle
+
+
+def test_an_arrow_up_and_a_circle_would_be_named():
+    assert broken({"ifam": {"train"}, "train": {"ifam"}}) == ["ifam -> train"]
+    assert imports("def f():\n    from measure import figures\n    import train", {"measure.figures", "train"}) == {"measure.figures", "train"}
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+
+
+def test_the_lesson_needs_torch_alone(graph):
+    for name in ("vit", "ifam"):
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        outside = {(node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+                   for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))}
+        assert outside <= {"torch", "math", "functools", "itertools", "typing", "vit"}, (name, outside)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_no_function_is_longer_than_60_lines_and_each_room_says_its_floor(name):
+    tree = ast.parse(modules()[name].read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < 60, f"{name}.{node.name}: {node.end_lineno - node.lineno + 1} lines"
+    assert "loor:" in ast.get_docstring(tree), f"{name}: its docstring does not say on which floor it is"
