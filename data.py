@@ -149,8 +149,8 @@ def overview():
                      for name, b in BENCHMARKS.items())
 
 
-def readme_table():
-    """The README's table of benchmarks, as Markdown."""
+def docs_table():
+    """The table of benchmarks in docs/data.md, as Markdown."""
     lines = ["| `--data` | classes | size | K | layout under `--root` | from | terms | paper |", "|---" * 8 + "|"]
     for name, b in BENCHMARKS.items():
         paper = "; ".join(f"K={k}: " + ", ".join(f"{m} {v}" for m, v in row.items()) for k, row in b.paper.items())

@@ -376,8 +376,8 @@ def test_what_was_decided_on_test_says_so(trained, tmp_path, capsys):
 # ---------------------------------------------------------------- mistakes
 @pytest.mark.parametrize("flags, says", [
     (["--drop", 3], "no such part; its parts are 0 to 2"), (["--drop", -1], "no such part"),
-    (["--drop", 0, 1, 2], "removes all 3 parts"), (["--q", 1], "between 0 and 1"), (["--q", 0.9, 0], "between 0 and 1"),
-    (["--q", "nan"], "between 0 and 1"), (["--tolerance", -1], "at least 0"), (["--out", "nowhere/x.json"], "folder that exists"),
+    (["--drop", 0, 1, 2], "removes all 3 parts"), (["--q", 1], "above 0 and below 1"), (["--q", 0.9, 0], "above 0 and below 1"),
+    (["--q", "nan"], "finite"), (["--tolerance", -1], "at least 0"), (["--out", "nowhere/x.json"], "folder that exists"),
     (["--split", "train"], "unknown --split")])
 def test_a_mistake_is_one_line_and_writes_nothing(trained, tmp_path, capsys, flags, says):
     shutil.copy(trained, tmp_path / "best.pt")

@@ -279,6 +279,6 @@ def test_a_reader_that_stops_reading_is_no_traceback(tmp_path):
     flags = ["--data", "imagenet9", "--size", "32", "--test", "18", "--out", str(tmp_path)]
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, Path(miniature.__file__), *flags], stdout=writer, stderr=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-m", "miniature", *flags], stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -18,7 +18,7 @@ import evaluate
 import ifam
 import train
 from baselines import METHODS
-from benchmarks.samples import Plan, read_image
+from benchmarks.samples import Plan, Samples, read_image
 from settings import parse
 from tiny import ROOT, TINY, fails, torchrun
 from tiny import train as run
@@ -77,8 +77,8 @@ def test_accumulation_gives_the_same_gradients_but_for_the_presence_loss(tmp_pat
 
 def test_two_processes_train_to_the_weights_of_one_and_two_nodes_finish(tmp_path):
     flags = ["train.py", *TINY, "--lr-heads", 1e-4, "--lr-prototypes", 1e-4, "--lr", 1e-5]
-    runs = [torchrun(2, *flags, "--out", tmp_path / "two")]
-    assert runs[0].wait(300) == 0, runs[0].stdout.read()
+    started = [torchrun(2, *flags, "--out", tmp_path / "two")]
+    assert started[0].wait(300) == 0, started[0].stdout.read()
     nodes = [torchrun(1, *flags, "--out", tmp_path / "nodes", nodes=2, node=n) for n in (0, 1)]
     assert [n.wait(300) for n in nodes] == [0, 0], "\n".join(n.stdout.read() for n in nodes)
     run(tmp_path / "one", *flags[len(TINY) + 1:])
@@ -238,7 +238,7 @@ def test_a_run_that_is_already_there_is_moved_aside_not_lost(tmp_path):
     (("--mini", "--limit", 4), ("--batch 8", "4 images")),
     (("--mini", "--resume"), ("no run at", "--out")),
     (("--mini", "--device", "abacus"), ("abacus", "cpu")),
-    (("--mini", "--tau", 0), ("--tau", "positive")),
+    (("--mini", "--tau", 0), ("--tau", "above 0")),
     (("--mini", "--lr", "nan"), ("--lr", "nan")),
     (("--mini", "--lr-heads", -1), ("--lr-heads", "at least 0")),
 ], ids=lambda x: "".join(map(str, x)) if isinstance(x, tuple) else x)
@@ -309,13 +309,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_term(tmp_path, ca
 
 
 def test_a_file_that_is_no_image_is_found_before_the_run_begins(tmp_path, capsys, monkeypatch):
-    original = data.Samples.first
+    original = Samples.first
     (tmp_path / "bad.jpg").write_text("hello")
 
     def spoiled(samples, n):
         original(samples, n).paths[3] = tmp_path / "bad.jpg"
         return samples
-    monkeypatch.setattr(data.Samples, "first", spoiled)
+    monkeypatch.setattr(Samples, "first", spoiled)
     line = fails(train.main, *TINY, "--out", tmp_path / "run")(capsys)
     assert "cannot read image" in line and "bad.jpg" in line and not (tmp_path / "run").exists()
 
