@@ -23,7 +23,7 @@ from measure.leakage import Seen, measure_leakage, place_of_mask, stage1_classif
 from measure.metrics import accuracies, ari, foreground_ious, keypoint_error, landmarks, nmi
 from predict import OnCheckpoint, open_split, predict
 from runs import apply_intervention, as_published, describe_intervention, load_model, pick_device
-from settings import UsageError, opt, parse, progress, run_script, write_json
+from settings import UsageError, opt, parse, run_script, write_json
 
 
 @dataclass
