@@ -23,8 +23,8 @@ import data
 import vit
 from baselines import GIVEN, METHODS, PRETRAINED, TAKES, build
 from ifam import IFAM, limits_of
-from settings import (RunError, UsageError, alive, check_bounds, flag, opt, read_json, read_text, recorded, write_json,
-                      write_whole)
+from settings import (RunError, UsageError, alive, bounded, check_bounds, flag, opt, read_json, read_text, recorded,
+                      write_json, write_whole)
 from weights import find_published, load_strictly, read_file, rename_published
 
 
@@ -41,8 +41,9 @@ class Config:
     method: str = opt("ifam", "ifam, or a baseline", choices=METHODS, group="model")
     arch: str = opt("b", "size of the vision transformers", choices=tuple(vit.ARCHS))
     registers: int = opt(4, "register tokens; 0 for weights without registers", at_least=0, at_most=1024)
-    weights: str = opt("dinov2", "start of all backbones: dinov2 or rad-dino (downloaded once), mini (miniature/mini.pt, "
-                                 "for --arch mini), a file of DINOv2, timm or Hugging Face, or none")
+    weights: str = opt("dinov2", "start of all backbones: dinov2 or rad-dino (downloaded once), mini "
+                                 "(miniature/mini.pt, for --arch mini), a file of DINOv2, timm or Hugging Face, or "
+                                 "none")
     size: int = opt(518, "image side in pixels, a multiple of the patch", at_least=1)
     selector_size: int = opt(0, "side at which stage 1 looks at the image, smaller is faster (0: --size)", at_least=0)
     selector_arch: str = opt("", "a smaller ViT for stage 1: s where --arch is b, or b/6 for the first 6 blocks of b "
@@ -94,7 +95,8 @@ class Config:
     amp: str = opt("auto", "autocast: auto is bf16 on a GPU that has it, fp16 on others, off elsewhere",
                    choices=("auto", "bf16", "fp16", "off"))
 
-    seed: int = opt(0, "decides initial weights, order, augmentation, noise and dropout", at_least=0, below=2 ** 63, group="run")
+    seed: int = opt(0, "decides initial weights, order, augmentation, noise and dropout", at_least=0, below=2 ** 63,
+                    group="run")
     device: str = opt("auto", "auto, cpu, cuda or mps")
     compile: bool = opt(False, "torch.compile both stages")
     workers: int = opt(4, "processes that load data, per training process", at_least=0)
@@ -106,6 +108,7 @@ class Config:
     def __post_init__(self):
         suffix = "-mini" * self.mini + f"-{self.method}" * (self.method != "ifam")
         self.out = self.out or f"runs/{self.data}{suffix}"
+        self.workers = bounded(self.workers)
 
 
 # data.BENCHMARKS says what differs from Config's defaults by benchmark, this by miniature.
@@ -160,9 +163,11 @@ def read_log(path):
 def check(cfg):
     """UsageError for settings that no part of the program could use."""
     check_bounds(cfg)
-    if not any(weight for name, weight in loss_weights(cfg).items() if cfg.method in TAKES[f"weight_{name}"]):
+    own = {f"weight_{name}": weight for name, weight in loss_weights(cfg).items()
+           if cfg.method in TAKES[f"weight_{name}"]}
+    if not any(own.values()):
         raise UsageError(f"every loss of --method {cfg.method} has weight 0, and nothing would train: give one of "
-                         f"{', '.join(flag(f'weight_{n}') for n in loss_weights(cfg) if cfg.method in TAKES[f'weight_{n}'])}")
+                         f"{', '.join(map(flag, own))}")
     refuse_too_large(cfg)
     if where := data.BENCHMARKS[cfg.data].trained_on:
         raise UsageError(f"--data {cfg.data} is for evaluation only: train with --data {where}, then "
@@ -189,7 +194,8 @@ def refuse_too_large(cfg):
     stages = 2 if cfg.method == "ifam" else 1
     weights = 4 * stages * (12 * depth * D * D + (tokens + cfg.k) * D)
     images = min(cfg.batch, cfg.micro or cfg.batch)
-    needed = 4 * weights + 4 * images * (10 * stages * depth * tokens * D + 3 * cfg.size ** 2 + 4 * (cfg.k + 1) * tokens)
+    each = 10 * stages * depth * tokens * D + 3 * cfg.size ** 2 + 4 * (cfg.k + 1) * tokens
+    needed = 4 * weights + 4 * images * each
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * int(os.environ.get("WORLD_SIZE") or 1)
     if needed > there and pick_device(cfg.device).type == "cpu":
         raise UsageError(f"these settings need about {needed / 2 ** 30:,.0f} GiB of memory, this machine has "
@@ -320,7 +326,8 @@ def save(path, rank, cfg, step, best, parts, images=None):
     if rank == 0:
         state = dict(config=plain(asdict(cfg)), step=step, best=best, images=images,
                      **{name: part.state_dict() for name, part in parts.items() if part is not None})
-        if bad := [name for part in ("model", "ema") for name, x in state.get(part, {}).items() if not x.isfinite().all()]:
+        tensors = [*state["model"].items(), *state.get("ema", {}).items()]
+        if bad := [name for name, x in tensors if not x.isfinite().all()]:
             raise RunError(f"step {step}: the weights are no longer finite, first {bad[0]}; they were not saved. Lower "
                            f"--lr, --lr-prototypes or --lr-heads, or try --amp off; {path.name} is that of an earlier "
                            "step, if there was one")

@@ -4,6 +4,7 @@ Floor: the ground; it needs tqdm and the standard library alone. Every script's 
 """
 import argparse
 import difflib
+import functools
 import glob
 import json
 import math
@@ -116,6 +117,8 @@ def parse(cls, doc, argv=None, preset=None, recorded=None, rest=False):
     else:
         typed = parser.parse_args(argv)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(typed).items()}
+    if empty := next((name for name, value in given.items() if value == ""), None):
+        parser.error(f"{flag(empty)} is empty; give a value, or leave it out")
     if path := given.pop("config", ""):
         earlier = recorded(path)
     settings = cls(**{**(preset(given, earlier) if preset else {}), **earlier, **given})
@@ -166,7 +169,7 @@ def recorded(cls, content, where):
 
 
 def flags_table(cls):
-    """The flags of a script as Markdown tables, a heading for each group: docs/training.md has the table of train.py."""
+    """The flags of a script as Markdown tables, a heading for each group: docs/training.md has that of train.py."""
     lines, last = [], None
     for group, f in grouped(cls):
         if group != last:
@@ -185,13 +188,12 @@ class Stopped(Exception):
 
 WORKER = ("a process that loads data was killed (%s): give the container more shared memory (docker run --shm-size=2g) "
           "or take fewer of them (--workers 0)")
-KNOWN = {       # what libraries raise as RuntimeError where the machine has too little of something: (words, our line)
-    "Bus error": WORKER, "DataLoader worker": WORKER,
+MEMORY = "%s: take a smaller --batch, --micro or --size"
+DISK = "a file could not be written whole (%s): is the disk full? The file that was there is as it was"
+KNOWN = {       # what libraries raise as RuntimeError where the machine has too little of something, and our line
+    "Bus error": WORKER, "DataLoader worker": WORKER, "out of memory": MEMORY, "can't allocate memory": MEMORY,
     "Too many open files": "%s: raise the limit (ulimit -n 4096), or take fewer --workers",
-    "out of memory": "%s: take a smaller --batch, --micro or --size", "can't allocate memory":
-    "%s: take a smaller --batch, --micro or --size", "PytorchStreamWriter": "a file could not be written whole (%s): is the "
-    "disk full? The file that was there is as it was", "unexpected pos": "a file could not be written whole (%s): is the "
-    "disk full? The file that was there is as it was"}
+    "PytorchStreamWriter": DISK, "unexpected pos": DISK}
 
 
 def rank():
@@ -286,6 +288,15 @@ def signals(ends=(signal.SIGTERM, signal.SIGINT)):
 
 
 # ---------------------------------------------------------------- long work
+@functools.cache
+def bounded(workers):
+    """How many processes load data where so many were asked for: more than cores would only fill the memory."""
+    cores = max(4, os.cpu_count() or 1)
+    if workers > cores:
+        print(f"--workers {workers} is more than this machine has cores: {cores} processes load data")
+    return min(workers, cores)
+
+
 def progress(steps, title, total=None, every=30.0):
     """Pass on what is iterated over, and show how far it is: a bar on a terminal, elsewhere a line every 30 seconds.
 

@@ -5,8 +5,8 @@
     python train.py --data waterbirds --mini --method erm --seed 1      # the comparison
     python train.py --config runs/waterbirds-mini/config.json --seed 1  # another run's settings
 
-A run lives in runs/<name>: config.json, log.jsonl, last.pt (to resume), best.pt (to evaluate), curves.png. A benchmark's
-preset replaces the defaults, --config the preset, the command line all of them.
+A run lives in runs/<name>: config.json, log.jsonl, last.pt (to resume), best.pt (to evaluate), curves.png. The preset
+of a benchmark replaces the defaults, --config the preset, the command line all of them.
 
 Floor: commands. Read ifam.py (the model and its losses) and runs.py (settings, checkpoints) first, then from
 `gradients`, which is one step, to `train`, which is all of them.
@@ -177,8 +177,8 @@ def refuse_non_finite(values, step):
     if not torch.stack(list(values.values())).isfinite().all():
         name = next(n for n, v in values.items() if not v.isfinite())
         raise RunError(f"step {step}: {name} is {values[name].item()}; this step changed no weights. Lower --lr, "
-                       "--lr-prototypes or --lr-heads, or try --amp off; last.pt, if there is one, holds the last saved "
-                       "step")
+                       "--lr-prototypes or --lr-heads, or try --amp off; last.pt, if there is one, holds the last "
+                       "saved step")
 
 
 # ---------------------------------------------------------------- the loop
@@ -210,8 +210,8 @@ def build_model(cfg, device, classes=None):
     if cfg.freeze_stage2:
         freeze_backbone(model.predictor)
     if model.selector is not None and min(model.selector.backbone.grid) < 3:
-        raise UsageError(f"stage 1 looks at {' x '.join(map(str, model.selector.backbone.grid))} patches, and its losses "
-                         "need 3 x 3 at least: take a larger --size or --selector-size")
+        raise UsageError(f"stage 1 looks at {' x '.join(map(str, model.selector.backbone.grid))} patches, and its "
+                         "losses need 3 x 3 at least: take a larger --size or --selector-size")
     model.to(device)
     if cfg.compile:
         compile_stages(model)
