@@ -318,13 +318,14 @@ def claim(cfg):
     write_json(folder / "config.json", asdict(cfg))
 
 
-def save(path, rank, cfg, step, best, parts, images=None):
+def save(path, rank, cfg, step, best, parts, images=None, epoch=None):
     """Rank 0 writes a checkpoint, whole or not at all; RunError if anything in it is not finite.
 
     parts: {name: what has a state_dict, or None}. images: which images the run is trained on, to compare on --resume.
+    epoch: how many epochs were done.
     """
     if rank == 0:
-        state = dict(config=plain(asdict(cfg)), step=step, best=best, images=images,
+        state = dict(config=plain(asdict(cfg)), step=step, epoch=epoch, best=best, images=images,
                      **{name: part.state_dict() for name, part in parts.items() if part is not None})
         tensors = [*state["model"].items(), *state.get("ema", {}).items()]
         if bad := [name for name, x in tensors if not x.isfinite().all()]:

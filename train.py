@@ -392,7 +392,7 @@ def loop(cfg, trainer, samples, val, log, start, best, images):
     plan = Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world)
     batches = torch.utils.data.DataLoader(samples, batch_sampler=plan, num_workers=cfg.workers,
                                           worker_init_fn=leave_signals, pin_memory=device.type == "cuda")
-    keep = lambda name: save(folder / name, rank, cfg, done, best, trainer.parts, images)
+    keep = lambda name: save(folder / name, rank, cfg, done, best, trainer.parts, images, done / per_epoch)
     trainer.model.train()
     with signals() as noted:
         for step, batch in enumerate(progress(batches, cfg.method, every=math.inf), start):
