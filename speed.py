@@ -87,22 +87,26 @@ def clock(device):
 
 
 def in_turn(calls, batch, rounds, device):
-    """Time calls {name: function} of a batch each, all in every round, one after the other, after one to warm up.
+    """Time calls {name: function} of a batch, all of them in every round, one after the other, after one to warm up.
 
-    -> {name: {...}}: medians, and medians of ratios to the first call, which is the dense one.
+    -> {name: {...}}: medians over rounds; ratios within a round are to the first call, the dense one.
     """
-    now, seconds = clock(device)[1], {name: np.empty((2, rounds)) for name in calls}
+    _, by_clock = clock(device)
+    now = lambda: np.array([by_clock(), time.process_time()])                    # and by the processors of all threads
+    seconds = {name: np.empty((2, rounds)) for name in calls}
     for call in calls.values():
         call()
     for i in progress(range(rounds), "rounds"):
         for name, call in calls.items():
-            start = np.array([now(), time.process_time()])       # the other: of the processors of all threads
+            start = now()
             call()
-            seconds[name][:, i] = np.array([now(), time.process_time()]) - start
-    ratios = {name: np.median(own / next(iter(seconds.values())), 1).tolist() for name, own in seconds.items()}
-    medians = {name: np.median(own[0]).item() for name, own in seconds.items()}
-    return {name: {"seconds": medians[name], "images_per_second": batch / medians[name], "relative_to_dense": wall,
-                   "relative_processor_time": processor} for name, (wall, processor) in ratios.items()}
+            seconds[name][:, i] = now() - start
+    dense, rows = next(iter(seconds.values())), {}
+    for name, own in seconds.items():
+        middle, (of_dense, of_processor) = np.median(own[0]).item(), np.median(own / dense, axis=1).tolist()
+        rows[name] = {"seconds": middle, "images_per_second": batch / middle, "relative_to_dense": of_dense,
+                      "relative_processor_time": of_processor}
+    return rows
 
 
 def shares_of_time(groups, call, device):
@@ -124,17 +128,18 @@ def shares_of_time(groups, call, device):
 
 
 def peak_memory(call, device):
-    """Bytes that a call needs at once beyond what is held before it, as torch counts them; None where it does not.
+    """Make a call -> bytes that it needs at once beyond what is held before it; None where torch does not count them.
 
     CUDA: max_memory_allocated. CPU: every allocation of torch's allocator as torch.profiler records it.
     """
-    gc.collect()                                         # what is freed meanwhile would count as less
+    gc.collect()                                         # older garbage, freed meanwhile, would hide what is new
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
     if device.type != "cpu":
+        call()
         return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
@@ -172,9 +177,9 @@ def measure(model, images, truth=None, rounds=5):
     one = partial(model, images[:1], truth if truth is None else truth[:1])
     rows = in_turn({"dense": dense, "model": whole, "one image": one}, B, rounds, device)
     blocks = [block for stage in stages for block in stage.backbone.blocks]
-    share = shares_of_time({"stage1": stages[:1] if model.selector else [], "attention": [b.attn for b in blocks],
-                            "feed_forward": [b.mlp for b in blocks], "whole": [model]},
-                           lambda: [whole() for _ in range(rounds)], device)
+    groups = {"stage1": stages[:1] if model.selector else [], "attention": [block.attn for block in blocks],
+              "feed_forward": [block.mlp for block in blocks], "whole": [model]}
+    share = shares_of_time(groups, lambda: [whole() for _ in range(rounds)], device)
     gflops = {"dense": operations(stages[-1].backbone, images[:1]) / 1e9}
     if model.selector:
         gflops["stage1"] = operations(model.selector, images[:1]) / 1e9
@@ -264,15 +269,10 @@ STEPS = {  # what grows: the setting, its values, and what is fixed meanwhile
     "batch": ("batch", (1, 2, 4, 8, 16), {})}
 
 
-def exponent(x, y):
-    """Slope of a straight line through (log x, log y), by least squares."""
-    return np.polyfit(np.log(x), np.log(y), 1)[0].item()
-
-
 def costs(cfg, device, **changes):
-    """Tokens of an image, and what prediction, and forward and backward of both stages ("training"), cost, 20 % kept.
+    """What prediction, and forward and backward of both stages ("training"), cost, 20 % kept.
 
-    -> tokens, {"prediction": {"seconds", "bytes"}, "training": ...}
+    -> tokens of an image, {"prediction": {"seconds", "bytes"}, "training": ...}
     """
     model, images = make(cfg, device, **changes)
     keep = forced(0.2, 0.2, len(images), math.prod(model.grid)).to(device)
@@ -283,30 +283,30 @@ def costs(cfg, device, **changes):
     calls = {"prediction": torch.no_grad()(partial(model, images, keep)), "training": step}
     with autocast(cfg, device):
         rows = in_turn(calls, len(images), cfg.rounds, device)
-        found = {name: {"seconds": rows[name]["seconds"], "bytes": peak_memory(calls[name], device)} for name in calls}
-    return model.predictor.backbone.prefix + math.prod(model.grid), found
+        return model.predictor.backbone.prefix + keep.shape[1], {
+            what: {"seconds": rows[what]["seconds"], "bytes": peak_memory(calls[what], device)} for what in calls}
 
 
 def growth(cfg, device):
-    """Costs against tokens, K and batch, and the power of it that each grows with; draws them beside cfg.out.
+    """Costs against tokens, K and batch, and the power of it that each grows with, a straight line through logarithms.
 
     -> {"tokens": {"x": [...], "prediction": {"seconds": [...], "bytes": [...]}, "training": ..., "exponents": ...}}
     """
-    growths = {}
+    curves = {}
     for name, (setting, values, fixed) in STEPS.items():
         tokens, found = zip(*(costs(cfg, device, **{**fixed, setting: value}) for value in values))
-        x, powers = tokens if name == "tokens" else values, {}
-        growths[name] = {"x": list(x), "exponents": powers}
-        for what in found[0]:
-            curves = {unit: [cost[what][unit] for cost in found] for unit in ("seconds", "bytes")}
-            powers[what] = {unit: exponent(x, y) for unit, y in curves.items() if None not in y}
-            growths[name][what] = curves
+        x = list(tokens if name == "tokens" else values)
+        curves[name] = {"x": x, "exponents": {}}
+        for what in ("prediction", "training"):
+            of = {unit: [cost[what][unit] for cost in found] for unit in ("seconds", "bytes")}
+            powers = {unit: np.polyfit(np.log(x), np.log(y), 1)[0].item() for unit, y in of.items() if None not in y}
+            curves[name][what], curves[name]["exponents"][what] = of, powers
             print(f"  {what} grows with {name} to the power of "
-                  + ", ".join(f"{power:.2f} ({unit})" for unit, power in powers[what].items()))
-    if cfg.out:
+                  + ", ".join(f"{power:z.2f} ({unit})" for unit, power in powers.items()))
+    if cfg.out:                                          # the figure lies beside it
         from measure import figures                      # here: the rest needs no matplotlib
-        figures.growth(growths, Path(cfg.out).with_suffix(".png"))
-    return growths
+        figures.growth(curves, Path(cfg.out).with_suffix(".png"))
+    return curves
 
 
 # ---------------------------------------------------------------- a training step
@@ -341,14 +341,19 @@ def make_step(cfg, device, variant):
 
 
 def training(cfg, device):
-    """Training steps beside that of one dense ViT -> {variant: {...}}. Peak memory is that of training as a whole:
-    weights, state of the optimizer, gradients, and what a step computes."""
-    def two_steps(variant):                              # the state of the optimizer is there from the second on
-        step = make_step(cfg, device, variant)
-        step(), step()
-    peak = {name: peak_memory(partial(two_steps, name), device) for name in VARIANTS}
-    rows = in_turn({name: make_step(cfg, device, name) for name in VARIANTS}, cfg.batch, cfg.rounds, device)
-    return {name: {**row, "peak_bytes": peak[name]} for name, row in rows.items()}
+    """Training steps beside that of one dense ViT -> {variant: {...}}.
+
+    Peak memory is all that training needs: weights, gradients, state of the optimizer, and what a step computes.
+    """
+    steps = {}
+
+    def begin(variant):
+        steps[variant] = make_step(cfg, device, variant)
+        steps[variant]()
+        steps[variant]()                                 # the state of the optimizer is there from the second on
+    peak = {variant: peak_memory(partial(begin, variant), device) for variant in VARIANTS}
+    rows = in_turn(steps, cfg.batch, cfg.rounds, device)
+    return {variant: {**row, "peak_bytes": peak[variant]} for variant, row in rows.items()}
 
 
 # ---------------------------------------------------------------- reading images
@@ -379,8 +384,8 @@ MODES = {  # what measures, the settings that it has no use for, and its own def
     "training": (training, (), dict(batch=4, rounds=10)),
     "reading": (reading, (*SHARED, "keep", "device"), dict(rounds=2, device="cpu"))}
 COLUMNS = {  # of the table: title, unit, digits
-    "seconds": ("ms", 1e-3, 1), "images_per_second": ("images/s", 1, 1), "relative_to_dense": ("of dense", 1, 3),
-    "relative_processor_time": ("processor time", 1, 3), "gflops": ("GFLOPs/image", 1, 2),
+    "seconds": ("    ms", 1e-3, 1), "images_per_second": ("images/s", 1, 1), "relative_to_dense": ("of dense", 1, 3),
+    "relative_processor_time": ("of its processor time", 1, 3), "gflops": ("GFLOPs/image", 1, 2),
     "relative_operations": ("of dense", 1, 3), "peak_bytes": ("peak MB", 1e6, 1)}
 
 
@@ -406,26 +411,28 @@ def preset(typed, earlier=None):
 def table(rows):
     """{name: {column: number or None}} -> lines of text."""
     columns = {key: column for key, column in COLUMNS.items() if key in next(iter(rows.values()))}
-    yield "  " + " " * 44 + "".join(f"{title:>16}" for title, _, _ in columns.values())
-    for name, row in rows.items():
-        yield f"  {name:<44}" + "".join(f"{'-' if row[key] is None else f'{row[key] / unit:.{digits}f}':>16}"
-                                        for key, (_, unit, digits) in columns.items())
+    text = lambda x, unit, digits: "-" if x is None else f"{x / unit:.{digits}f}"
+    return [" " * 46 + "".join(f"{title:>{len(title) + 3}}" for title, *_ in columns.values())] + [
+        f"  {name:<44}" + "".join(f"{text(row[key], *how):>{len(title) + 3}}" for key, (title, *how) in columns.items())
+        for name, row in rows.items()]
 
 
 def main(argv=None):
     cfg = parse(Config, __doc__, argv, preset)
     device, mode = pick_device(cfg.device), mode_of(vars(cfg))
     run, unused, _ = MODES[mode]
-    if mode == "reading":
+    if cfg.reading:
         torch.set_num_threads(1)                         # one core
+    if cfg.out:                                          # before minutes are spent
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     head = {"command": vars(cfg), **machine(device)}
     print(f"{mode}: {head['device']}, {head['threads']} threads, torch {torch.__version__}; {head['clock']}\n  "
           + ", ".join(f"{name} {x}" for name, x in vars(cfg).items() if name not in (*MODES, *unused) and x != ""))
     found = run(cfg, device)
-    if mode != "scale":
+    if not cfg.scale:
         print(*table(found), sep="\n")
     if cfg.out:
-        write_json(Path(cfg.out), {**head, "growth" if mode == "scale" else "rows": found})
+        write_json(Path(cfg.out), {**head, "growth" if cfg.scale else "rows": found})
         print(f"  wrote {cfg.out}")
 
 
