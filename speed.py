@@ -38,7 +38,7 @@ from benchmarks.transforms import FINE_GRAINED, PHOTOGRAPHS
 from predict import given_mask
 from runs import Config as RunConfig
 from runs import pick_device
-from settings import UsageError, flag, opt, parse, progress, run_script, write_json
+from settings import UsageError, flag, may_write, opt, parse, progress, run_script, write_json
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")          # else the profiler prints a line whenever it starts or stops
 
@@ -64,6 +64,7 @@ class Config:
     amp: str = opt("off", "autocast, as in train.py", choices=("auto", "bf16", "fp16", "off"))
     compile: bool = opt(False, "torch.compile the dense ViT and both stages")
     out: str = opt("", "file for the numbers, JSON; of --scale docs/scale.json, with the figure beside it")
+    force: bool = opt(False, "replace a file that this script did not write")
 
 
 # ---------------------------------------------------------------- operations, time, memory
@@ -425,6 +426,7 @@ def main(argv=None):
         torch.set_num_threads(1)                         # one core
     if cfg.out:                                          # before minutes are spent
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+        may_write(cfg.out, lambda path: {"command", "clock"} <= json.loads(path.read_text()).keys(), cfg.force)
     head = {"command": vars(cfg), **machine(device)}
     print(f"{mode}: {head['device']}, {head['threads']} threads, torch {torch.__version__}; {head['clock']}\n  "
           + ", ".join(f"{name} {x}" for name, x in vars(cfg).items() if name not in (*MODES, *unused) and x != ""))
