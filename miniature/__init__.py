@@ -35,15 +35,16 @@ def render(name, root=None, workers=None, **knobs):
     benchmark = configure(name, knobs)
     content = json.dumps([DRAWING_VERSION, asdict(benchmark)], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:10]
-    final = Path(root or CACHE) / f"{getattr(benchmark, 'FOLDER', name)}-{digest}"
+    final = Path(root or CACHE) / f"{benchmark.FOLDER or name}-{digest}"
     if final.is_dir():
         return final
     temporary = final.with_name(f".{final.name}.{os.getpid()}@{platform.node()}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(final.parent)
-        benchmark.prepare(temporary)
         rows = benchmark.rows()
+        for folder in benchmark.folders(rows):
+            (temporary / folder).mkdir(parents=True)
         write = partial(benchmark.write, root=temporary)
         benchmark.finish(temporary, rows, list(in_parallel(write, rows, f"rendering {name}", workers)))
         if not final.is_dir():
