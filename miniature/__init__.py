@@ -73,10 +73,8 @@ def remove_stale(root):
     """Delete what killed processes of this machine left half written, one that had our number included."""
     for folder in root.iterdir():
         match = re.fullmatch(r"\..+\.(\d+)@(.+)", folder.name)
-        if match and match[2] == platform.node():
-            pid = int(match[1])
-            if pid == os.getpid() or not alive(pid):
-                shutil.rmtree(folder, ignore_errors=True)
+        if match and match[2] == platform.node() and (int(match[1]) == os.getpid() or not alive(int(match[1]))):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def alive(pid):

@@ -98,8 +98,8 @@ class Waterbirds(with_knobs(
         bird=(.19, .24), cue=1.0, coat=COAT, hue_noise=.03, seed=0)):
     """Landbirds and waterbirds, with things of land or water around them.
 
-    The defaults pose the benchmark's problem to a small network; they were chosen on validation (README, The
-    miniature). Validation and test set are balanced over the four groups.
+    The defaults pose the benchmark's problem to a small network; they were chosen on validation
+    (docs/miniature.md). Validation and test set are balanced over the four groups.
     """
     SPLITS, EVEN = ("train", "val", "test"), ("val", "test")
     CLASSES, PLACES = ("001.Landbird", "002.Waterbird"), PLACE_KINDS

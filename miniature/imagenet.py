@@ -118,9 +118,9 @@ class ImageNet9(with_knobs(Groups9, **KNOBS9, test=450)):
         image, mask = scene.image, scene.mask >= .5
         black, box = np.uint8(0), np.zeros_like(mask)
         box[box_of(mask)] = True
-        over = lambda where, ground: np.where(where[..., None], image, ground)          # the image there, ground elsewhere
-        pictures = {"original": image, "only_fg": over(mask, black), "no_fg": over(~mask, black), "only_bg_b": over(~box, black),
-                    "only_bg_t": without(image, mask)}
+        over = lambda where, ground: np.where(where[..., None], image, ground)      # the image there, else the ground
+        pictures = {"original": image, "only_fg": over(mask, black), "no_fg": over(~mask, black),
+                    "only_bg_b": over(~box, black), "only_bg_t": without(image, mask)}
         named = {name: (row.file, picture) for name, picture in pictures.items()}
         rng, group = np.random.default_rng([self.seed, self.USE + 1, row.index]), self.group(row)
         for name, wanted in zip(MIXED, (group, rng.integers(9), (group + 1) % 9)):

@@ -1,4 +1,4 @@
-"""metashift.py: a miniature MetaShift, in the layout that benchmarks/metashift.py reads. Floor: data; read scenes.py first."""
+"""metashift.py: a miniature MetaShift, as benchmarks/metashift.py reads it. Floor: data; read scenes.py first."""
 import numpy as np
 
 from miniature.objects import scatter

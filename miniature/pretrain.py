@@ -65,17 +65,13 @@ class Config:
 
 
 # ---------------------------------------------------------------- views
-def uniform(count, low, high):
-    return torch.empty(count).uniform_(low, high)
-
-
 def draw_view(B, view, near=None):
     """View -> scene, both in [-1, 1]: affine maps (B, 2, 3), centres (B, 2); near: rather around these centres."""
-    half = (view / 96 * uniform(B, -.3, .3).exp()).clamp(max=1)
-    aim = torch.stack([uniform(B, -1, 1), uniform(B, -1, 1)], 1)
+    half = (view / 96 * torch.empty(B).uniform_(-.3, .3).exp()).clamp(max=1)
+    aim = torch.empty(B, 2).uniform_(-1, 1)
     centre = aim * (1 - half)[:, None] if near is None else near + .5 * aim
     centre = torch.minimum(torch.maximum(centre, (half - 1)[:, None]), (1 - half)[:, None])
-    angle = uniform(B, -180, 180).deg2rad()
+    angle = torch.empty(B).uniform_(-math.pi, math.pi)
     mirror, over = (torch.randint(2, (B,)) * 2. - 1 for _ in range(2))
     c, s = half * angle.cos(), half * angle.sin()
     linear = torch.stack([torch.stack([c * mirror, -s * over], 1), torch.stack([s * mirror, c * over], 1)], 1)
@@ -350,9 +346,11 @@ def write_backbone(folder, vit, cfg, seconds, found):
     """mini.pt, the weights in half precision, and mini.json: how they were made, and what they measure."""
     weights = {name: x.detach().cpu().half() for name, x in vit.state_dict().items()}
     write_whole(folder / "mini.pt", lambda temporary: torch.save(weights, temporary))
-    machine = f"{os.cpu_count()} x {platform.machine()}, {torch.get_num_threads()} threads, {pick_device(cfg.device).type}"
-    write_json(folder / "mini.json", {"command": " ".join(["python", *sys.argv]), "seed": cfg.seed, "machine": machine,
-                                      "seconds": round(seconds), "torch": torch.__version__, **found})
+    device = vit.pos_embed.device.type
+    made = {"command": " ".join(["python", *sys.argv]), "seed": cfg.seed, "seconds": round(seconds),
+            "machine": f"{os.cpu_count()} x {platform.machine()}, {torch.get_num_threads()} threads, {device}",
+            "torch": torch.__version__, **found}
+    write_json(folder / "mini.json", made)
     print(f"wrote {folder / 'mini.pt'} and mini.json; to use it in all runs, copy both to miniature/")
 
 

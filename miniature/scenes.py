@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from miniature.objects import (BLACK, PLACE_KINDS, SCENERY, WHITE, Frame, Shape, bar, ellipse, hsv, paint, poly, scatter,
-                               shade)
+from miniature.objects import (BLACK, PLACE_KINDS, SCENERY, WHITE, Frame, Shape, bar, ellipse, hsv, paint, poly,
+                               scatter, shade)
 from settings import UsageError, check_bounds, flag, opt, progress, write_json
 
 SUPERSAMPLE = 2         # scenes are drawn twice as large and box-filtered: soft edges, soft masks
@@ -90,9 +90,7 @@ def cued(ranges, which, cue):
 
 def bird_look(rng, label, cue=1.0, hue_noise=.07):
     """A landbird (label 0) or waterbird (1). cue scales the difference: at 0 both are the midpoint."""
-    t = {}
-    for name, ranges in CUES.items():
-        t[name] = rng.uniform(*cued(ranges, label, cue))
+    t = {name: rng.uniform(*cued(ranges, label, cue)) for name, ranges in CUES.items()}
     head_skin = hsv(rng.normal(t.pop("head_hue"), hue_noise), rng.uniform(.5, .9), rng.uniform(.45, .95))
     bill = t.pop("bill_length"), t.pop("bill_base"), t.pop("bill_tip")
     return Look(body=(rng.uniform(1.04, 1.2), rng.uniform(.63, .71)), face="bill", bill=bill, tail="feather",
@@ -205,9 +203,7 @@ def mix(a, b, t):
 
 def pet_look(rng, label, cue, hue_noise=0.0):
     """A cat (label 0) or dog (1). cue scales the difference: at 0 both are the midpoint. hue_noise: of heads."""
-    t = {}
-    for name, ranges in PET_CUES.items():
-        t[name] = rng.uniform(*cued(ranges, label, cue))
+    t = {name: rng.uniform(*cued(ranges, label, cue)) for name, ranges in PET_CUES.items()}
     ear, muzzle, head_hue = t.pop("ear"), t.pop("muzzle"), t.pop("head_hue")
     reach = mix(.7, 1.05, muzzle)
     face = [("head_skin", 1.2, ellipse(reach, .28, mix(.3, .62, muzzle), mix(.3, .36, muzzle))),
@@ -290,11 +286,11 @@ def pretraining_scene(index, seed, size):
     return scene.image, (255 * scene.mask).astype(np.uint8)
 
 
-def pretraining_scenes(n, seed, size=96, workers=None):
+def pretraining_scenes(n, seed, size=96):
     """n scenes for self-supervision -> images (n, S, S, 3) uint8, masks (n, S, S) uint8, 255 = creature."""
     images, masks = np.empty((n, size, size, 3), np.uint8), np.empty((n, size, size), np.uint8)
     draw = partial(pretraining_scene, seed=seed, size=size)
-    for i, drawn in enumerate(in_parallel(draw, range(n), "pretraining scenes", workers)):
+    for i, drawn in enumerate(in_parallel(draw, range(n), "pretraining scenes")):
         images[i], masks[i] = drawn
     return images, masks
 
@@ -327,7 +323,7 @@ KNOBS = {           # knob: default -> field. A miniature says which it has, and
     "test": partial(opt, help="test examples, as many of each class", at_least=1),
     "size": partial(opt, help="side of a picture in pixels, a multiple of 8", at_least=32),
     "wnids": partial(opt, help="ImageNet classes in each of the nine groups", at_least=1, at_most=2),
-    "agreement": partial(share_of, help="share of each class's examples whose place agrees with it, in splits without balance"),
+    "agreement": partial(share_of, help="share of each class's examples whose place agrees, in splits without balance"),
     "things": partial(opt, help="fewest and most things that mark the place", at_least=0, at_most=25),
     "thing_radius": partial(opt, help="smallest and largest thing, as a share of the side", at_least=.01, at_most=.3),
     "bird": partial(body_size, help="smallest and largest bird: half a body, as a share of the side"),
@@ -393,7 +389,7 @@ class Miniature:
             for index in range(n):
                 label, rank = index % C, index // C
                 agrees = rank < round(rate * ((n + C - 1 - label) // C))            # times the size of this class
-                place = label if agrees else label + 1 + rank % (P - 1)             # the others: each other place in turn
+                place = label if agrees else label + 1 + rank % (P - 1)             # or each other place in turn
                 found.append((label, place % P, split, index))
         return found
 

@@ -138,7 +138,7 @@ class Siim(with_knobs(
         scene, fit = self.scene(row), enlarge if self.dicom else np.asarray
         image, mask, lungs = fit(scene.image), fit(scene.mask >= .5), fit(scene.lungs >= .5)
         save(lungs, root / f"segmentations/{row.file}.png")
-        return (self.write_dicom if self.dicom else self.write_prepared)(row, root / "siim", image, mask)
+        return (self.write_kaggle if self.dicom else self.write_prepared)(row, root / "siim", image, mask)
 
     def write_prepared(self, row, base, image, mask):
         half = "non_robust_test_set" if row.label == row.place else "robust_test_set"
@@ -147,7 +147,7 @@ class Siim(with_knobs(
         if row.label:
             save(mask, base / f"all_masks/{row.file}.png")
 
-    def write_dicom(self, row, base, image, mask):
+    def write_kaggle(self, row, base, image, mask):
         study, series = (row.file.replace(f"{UID}.4", f"{UID}.{level}") for level in (2, 3))
         folder = base / "dicom-images-train" / study / series
         folder.mkdir(parents=True)
