@@ -315,34 +315,32 @@ def follow_parent():
 
 
 # ---------------------------------------------------------------- what all miniatures share
-share_of = partial(opt, at_least=0, at_most=1)
-body_size = partial(opt, at_least=.05, at_most=.3)
-KNOBS = {           # knob: default -> field. A miniature says which it has, and their defaults.
-    "train": partial(opt, help="training examples, as many of each class", at_least=1),
-    "val": partial(opt, help="validation examples, as many of each class", at_least=1),
-    "test": partial(opt, help="test examples, as many of each class", at_least=1),
-    "size": partial(opt, help="side of a picture in pixels, a multiple of 8", at_least=32),
-    "wnids": partial(opt, help="ImageNet classes in each of the nine groups", at_least=1, at_most=2),
-    "agreement": partial(share_of, help="share of each class's examples whose place agrees, in splits without balance"),
-    "things": partial(opt, help="fewest and most things that mark the place", at_least=0, at_most=25),
-    "thing_radius": partial(opt, help="smallest and largest thing, as a share of the side", at_least=.01, at_most=.3),
-    "bird": partial(body_size, help="smallest and largest bird: half a body, as a share of the side"),
-    "pet": partial(body_size, help="smallest and largest animal: half a body, as a share of the side"),
-    "object": partial(opt, help="smallest and largest object: a third of its length, as a share of the side",
-                      at_least=.05, at_most=.25),
-    "depth": partial(opt, help="smallest and largest depth of a pneumothorax, as a share of the side",
-                     at_least=.02, at_most=.15),
-    "cue": partial(share_of, help="how much the classes differ in shape and colours; 0 = not at all"),
-    "coat": partial(share_of, help="strength of the fine grain that only the creature (object, lung) has"),
-    "hue_noise": partial(share_of, help="standard deviation of hues within a class; 1 = the full circle"),
-    "dicom": partial(opt, help="Kaggle's layout, which needs pydicom; else the prepared one"),
-    "seed": partial(opt, help="a scene depends on (seed, split, index) only", at_least=0)}
+SHARE, BODY = dict(at_least=0, at_most=1), dict(at_least=.05, at_most=.3)
+KNOBS = {           # all that settings.opt says of a knob but its default; a miniature says which knobs it has
+    "train": dict(help="training examples, as many of each class", at_least=1),
+    "val": dict(help="validation examples, as many of each class", at_least=1),
+    "test": dict(help="test examples, as many of each class", at_least=1),
+    "size": dict(help="side of a picture in pixels, a multiple of 8", at_least=32),
+    "wnids": dict(help="ImageNet classes in each of the nine groups", at_least=1, at_most=2),
+    "agreement": dict(SHARE, help="share of each class whose place (or tube) agrees, where it is not balanced"),
+    "things": dict(help="fewest and most things that mark the place", at_least=0, at_most=25),
+    "thing_radius": dict(help="smallest and largest thing, as a share of the side", at_least=.01, at_most=.3),
+    "bird": dict(BODY, help="smallest and largest bird: half a body, as a share of the side"),
+    "pet": dict(BODY, help="smallest and largest animal: half a body, as a share of the side"),
+    "object": dict(help="smallest and largest object: a third of its length, as a share of the side",
+                   at_least=.05, at_most=.25),
+    "depth": dict(help="least and greatest depth of a pneumothorax, as a share of the side", at_least=.02, at_most=.15),
+    "cue": dict(SHARE, help="how much the classes differ in shape and colours; 0 = not at all"),
+    "coat": dict(SHARE, help="strength of the fine grain that the creature (object, lung) has and nothing else has"),
+    "hue_noise": dict(SHARE, help="standard deviation of hues within a class; 1 = the full circle"),
+    "dicom": dict(help="Kaggle's layout, which needs pydicom; else the prepared one"),
+    "seed": dict(help="a scene depends on (seed, split, index) only", at_least=0)}
 
 
 def with_knobs(base, **defaults):
     """A frozen dataclass above base whose fields are these knobs, in this order."""
-    return make_dataclass(f"{base.__name__}Knobs", [(name, type(x), KNOBS[name](x)) for name, x in defaults.items()],
-                          bases=(base,), frozen=True)
+    knobs = [(name, type(default), opt(default, **KNOBS[name])) for name, default in defaults.items()]
+    return make_dataclass(f"{base.__name__}Knobs", knobs, bases=(base,), frozen=True)
 
 
 class Row(NamedTuple):

@@ -60,11 +60,11 @@ def chest(rng, size, pneumothorax, tube, depth, coat):
     rest = cover(lungs[side] + away, box(-.5, .25, .5, 1.2))                # no gap above the diaphragm
     mask = (cover(lungs[side]) * (1 - rest) * (1 - inside)) * bool(pneumothorax)
     line = (cover(lungs[side] + .75 * away) - rest).clip(0) * (mask > 0)
-    ribs = [_ribs(i, flip, stretch) for i in range(2)]
+    ribs = ribs_of(stretch[0], flip[0]) + ribs_of(stretch[1], flip[1])
     picture = 18 + 110 * cover(TORSO, blur=.015) + 60 * cover(box(-.12, -1.2, .12, 1.2), blur=.02) + 25 * cloud
     picture = picture + 40 * cover(poly((-1, .5), (1, .5), (1, 1.2), (-1, 1.2)), blur=.05)
     picture = picture * (1 - air) + (62 + 25 * cloud) * air + 45 * cover(heart, blur=.012) * (1 - air)
-    picture = picture + 34 * cover(*sum(ribs, []), blur=.004)
+    picture = picture + 34 * cover(*ribs, blur=.004)
     picture = picture + (air - mask).clip(0) * 255 * coat * grain - 30 * mask + 60 * line
     if tube:
         path = bend * flip[tube_side]
@@ -72,14 +72,13 @@ def chest(rng, size, pneumothorax, tube, depth, coat):
     return Chest((picture + noise).round().clip(0, 255).astype(np.uint8), mask, air)
 
 
-def _ribs(i, flip, stretch):
-    """Bows from the spine outwards and down, and a collar bone."""
-    shapes = []
-    for y in np.linspace(-.75, .45, 8):
-        x = np.linspace(-.08, -.84, 9)
-        bow = np.stack([x, y + .5 * (x + .35) ** 2 - .22 * (x + .1)], 1) * stretch[i] * flip[i]
-        shapes += [bar(a, b, .05) for a, b in zip(bow, bow[1:])]
-    return [*shapes, bar(np.array((-.1, -.6)) * flip[i], np.array((-.75, -.78)) * flip[i], .07)]
+def ribs_of(stretch, flip):
+    """Outlines of the ribs of one side, bows from the spine outwards and down, and of a collar bone."""
+    x = np.linspace(-.08, -.84, 9)
+    bows = [np.stack([x, y + .5 * (x + .35) ** 2 - .22 * (x + .1)], 1) * stretch * flip
+            for y in np.linspace(-.75, .45, 8)]
+    collar_bone = np.array([(-.1, -.6), (-.75, -.78)]) * flip
+    return [*(bar(a, b, .05) for bow in bows for a, b in zip(bow, bow[1:])), bar(*collar_bone, .07)]
 
 
 # ---------------------------------------------------------------- the folders

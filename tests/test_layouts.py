@@ -61,6 +61,15 @@ def test_a_killed_rendering_leaves_nothing_that_is_taken_for_whole(name, tmp_pat
     assert all(path.name.startswith(".") for path in tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name, folder", [
+    ("waterbirds", "waterbirds-859fe875d1"), ("cub", "cub-4ad6cd36c8"), ("waterbird200", "cub-4ad6cd36c8"),
+    ("metashift", "metashift-89e57c744c"), ("siim", "siim-6cdc017f26"), ("imagenet", "imagenet-6f901d62df"),
+    ("imagenet9", "imagenet9-d52ddfed21")])
+def test_a_miniature_that_was_drawn_by_an_earlier_version_is_not_drawn_again(name, folder, tmp_path):
+    (tmp_path / folder).mkdir()
+    assert miniature.render(name, tmp_path, **({"dicom": False} if name == "siim" else {})) == tmp_path / folder
+
+
 # ---------------------------------------------------------------- the birds
 def test_a_species_is_at_home_in_95_percent_and_parts_lie_inside_masks(folder):
     rows = miniature.Cub(train=1600, test=800).rows()
