@@ -1,7 +1,8 @@
 """miniature/: small look-alikes of the benchmarks, drawn in the benchmarks' own layout: `python -m miniature`.
 
-Floor: data. What miniature/metashift.py writes, benchmarks/metashift.py reads, and so for the others. The folder of a
-miniature appears when it is complete, and a seed draws the same bytes every time.
+Floor: data. What miniature/metashift.py writes, benchmarks/metashift.py reads, and so for the others: read that first.
+Here they are chosen by name and drawn into a cache. The folder of a miniature appears when it is complete, and a seed
+draws the same bytes every time. Then read objects.py, scenes.py and one of the miniatures.
 """
 import hashlib
 import json

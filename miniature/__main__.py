@@ -4,6 +4,7 @@
 
 renders a miniature Waterbirds under data/mini (10 to 20 seconds on two cores), prints its folder and group
 sizes, and draws some scenes to look at. Each benchmark has knobs of its own: --data NAME --help.
+Floor: data, as all of miniature/; read miniature/__init__.py first.
 """
 import argparse
 import inspect

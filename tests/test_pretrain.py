@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-import ifam
 from vit import build_vit
 from miniature import pretrain
 from benchmarks import transforms
