@@ -17,7 +17,6 @@ from baselines import FoundMask
 from benchmarks.samples import patch_keep
 from ifam import Predictor, discretize, masked_mean
 from measure.metrics import accuracies
-from settings import progress
 
 
 # ---------------------------------------------------------------- a classifier under test
