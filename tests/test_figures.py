@@ -7,13 +7,6 @@ from PIL import Image
 from measure import figures
 
 
-def test_wilsons_interval_solves_its_equation_and_never_leaves_0_to_1():
-    for share, n in ((0.0, 10), (0.3, 10), (0.97, 200), (1.0, 25)):
-        for end in figures.wilson(share, n):
-            assert -1e-12 <= end <= 1 + 1e-12
-            assert (end - share) ** 2 == pytest.approx(1.96 ** 2 * end * (1 - end) / n, abs=1e-12)
-
-
 def test_a_kind_of_mask_has_its_own_colour_wherever_its_name_occurs():
     colours = [figures.bar_style(f"{mask} (some model)")["color"] for mask in figures.MASKS]
     assert len(set(colours)) == len(figures.MASKS)
