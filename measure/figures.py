@@ -94,14 +94,9 @@ def framed(picture, left, top, side, colour, width):
 
 def outlined(picture, keep):
     """Picture (S, S, 3), three times as large, with a white line around the patches that keep (h, w) keeps."""
-    large, shown = picture.repeat(3, 0).repeat(3, 1), spread(keep > 0, 3 * len(picture))
-    edge = np.zeros_like(shown)
-    edge[1:] |= shown[1:] != shown[:-1]
-    edge[:, 1:] |= shown[:, 1:] != shown[:, :-1]
-    for thin in (edge, edge.T):                          # four pixels wide: a figure shows every second or so
-        thin[1:] |= thin[:-1].copy()
-        thin[:-2] |= thin[2:].copy()
-    large[edge] = 1
+    large, kept = picture.repeat(3, 0).repeat(3, 1), torch.from_numpy(spread(keep > 0, 3 * len(picture)))[None].float()
+    around = lambda x: torch.nn.functional.max_pool2d(x, 5, 1, 2)                        # two pixels on either side
+    large[(around(kept) != -around(-kept))[0].numpy()] = 1
     return large
 
 
@@ -130,13 +125,10 @@ def coarse(values, cell):
 
 def mosaic(tiles, columns, gap=0.04):
     """Square tiles (s, s, 3) of one size -> one picture, `columns` to a row, white between and after the last."""
-    side, rows = len(tiles[0]), -(-len(tiles) // columns)
-    step = side + max(1, round(gap * side))
-    canvas = np.ones((rows * step, columns * step, 3))
-    for i, tile in enumerate(tiles):
-        row, column = divmod(i, columns)
-        canvas[row * step:row * step + side, column * step:column * step + side] = tile
-    return canvas
+    space = max(1, round(gap * len(tiles[0])))
+    tiles = [np.pad(tile, ((0, space), (0, space), (0, 0)), constant_values=1) for tile in tiles]
+    tiles += [np.ones_like(tiles[0])] * (-len(tiles) % columns)
+    return np.concatenate([np.concatenate(tiles[i:i + columns], 1) for i in range(0, len(tiles), columns)])
 
 
 def neighbourhood(picture, patch, row, column, colour, around=2, least=160):
@@ -377,10 +369,12 @@ def bar_style(name):
     return dict(color=colour, hatch=hatch, edgecolor="white", linewidth=0)
 
 
-def chart(axis, legend=True, **settings):
-    """What all charts share: no frame at the top and right, a legend without one."""
+def chart(axis, legend=True, chance=None, **settings):
+    """What all charts share: no frame at the top and right, a dotted line at chance, a legend without a frame."""
     axis.set(**settings)
     axis.spines[["top", "right"]].set_visible(False)
+    if chance is not None:
+        axis.axhline(chance, color="black", lw=0.8, ls=":", label="chance")
     if legend and axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8, frameon=False, **(legend if isinstance(legend, dict) else {}))
 
@@ -398,12 +392,11 @@ def group_bars(groups, path=None, chance=None):
         low, high = np.transpose([wilson(found[g]["accuracy"], found[g]["n"]) for g in names])
         axis.bar(np.arange(len(names)) + (i - (len(groups) - 1) / 2) * width, share, width * 0.92, label=model,
                  yerr=np.maximum([share - low, high - share], 0), capsize=2, error_kw=dict(lw=1), **bar_style(model))
-    if chance is not None:
-        axis.axhline(chance, color="black", lw=0.8, ls=":")
     few = len(names) < 5
     axis.set_xticks(range(len(names)), [short(g) if few else short(g).replace("\n", "") for g in names], fontsize=9,
                     **({} if few else dict(rotation=20, ha="right")))
-    chart(axis, dict(ncols=len(groups), loc="lower center", bbox_to_anchor=(0.5, 1)), ylabel="accuracy", ylim=(0, 1.02))
+    above = dict(ncols=len(groups) + (chance is not None), loc="lower center", bbox_to_anchor=(0.5, 1))
+    chart(axis, above, chance, ylabel="accuracy", ylim=(0, 1.02))
     save(figure, path)
 
 
@@ -429,9 +422,7 @@ def curves(series, x, y, path=None, chance=None):
     figure, axis = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
     for (name, values), marker in zip(series.items(), "os^Dvx"):
         axis.plot(values, marker + "-", ms=5, color=bar_style(name)["color"], label=name)
-    if chance is not None:
-        axis.axhline(chance, color="black", lw=0.8, ls=":", label="chance")
-    chart(axis, xlabel=x, ylabel=y, xticks=range(max(map(len, series.values()))))
+    chart(axis, chance=chance, xlabel=x, ylabel=y, xticks=range(max(map(len, series.values()))))
     save(figure, path)
 
 
@@ -490,7 +481,8 @@ def part_sheet(model, samples, part, census, title, path=None, device="cpu", col
     k, patch, (h, w) = model.selector.k, model.selector.backbone.patch, model.selector.backbone.grid
     have = (census.count[:, part] > 0).nonzero()[:, 0]
     if not len(have):
-        return grid({"": [None]}, path=path, side=5, heading=f"{title}\nno patch of any image goes to this part")
+        return grid({"": [None] * columns}, path=path, side=0.9,
+                    heading=f"{title}\nno patch of any image goes to this part")
     strongest = have[census.closest[have, part].argsort(stable=True)][:4 * columns].tolist()
     seen = lambda images: [as_seen(model.selector, x, samples.normalisation) for x in images]
     tiles = [neighbourhood(picture, patch, *divmod(census.where[i, part].item(), w), part_colour(part))

@@ -194,8 +194,7 @@ def linear_probe(x, y, folds=5):
     if len(y) < 2 * folds:
         return None
     fold, right = torch.arange(len(y)) % folds, 0
-    for f in range(folds):
-        fit, test = fold != f, fold == f
+    for fit, test in ((fold != f, fold == f) for f in range(folds)):
         scores = linear_head(x[fit], y[fit], int(y.max()) + 1)(x[test])
         right += (scores.argmax(1) == y[test]).sum().item()
     return right / len(y)

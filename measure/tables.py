@@ -245,8 +245,8 @@ def markdown(data, split, images, rows):
         count = f"{some[0]}" + f" to {some[-1]}, by run: of more it is larger" * (len(some) > 1)
         lines += ["", f"repaint, logits: the largest change of an image, of {count}."]
     if "late" in titles:
-        lines += ["", "late, early: worst group (accuracy where there are none) of a linear head on frozen weights, the "
-                      "true mask acting after and before attention."]
+        lines += ["", "late, early: worst group (accuracy where there are none) of a linear head on frozen weights, "
+                      "the true mask acting after and before attention."]
     return "\n".join([f"**{data}, {split}, {images:,} images**", "", *lines, *(["", FOOTNOTE] if papers else [])])
 
 
