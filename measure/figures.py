@@ -177,6 +177,9 @@ def grid(rows, titles=(), path=None, side=1.6, parts=(), heading="", largest=1.0
     from 0, black, to `largest`, for all maps alike: ValueError for one with values outside.
     """
     cells = {name: [x if isinstance(x, tuple) else (x, "") for x in pictures] for name, pictures in rows.items()}
+    for x in (np.asarray(x) for line in cells.values() for x, _ in line if x is not None):
+        if x.ndim == 2 and not (x.min() >= -1e-4 and x.max() <= largest + 1e-4):
+            raise ValueError(f"a map from {x.min():.3g} to {x.max():.3g} does not fit 0 to {largest:g}: pass largest=")
     columns = max(map(len, cells.values()))
     lines = sum(max((text.count("\n") + bool(text) for _, text in line), default=0) for line in cells.values())
     extra = 0.17 * (lines + heading.count("\n") + bool(heading)) + 0.3 * bool(parts) + 0.3
@@ -187,10 +190,6 @@ def grid(rows, titles=(), path=None, side=1.6, parts=(), heading="", largest=1.0
     for line, (name, pictures) in zip(axes, cells.items()):
         for axis, (picture, text) in zip(line, pictures):
             if picture is not None:
-                picture = np.asarray(picture)
-                if picture.ndim == 2 and not (picture.min() >= -1e-4 and picture.max() <= largest + 1e-4):
-                    raise ValueError(f"a map from {picture.min():.3g} to {picture.max():.3g} cannot be drawn from 0 to "
-                                     f"{largest:g}: pass largest=")
                 axis.imshow(picture, interpolation="nearest", cmap="magma", vmin=0, vmax=largest)
             axis.set_xlabel(text, fontsize=8)
         line[0].set_ylabel(name, fontsize=9)

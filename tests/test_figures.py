@@ -82,7 +82,7 @@ def test_a_map_of_a_tenth_is_drawn_dark_whatever_else_is_in_the_picture(monkeypa
 def test_a_map_with_values_outside_the_scale_is_refused_unless_the_scale_is_named(values, monkeypatch):
     with pytest.raises(ValueError, match="pass largest="):
         figures.grid({"": [np.array(values)]})
-    figures.plt.close("all")
+    assert not figures.plt.get_fignums()
     drawn(monkeypatch, {"": [np.array([[0.0, 1.2]])]}, largest=1.2)
     drawn(monkeypatch, {"": [np.array([[0.0, 1 + 1e-6]])]})                               # rounding
 
