@@ -19,6 +19,7 @@ import torch
 
 import data
 import speed
+from benchmarks.files import is_our_picture
 from measure import figures
 from measure.leakage import Seen, measure_leakage, place_of_mask, stage1_classifier, stage2_classifier
 from measure.metrics import accuracies, ari, foreground_ious, keypoint_error, landmarks, nmi
@@ -274,7 +275,7 @@ def outputs(cfg, name, trained_on, with_parts):
     if not with_parts:
         return [report]
     picture = report.with_name(f"{report.stem}-parts.png" if cfg.out else f"parts{suffix}.png")
-    may_write(picture, figures.is_ours, cfg.force)
+    may_write(picture, is_our_picture, cfg.force)
     return [report, picture]
 
 

@@ -7,10 +7,21 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from settings import UsageError
 
 PHOTOS = (".jpeg", ".jpg", ".png")
+
+
+SIGNATURE = PngInfo()           # in every picture that this program draws
+SIGNATURE.add_text("Software", "iFAM")
+
+
+def is_our_picture(path):
+    """Did this program draw the picture at path? Earlier versions left matplotlib's name in it."""
+    with Image.open(path) as picture:
+        return str(picture.info.get("Software", "")).startswith(("iFAM", "Matplotlib"))
 
 
 class NotThere(UsageError):

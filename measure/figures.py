@@ -23,9 +23,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 import data
+from benchmarks.files import SIGNATURE
 from benchmarks.samples import patch_keep
 from ifam import refuse
 from measure.leakage import pixel_gradient, pixels, stage1_classifier, stage2_classifier
@@ -543,16 +543,6 @@ def removals(model, samples, before, steps, path=None, device="cpu", count=8):
 
 
 # ---------------------------------------------------------------- files
-SIGNED = PngInfo()
-SIGNED.add_text("Software", "iFAM")
-
-
-def is_ours(path):
-    """Did this program draw the picture at path? Earlier versions left matplotlib's name in it."""
-    with Image.open(path) as picture:
-        return str(picture.info.get("Software", "")).startswith(("iFAM", "Matplotlib"))
-
-
 def save(figure, path, grain=False):
     """Write a figure in the format of path's suffix, whole or not at all. path None: leave it open, for a notebook.
 
@@ -565,7 +555,7 @@ def save(figure, path, grain=False):
             if grain:
                 colours = shown.resize((shown.width // 3, shown.height // 3), Image.NEAREST).quantize(256, kmeans=1)
                 shown = shown.quantize(palette=colours, dither=Image.Dither.NONE)
-            shown.save(temporary, "PNG", pnginfo=SIGNED)
+            shown.save(temporary, "PNG", pnginfo=SIGNATURE)
     if path is not None:
         path = Path(path)
         write_whole(path, write)

@@ -189,9 +189,12 @@ def linear_head(x, y, classes, penalty=0.1):
     return lambda other: (other.double() - mean) / std @ w + centre
 
 
+FEW = 10                   # fewer images fit no linear classifier
+
+
 def linear_probe(x, y, folds=5):
-    """Cross-validated accuracy of linear_head at reading y (n,) from x (n, d); None if n < 10: too few."""
-    if len(y) < 2 * folds:
+    """Cross-validated accuracy of linear_head at reading y (n,) from x (n, d); None for fewer than FEW."""
+    if len(y) < FEW:
         return None
     fold, right = torch.arange(len(y)) % folds, 0
     for fit, test in ((fold != f, fold == f) for f in range(folds)):
@@ -341,7 +344,7 @@ def place_of_mask(model, train, samples, device="cpu", batch=32, workers=0):
     the place of the mask moves. Worst-group accuracy where the benchmark has places, else accuracy. The weights
     are those that never trained under a mask: stage 1's where there is one.
     """
-    if train.masks is None or samples.masks is None or samples.masks_tell:
+    if train.masks is None or samples.masks is None or samples.masks_tell or len(train) < FEW:
         return None
     how = (device, batch, workers, *([model.selector.shrink] if model.selector else []))
     fit, test = (pool_by_place((model.selector or model.predictor).backbone, s, *how) for s in (train, samples))
