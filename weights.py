@@ -4,9 +4,10 @@
     load_backbone(vit, read_file("model.safetensors", "weights"))        # official, timm or Hugging Face
     names, sizes = rename_published(find_published(read_file("snapshot_best.pt", "a snapshot")))
 
-Floor: the ground. Our names are those of the official DINOv2 files. A file of another family is renamed by the small table of its family
-and must then fit exactly: what is missing, unexpected or of another shape is an error that names it. Letters: ifam.py.
+Floor: the ground. Our names are those of the official DINOv2 files. A file of another family is renamed by the small
+table of its family and must then fit exactly: what does not is an error that names it. Letters: ifam.py.
 """
+import functools
 import math
 import re
 from pathlib import Path
@@ -68,11 +69,6 @@ def fetch(url, cached):
     return read_file(cached, f"the file at {url}")
 
 
-def dinov2_url(arch, registers=4):
-    """Where the official weights of a named size are: dinov2_url("b") -> ".../dinov2_vitb14_reg4_pretrain.pth"."""
-    return DINOV2_URL.format(name=f"dinov2_vit{arch}14", registers="_reg4" if registers else "")
-
-
 # ---------------------------------------------------------------- a pretrained backbone
 def load_pretrained(model, name, arch, registers=4, selector_arch=""):
     """Start every backbone of a model from pretrained weights: all from the same, but for a stage 1 of its own size.
@@ -82,14 +78,13 @@ def load_pretrained(model, name, arch, registers=4, selector_arch=""):
     """
     if name == "none":
         return
-    states = {}
+    read = functools.cache(lambda size: read_weights(name, size, registers))
     for stage, whole in ((model.selector, selector_arch or arch), (model.predictor, arch)):
         if stage is not None:
             size, _, blocks = whole.partition("/")
-            if size not in states:
-                states[size] = read_weights(name, size, registers)
+            state = read(size)
             try:
-                load_backbone(stage.backbone, states[size], int(blocks) if blocks else None)
+                load_backbone(stage.backbone, state, int(blocks) if blocks else None)
             except ValueError as error:
                 raise UsageError(f"--weights {name} with --arch {whole}: {error}") from None
 
@@ -102,8 +97,8 @@ def read_weights(name, arch, registers):
             raise UsageError("--weights dinov2 has no mini architecture: choose another --arch, or --weights none")
         if registers not in (0, 4):
             raise UsageError(f"--weights dinov2 has 4 registers or none: --registers {registers} fits neither")
-        url = dinov2_url(arch, registers)
-        state = fetch(url, cache / url.rsplit("/", 1)[1])
+        url = DINOV2_URL.format(name=f"dinov2_vit{arch}14", registers="_reg4" if registers else "")
+        state = fetch(url, cache / Path(url).name)
     elif name == "rad-dino":
         if arch != "b" or registers:
             raise UsageError("--weights rad-dino is a ViT-B without registers: add --arch b --registers 0")
@@ -131,8 +126,7 @@ def load_backbone(vit, state_dict, blocks=None):
     except KeyError as error:
         raise ValueError(f"weights do not fit the model: missing {error.args[0]}") from None
     if blocks is not None:
-        of_block = lambda name: int(name.split(".")[1]) if name.startswith("blocks.") else -1
-        state = {name: x for name, x in state.items() if of_block(name) < blocks}
+        state = {name: x for name, x in state.items() if block_of(name) < blocks}
     if "pos_embed" in state and state["pos_embed"].shape[1] != vit.pos_embed.shape[1]:
         state["pos_embed"] = resample_positions(state["pos_embed"], vit.grid, *how_resampled(state_dict))
     load_strictly(vit, state)
@@ -173,8 +167,8 @@ def load_strictly(module, state_dict):
     own = module.state_dict()
     odd = [f"missing {name}" for name in own if name not in state_dict]
     odd += [f"unexpected {name}" for name in state_dict if name not in own]
-    odd += [f"{name} is {tuple(state_dict[name].shape)}, the model has {tuple(own[name].shape)}"
-            for name in own if name in state_dict and state_dict[name].shape != own[name].shape]
+    odd += [f"{name} is {tuple(x.shape)}, the model has {tuple(own[name].shape)}"
+            for name, x in state_dict.items() if name in own and x.shape != own[name].shape]
     if odd:
         more = f" (and {len(odd) - 3} more)" if odd[3:] else ""
         raise ValueError(f"weights do not fit the model: {'; '.join(odd[:3])}{more}")
@@ -211,6 +205,11 @@ def is_hugging_face(state_dict):
     return any(name.startswith(("embeddings.", "encoder.layer.")) for name in state_dict)
 
 
+def block_of(name):
+    """"blocks.3.norm1.bias" -> 3; -1 for what is in no block."""
+    return int(name.split(".")[1]) if name.startswith("blocks.") else -1
+
+
 def rename(state, table):
     """Apply every (old, new) of a table to every name."""
     for old, new in table:
@@ -230,7 +229,7 @@ def official_names(state_dict):
         for qkv in {apart.sub(".attn.qkv.", name) for name in state if apart.search(name)}:
             state[qkv] = torch.cat([state.pop(qkv.replace(".qkv.", f".{one}.")) for one in ("query", "key", "value")])
     if "reg_token" in state:
-        # timm's register models keep no position for the class token: it is already added to the token
+        # timm's register models have added the class token's position to the token
         state["register_tokens"], state["pos_embed"] = state.pop("reg_token"), F.pad(state["pos_embed"], (0, 0, 1, 0))
     first, second = (state.get(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2))
     if first is not None and second is not None and len(first) != second.shape[1]:
@@ -241,10 +240,7 @@ def official_names(state_dict):
 
 # ---------------------------------------------------------------- snapshots of the published two-stage code
 def find_published(content):
-    """The state dict of a two-stage model in what a snapshot file holds: the content itself or one of its entries.
-
-    None if there is none.
-    """
+    """The state dict of a two-stage model in a snapshot's content: it itself, or one of its entries, or None."""
     entries = [content, *content.values()] if isinstance(content, dict) else []
     is_one = lambda x: isinstance(x, dict) and any(str(name).startswith(("stage_1.", "stage_2.")) for name in x)
     return next(filter(is_one, entries), None)
@@ -257,19 +253,19 @@ def rename_published(state_dict, heads=None):
     they do not tell: heads (default: 64 channels each, as in all DINOv2 sizes) and the shape of the patch grid
     (size: images whose grid is nearest to square). ValueError for a tensor that is missing.
     """
-    state, vits = {}, {"selector.backbone.": {}, "predictor.backbone.": {}}
+    state = {}
     for name, tensor in state_dict.items():
         old, new = next((pair for pair in PUBLISHED if name.startswith(pair[0])), ("", ""))
-        vits.get(new, state)[("" if new in vits else new) + name[len(old):]] = tensor
-    vits["predictor.backbone."].pop("prefix_attn_mask", None)                    # a buffer of ones
+        state[new + name[len(old):]] = tensor
+    state.pop("predictor.backbone.prefix_attn_mask", None)                       # a buffer of ones
     try:
-        for stage, vit in vits.items():
-            vits[stage] = official_names(vit)
-            state |= {stage + name: tensor for name, tensor in vits[stage].items()}
+        for stage in ("predictor.backbone.", "selector.backbone."):
+            vit = official_names({name[len(stage):]: state.pop(name) for name in [*state] if name.startswith(stage)})
+            state |= {stage + name: tensor for name, tensor in vit.items()}
         state["selector.prototypes"] = state["selector.prototypes"].flatten(1)   # a 1x1 convolution there
         for name in ("selector.modulation.weight", "selector.modulation.bias"):
             state[name] = state[name].mT                                         # (D, K+1) there
-        arch, size = describe(vits["selector.backbone."], heads)
+        arch, size = describe(vit, heads)                                        # both stages are alike
         classes, k = len(state["predictor.head.weight"]), len(state["selector.prototypes"]) - 1
     except KeyError as error:
         raise ValueError(f"not a snapshot of the published two-stage code: missing {error.args[0]}") from None
@@ -285,7 +281,6 @@ def describe(vit, heads):
     rows = next(n for n in range(math.isqrt(patches), 0, -1) if patches % n == 0)
     ffn, last = ("swiglu", "w3") if "blocks.0.mlp.w12.weight" in vit else ("mlp", "fc2")
     hidden = vit[f"blocks.0.mlp.{last}.weight"].shape[1]
-    depth = 1 + max(int(name.split(".")[1]) for name in vit if name.startswith("blocks."))
-    arch = dict(patch=patch, width=width, depth=depth, heads=heads or width // 64, ffn=ffn, hidden=hidden,
-                registers=vit["register_tokens"].shape[1] if "register_tokens" in vit else 0)
+    arch = dict(patch=patch, width=width, depth=1 + max(map(block_of, vit)), heads=heads or width // 64, ffn=ffn,
+                hidden=hidden, registers=vit["register_tokens"].shape[1] if "register_tokens" in vit else 0)
     return arch, (rows * patch, patches // rows * patch)
