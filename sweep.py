@@ -46,16 +46,12 @@ SETS = {        # {name of a set: {name of a run: flags of train.py}}
         "ifam": METHODS["ifam"],
         "pdiscoformer": METHODS["pdiscoformer"],         # no second stage
         "soft": ["--hardness", "soft"],
-        "no-shaping": ["--no-shaping"],
-        "no-stage1-class": ["--no-stage1-class"],
-        "freeze-stage2": ["--freeze-stage2"],
-        "no-joint": ["--no-joint"],
+        **{name: [f"--{name}"] for name in ("no-shaping", "no-stage1-class", "freeze-stage2", "no-joint")},
         "frozen-tokens": ["--no-train-tokens"],
         "mean": ["--pooling", "mean"],                   # what the late mask is compared with
         "late": ["--masking", "late", "--pooling", "mean"],
         **{f"k{k}": ["--k", str(k)] for k in (1, 2, 4, 8, 16)},
-        "no-part-dropout1": ["--part-dropout1", "0"],
-        "no-part-dropout2": ["--part-dropout2", "0"]},
+        **{f"no-{name}": [f"--{name}", "0"] for name in ("part-dropout1", "part-dropout2")}},
     "losses": {                                          # stage 1 alone, because that is where parts come from
         "pdiscoformer": METHODS["pdiscoformer"],
         **{f"without-{loss}": [*METHODS["pdiscoformer"], f"--weight-{loss}", "0"] for loss in
@@ -71,13 +67,11 @@ SETS = {        # {name of a set: {name of a run: flags of train.py}}
 def choose(names):
     """Names of sets or of single runs -> {name of a run: flags}. UsageError for a name that is neither."""
     single = {name: flags for runs in SETS.values() for name, flags in runs.items()}
-    chosen = {}
-    for name in names:
-        if name not in SETS and name not in single:
-            raise UsageError(f"no set or run is called {name!r}{nearest(name, [*SETS, *single])} "
-                             f"(sets: {', '.join(SETS)}; runs: {', '.join(single)}; the names come before the flags)")
-        chosen.update(SETS.get(name) or {name: single[name]})
-    return chosen
+    known = {name: {name: flags} for name, flags in single.items()} | SETS
+    if odd := [name for name in names if name not in known]:
+        raise UsageError(f"no set or run is called {odd[0]!r}{nearest(odd[0], known)} (sets: {', '.join(SETS)}; runs: "
+                         f"{', '.join(single)}; the names come before the flags)")
+    return {run: flags for name in names for run, flags in known[name].items()}
 
 
 def plan(names, seeds, flags, folder="sweep"):
@@ -87,17 +81,17 @@ def plan(names, seeds, flags, folder="sweep"):
     first run. A run that equals its method as it is (--k 8 where 8 is the default) is the run of that name. UsageError
     if a folder holds a run with other settings.
     """
-    parsed = lambda own, seed: parse(RunConfig, __doc__, [*flags, *own, "--seed", str(seed)], preset)
+    parsed = lambda typed: parse(RunConfig, __doc__, typed, preset)
     runs = {}
-    for seed in range(seeds):
+    for seed in map(str, range(seeds)):
         for name, own in choose(names).items():
-            cfg = parsed(own, seed)
-            if cfg == parsed(METHODS[cfg.method], seed):
-                name, own = cfg.method, METHODS[cfg.method]
-            cfg.out = str(Path("runs") / (cfg.data + "-mini" * cfg.mini + f"-{folder}") / f"{name}-{seed}")
+            cfg = parsed(typed := [*flags, *own, "--seed", seed])
+            if cfg == parsed(plain := [*flags, *METHODS[cfg.method], "--seed", seed]):
+                name, typed = cfg.method, plain
+            cfg.out = f"runs/{cfg.data}{'-mini' * cfg.mini}-{folder}/{name}-{seed}"
             check(cfg)
             refuse_other_settings(cfg)
-            runs[cfg.out] = cfg, [*flags, *own, "--seed", str(seed), "--out", cfg.out]
+            runs[cfg.out] = cfg, [*typed, "--out", cfg.out]
     return list(runs.values())
 
 
@@ -118,10 +112,10 @@ def commands(cfg, flags, processes=1, measure=(), also=()):
     measure: flags of evaluate.py; also: other benchmarks to evaluate on. Reports of a run that is not trained to its
     end are made again.
     """
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                     f"--nproc_per_node={processes}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
     folder, here = Path(cfg.out), Path(__file__).parent
-    training = [*start, str(here / "train.py"), *flags, *["--resume"] * (folder / "config.json").is_file()]
+    training = [sys.executable, *torchrun, str(here / "train.py"), *flags,
+                *["--resume"] * (folder / "config.json").is_file()]
     measure = [sys.executable, str(here / "evaluate.py"), "--ckpt", str(folder / "best.pt"), "--device", cfg.device,
                *measure]
     left = {"report.json": measure, **{f"report-{name}.json": [*measure, "--data", name] for name in also}}
