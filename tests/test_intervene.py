@@ -322,7 +322,7 @@ def test_each_sheet_says_what_the_removal_of_its_part_does_and_unused_parts_say_
     model, state = runs.load_model(trained)
     trials = intervene.Trials(model, predict.open_split(intervene.Config(str(trained), limit=24), state["config"], model)[1])
     trials.measure(intervene.UNTOUCHED, ((0,), None), ((1,), None), ((2,), None))
-    intervene.sheets(trials, trained.with_name("x"), "here", "cpu")
+    intervene.pictures(trials, trained.with_name("x"), "here", (), "cpu")
     for part, title in enumerate(titles):
         before, after = trials.rows[(), None], trials.rows[(part,), None]
         assert f"worst group {before['worst_group']:.3f} → {after['worst_group']:.3f}" in title
@@ -375,7 +375,7 @@ def test_what_was_decided_on_test_says_so(trained, tmp_path, capsys):
 
 # ---------------------------------------------------------------- mistakes
 @pytest.mark.parametrize("flags, says", [
-    (["--drop", 3], "no such part; its parts are 0 to 2"), (["--drop", -1], "no such part"),
+    (["--drop", 3], "no such part; its parts are 0 to 2"), (["--drop", -1], "at least 0"),
     (["--drop", 0, 1, 2], "removes all 3 parts"), (["--q", 1], "above 0 and below 1"), (["--q", 0.9, 0], "above 0 and below 1"),
     (["--q", "nan"], "finite"), (["--tolerance", -1], "at least 0"), (["--out", "nowhere/x.json"], "folder that exists"),
     (["--split", "train"], "unknown --split")])
