@@ -201,7 +201,9 @@ class Trials:
         if some.places:                                  # else the classes are the groups
             row["classes"] = shares(some.labels, some.classes)
         base = self.rows.get(UNTOUCHED, row)
-        row["effect"] = {key: difference(row[key], base[key]) for key in EFFECTS if key in row}
+        row["effect"] = {key: row[key] - base[key] for key in EFFECTS if key in row}
+        row["effect"] |= {kind: {name: share - base[kind][name] for name, share in row[kind].items()}
+                          for kind in ("groups", "classes") if kind in row}
         return row
 
     def aurocs(self, logits):
@@ -223,13 +225,8 @@ class Trials:
         return max(good, key=lambda option: (rows[option][self.worst], rows[option][self.average]), default=old)
 
 
-def difference(now, before):
-    """now - before, of numbers or of dicts of them."""
-    return {n: x - before[n] for n, x in now.items()} if isinstance(now, dict) else now - before
-
-
 UNTOUCHED = ((), None)
-EFFECTS = ("aa", "worst_group", "auroc", "auroc_rare", "groups", "classes")
+EFFECTS = ("aa", "worst_group", "auroc", "auroc_rare")
 
 
 def leave_one_out(trials, drop, tolerance):
