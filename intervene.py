@@ -25,11 +25,13 @@ Floor: commands. Read ifam.refuse (what an intervention does to a model) first. 
 import copy
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 
 import data
 from ifam import limits_of
@@ -241,12 +243,17 @@ def leave_one_out(trials, drop, tolerance):
 
 
 # ---------------------------------------------------------------- what a person reads
+def one_line(name):
+    """The name of a class or group, often that of a folder, without line breaks or what a terminal cannot show."""
+    return " ".join("".join(c if c.isprintable() else " " for c in name).split())
+
+
 def most_changed(row):
     """The group or class that loses most by an intervention and the one that gains most, as text; "-" for none."""
     changes = {**row["effect"].get("classes", {}), **row["effect"]["groups"]}
     low, high = min(changes, key=changes.get), max(changes, key=changes.get)
-    return (f"{low} {changes[low]:+.3f}" if changes[low] < 0 else "-",
-            f"{high} {changes[high]:+.3f}" if changes[high] > 0 else "-")
+    return (f"{one_line(low)} {changes[low]:+.3f}" if changes[low] < 0 else "-",
+            f"{one_line(high)} {changes[high]:+.3f}" if changes[high] > 0 else "-")
 
 
 def table(trials, chosen):
@@ -256,16 +263,16 @@ def table(trials, chosen):
     for (drop, q), row in trials.rows.items():
         title = " and ".join(["without part " + ", ".join(map(str, drop))] * bool(drop) + [f"q {q}"] * (q is not None))
         cells.append(((title or "untouched") + " *" * ((drop, q) == chosen), f"{row[trials.average]:.3f}",
-                      f"{row[trials.worst]:.3f}", row["worst_group_name"], *most_changed(row),
+                      f"{row[trials.worst]:.3f}", one_line(row["worst_group_name"]), *most_changed(row),
                       f"{row['kept_share']:.1%}", str(row["empty"])))
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  " + "  ".join(map("{:{}{}}".format, row, "<>><<<>>", widths)).rstrip() for row in cells)
 
 
-def pictures(trials, stem, name, drop, device):
+def pictures(trials, out, name, drop, device):
     """A contact sheet per part: what it is, what its removal does; and what the quantiles remove beside it -> paths."""
     model, samples, before, paths = trials.model, trials.samples, trials.rows[UNTOUCHED], []
-    kept, beside = trials.census.count.sum().clamp_min(1), lambda end: stem.with_name(f"{stem.name}-{end}.png")
+    kept = trials.census.count.sum().clamp_min(1)
     for part, count in enumerate(trials.census.count.T):
         effect = "the only part: it cannot be removed"
         if after := trials.rows.get(((part,), None)):
@@ -274,10 +281,11 @@ def pictures(trials, stem, name, drop, device):
                 average, worst, *most_changed(after))
         title = (f"part {part}: {count.sum() / kept:.0%} of the foreground patches, in "
                  f"{(count > 0).double().mean():.0%} of {len(count)} images ({name} {samples.split})\n{effect}")
-        paths.append(beside(f"part-{part}"))
+        paths.append(beside(out, f"part-{part}"))
+        title = title.replace("$", r"\$")                # a name may have one, and two would be a formula
         figures.part_sheet(model, samples, part, trials.census, title, paths[-1], device)
     if trials.calibration:
-        paths.append(beside("patches"))
+        paths.append(beside(out, "patches"))
         steps = [(f"q {q}", limits_of(model.selector.k, drop, limits)) for q, limits in trials.thresholds.items() if q]
         figures.removals(model, samples, limits_of(model.selector.k, drop), steps[::-1], paths[-1], device)
     return paths
@@ -297,15 +305,42 @@ def check(cfg, model, method):
     out = Path(cfg.out)
     if out.suffix != ".json" or not out.parent.is_dir() or out.is_dir():
         raise UsageError(f"--out {out}: name a .json file in a folder that exists")
-    if out.stem in (*data.SPLITS, *data.BENCHMARKS) or not replaceable(out):
-        raise UsageError(f"--out {out} would take the place of another file or of its report; choose another name")
+    if out.stem in (*data.SPLITS, *data.BENCHMARKS):
+        raise UsageError(f"--out {out} would take the place of the report on {out.stem}; choose another name")
+    may_write(out, is_intervention)
+    for part in range(k):
+        may_write(beside(out, f"part-{part}"), is_figure)
+    if cfg.q:
+        may_write(beside(out, "patches"), is_figure)
 
 
-def replaceable(path):
-    """Is there nothing here, or an earlier intervention?"""
+def beside(out, what):
+    """The path of a picture: intervention.json -> intervention-part-3.png."""
+    return out.with_name(f"{out.stem}-{what}.png")
+
+
+def may_write(path, is_ours):
+    """UsageError unless nothing is at path yet, or is_ours(path) says that this program wrote what is there."""
+    if os.path.lexists(path) and not is_ours(path):
+        raise UsageError(f"{path} was not written by this program and stays as it is: move it away, or choose another "
+                         "--out")
+
+
+def is_intervention(path):
+    """Is a file one of intervene.py?"""
     try:
-        return not path.exists() or "decision" in json.loads(path.read_text())
-    except ValueError:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"checkpoint", "decision", "rows"} <= content.keys()
+
+
+def is_figure(path):
+    """Is a file a picture that Matplotlib wrote, as measure/figures.py does?"""
+    try:
+        with Image.open(path) as picture:
+            return picture.format == "PNG" and picture.info.get("Software", "").startswith("Matplotlib")
+    except (OSError, ValueError, SyntaxError):           # Pillow raises all of these for what is no picture
         return False
 
 
@@ -359,7 +394,7 @@ def main(argv=None):
     chosen = decide(trials, cfg)
     print(f"{cfg.ckpt}: {trained['method']}, {model.selector.k} parts; {name} {samples.split}, {len(samples)} images")
     print(table(trials, chosen))
-    written, then = pictures(trials, Path(cfg.out).with_suffix(""), name, chosen[0], device), ""
+    written, then = pictures(trials, Path(cfg.out), name, chosen[0], device), ""
     if cfg.drop or cfg.loo or cfg.q:
         content = record(cfg, trials, chosen, name)
         print("  " + "\n  ".join(explain(cfg, content)))
