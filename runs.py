@@ -451,6 +451,14 @@ def hash_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def of_best(report, folder):
+    """Is a report of the best.pt that is in the folder now? None where it does not say, or there is no best.pt."""
+    checkpoint, best = report.get("checkpoint") if isinstance(report, dict) else None, folder / "best.pt"
+    if not isinstance(checkpoint, dict) or not best.is_file():
+        return None
+    return checkpoint.get("file") == "best.pt" and checkpoint.get("sha256") == hash_of(best)
+
+
 def apply_intervention(model, path, ckpt):
     """Set a model to the intervention in a file, if it was made for this checkpoint -> its content, for the report.
 

@@ -11,8 +11,6 @@ status then is 1. SIGTERM and Ctrl-C are passed on to the run, which saves where
 
 Floor: commands, the highest: it starts train.py and evaluate.py, and reads nothing but their files.
 """
-import functools
-import json
 import os
 import shlex
 import signal
@@ -26,8 +24,8 @@ import data
 from baselines import TAKES
 from measure import tables
 from runs import Config as RunConfig
-from runs import check, differences, hash_of, pick_device, preset
-from settings import RunError, UsageError, flag, nearest, opt, parse, run_script
+from runs import check, differences, of_best, pick_device, preset
+from settings import RunError, UsageError, flag, nearest, opt, parse, read_json, recorded, run_script
 
 
 @dataclass
@@ -92,14 +90,14 @@ def share_out(chosen, flags):
     starts = [i for i, word in enumerate(flags) if word.startswith("--")]
     words = [flags[start:end] for start, end in zip(starts, [*starts[1:], len(flags)])]
     given = {name: flags[:starts[0]] if starts else flags for name in chosen}
-    for flag in words:
-        setting = flag[0].split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+    for typed in words:
+        setting = typed[0].split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
         without = [name for name, own in chosen.items() if method_of(own) not in TAKES.get(setting, (method_of(own),))]
         if 0 < len(without) < len(chosen):
-            print(f"{' '.join(flag)}: left out for {', '.join(without)}, which have no such setting")
+            print(f"{' '.join(typed)}: left out for {', '.join(without)}, which have no such setting")
         for name in chosen:
             if name not in without or len(without) == len(chosen):
-                given[name] = [*given[name], *flag]
+                given[name] = [*given[name], *typed]
     return given
 
 
@@ -130,21 +128,11 @@ def refuse_other_settings(cfg):
     path = Path(cfg.out) / "config.json"
     if not path.is_file():
         return
-    there = read_dict(path)
-    if not there:
-        raise UsageError(f"{path} is damaged: move {cfg.out} away")
+    there = read_json(path, "the settings of a run")
+    recorded(RunConfig, there, path)
     for name, (then, now) in differences(there, cfg).items():
         raise UsageError(f"{cfg.out} was made with {flag(name)} {then}, not {now}: give the old value, "
                          f"or move {Path(cfg.out).parent} away")
-
-
-def read_dict(path):
-    """The dict in a JSON file, {} if it holds none."""
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def commands(cfg, flags, processes=1, measure=(), also=()):
@@ -162,8 +150,7 @@ def commands(cfg, flags, processes=1, measure=(), also=()):
     left = {"report.json": measure, **{f"report-{name}.json": [*measure, "--data", name] for name in also}}
     if not trained(folder / "log.jsonl"):
         return [training, *left.values()]
-    present = functools.cache(lambda: hash_of(folder / "best.pt"))
-    return [command for name, command in left.items() if not is_current(folder / name, present)]
+    return [command for name, command in left.items() if not is_current(folder / name)]
 
 
 def trained(log):
@@ -171,23 +158,17 @@ def trained(log):
     return log.is_file() and b'"finished": true' in log.read_bytes().rpartition(b"\n{")[2]
 
 
-def report_of(path):
-    """The content of a report of evaluate.py -> dict, empty where there is no report."""
-    return read_dict(path) if path.is_file() else {}
-
-
-def is_current(path, present):
-    """Is a report of the best.pt beside it? present: a function, its SHA-256. Without best.pt nothing can be newer.
+def is_current(path):
+    """Is there a report, and is it of the best.pt beside it? Without best.pt nothing can be newer.
 
     A report from before reports named their checkpoint is current if it was written after training ended.
     """
-    report, folder = report_of(path), path.parent
-    if not report or not (folder / "best.pt").is_file():
-        return bool(report)
-    checkpoint = report.get("checkpoint")
-    if isinstance(checkpoint, dict):
-        return checkpoint.get("sha256") == present()
-    return (folder / "log.jsonl").stat().st_mtime <= path.stat().st_mtime
+    report = read_json(path, "a report of evaluate.py") if path.is_file() else None
+    if not isinstance(report, dict) or not report:
+        return False
+    if (known := of_best(report, path.parent)) is not None or not (path.parent / "best.pt").is_file():
+        return known is not False
+    return (path.parent / "log.jsonl").stat().st_mtime <= path.stat().st_mtime
 
 
 def run(command):

@@ -19,8 +19,9 @@ from pathlib import Path
 import data
 from baselines import GIVEN
 from runs import Config as RunConfig
-from runs import chosen_on, differences, preset
-from settings import UsageError, flag, opt, parse, run_script, write_json, write_whole
+from runs import chosen_on, differences, of_best, preset
+from settings import (UsageError, flag, may_write, opt, parse, read_json, recorded, run_script, write_json,
+                      write_whole)
 
 # 97.5 % quantile of Student's t for n = 2, 3, ... numbers
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
@@ -167,21 +168,31 @@ def correction(report):
 
 
 def read_run(folder):
-    """A run -> [(path of a report, row name, seed, K, report)], empty if it has none. UsageError for a damaged file."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        name, found = row_name(config), []
-        for path in sorted(folder.glob("report*.json"), key=lambda path: path.stem):
-            report = json.loads(path.read_text())
-            if absent := {"data", "split", "images", "leakage"} - report.keys():
-                raise KeyError(min(absent))
-            found.append((path, name + correction(report), config["seed"], config["k"], report))
-        return found
-    except FileNotFoundError:
+    """A run -> [(path of a report, row name, seed, K, report)], empty if it has none. UsageError for a damaged file.
+
+    A report that is not of the run's present best.pt is left out, by name.
+    """
+    if not (folder / "config.json").is_file():
         return []
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{folder}: config.json or a report is damaged, or not one of train.py and evaluate.py "
-                         f"({type(error).__name__} {error}); write it again, or leave the folder out") from None
+    config, found = read_json(folder / "config.json", "the settings of a run"), []
+    recorded(RunConfig, config, folder / "config.json")
+    for path in sorted(folder.glob("report*.json"), key=lambda path: path.stem):
+        report = read_json(path, "a report of evaluate.py")
+        try:
+            if absent := {"data", "split", "images", "leakage"} - report.keys():
+                raise KeyError(f"no {min(absent)}")
+            for title, value in COLUMNS.items():
+                if (x := value(report)) is not None and not math.isfinite(x):
+                    raise ValueError(f"{title} is {x}")
+            row = row_name(config) + correction(report), config["seed"], config["k"], report
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path} is not as evaluate.py writes it ({type(error).__name__}: {error}); write it again, "
+                             "or leave the folder out") from None
+        if of_best(report, folder) is not False:
+            found.append((path, *row))
+        else:
+            print(f"left out, for it is not of the present best.pt: {path}", file=sys.stderr)
+    return found
 
 
 def collect(folders):
@@ -266,16 +277,19 @@ def theirs(number):
     return "–" if number is None else f"{number['value']:.3f}" + f" (K={number['parts']})" * bool(number["parts"])
 
 
-def write_tables(folders, out=""):
+def write_tables(folders, out="", force=False):
     """Print the tables of these runs; with out, also write <out>.md and <out>.json."""
+    if out:
+        markdown_file, json_file = Path(f"{out}.md"), Path(f"{out}.json")
+        markdown_file.parent.mkdir(parents=True, exist_ok=True)
+        may_write(markdown_file, lambda path: path.read_text().startswith("**"), force)
+        may_write(json_file, lambda path: json.loads(path.read_text()).keys() == {"paper", "tables"}, force)
     tables = [{"data": data, "split": split, "images": images,
                "rows": [summarise(data, name, runs) for name, runs in rows.items()]}
               for (data, split, images), rows in collect(folders).items()]
     text = "\n\n".join(markdown(**table) for table in tables) + "\n"
     print(text, end="")
     if out:
-        markdown_file, json_file = Path(f"{out}.md"), Path(f"{out}.json")
-        markdown_file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(markdown_file, lambda temporary: temporary.write_text(text))
         write_json(json_file, {"paper": FOOTNOTE, "tables": tables})
 
@@ -284,6 +298,7 @@ def write_tables(folders, out=""):
 class Config:
     runs: list[Path] = opt(MISSING, "folders of runs, with config.json and report.json", positional=True)
     out: str = opt("", "write <out>.md and <out>.json as well")
+    force: bool = opt(False, "replace files that this script did not write")
 
 
 def main(argv=None):
@@ -291,7 +306,7 @@ def main(argv=None):
     folders = [run for run in given.runs if not run.is_file()]
     if not folders:
         raise UsageError(f"{given.runs[0]} is not a folder: name folders of runs")
-    write_tables(folders, given.out)
+    write_tables(folders, given.out, given.force)
 
 
 if __name__ == "__main__":

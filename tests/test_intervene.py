@@ -270,7 +270,7 @@ def trained(tmp_path_factory):
 def done(trained):
     """intervene.py with everything on, then evaluate.py with and without its file -> (intervention, plain, corrected)."""
     intervene.main(["--ckpt", str(trained), "--drop", "1", "--q", "0.8", "--limit", "24", "--device", "cpu"])
-    files = ("intervention", "report", "report-intervention")
+    files = ("intervention", "report-limit24", "report-limit24-intervention")
     for more in ([], ["--intervention", str(trained.with_name("intervention.json"))]):
         evaluate.main(["--ckpt", str(trained), "--limit", "24", "--device", "cpu", *more])
     return [json.loads(trained.with_name(f"{name}.json").read_text()) for name in files]

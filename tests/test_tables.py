@@ -141,4 +141,4 @@ def test_what_cannot_be_put_in_a_table_is_named(tmp_path, capsys):
     assert "left out, without config.json or report.json" in (line := capsys.readouterr().err) and "typo" in line
     for content in ("{", "{}", "[]"):
         (tmp_path / "a" / "report.json").write_text(content)
-        assert "damaged" in fails(tables.main, run)(capsys)
+        assert "report.json" in fails(tables.main, run)(capsys)
