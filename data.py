@@ -7,7 +7,6 @@ Floor: data. Read benchmarks/samples.py first (what a split is), then the benchm
 
 Every split of every benchmark is a Samples; a loader in benchmarks/ finds its files, labels, groups and annotations.
 """
-import copy
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,9 +38,7 @@ def load(name, root="data", size=None, seed=0, limit=0, splits=(), check=True, v
             raise UsageError(f"--val-share: {name} has {'its own validation' if 'val' in found else 'no training'} "
                              "split; leave it out")
         train, held = stratified(found["train"].labels, val_share)
-        found["val"] = copy.copy(found["train"]).keep(held)
-        found["val"].split = "val"
-        found["train"].keep(train)
+        found |= {"train": found["train"].part("train", train), "val": found["train"].part("val", held)}
     for split, samples in found.items():
         if len(samples.classes) != benchmark.classes and not (limit or is_miniature(root)):
             raise UsageError(f"{name}: {len(samples.classes)} classes under {root.resolve()}, not {benchmark.classes}; "
@@ -88,10 +85,6 @@ class Benchmark:
     trained_on: str = ""         # only for evaluation: the benchmark that its models train on
 
 
-def top1(*rows):
-    return {k: {"aa": value} for k, value in rows}
-
-
 BENCHMARKS = {
     "waterbirds": Benchmark(
         load_waterbirds, 2, 518, 8,
@@ -105,7 +98,7 @@ BENCHMARKS = {
         "CUB_200_2011/images.txt, images/, parts/, bounding_boxes.txt, and segmentations/ moved into it from its own "
         "archive",
         "CUB_200_2011.tgz, and segmentations.tgz moved into it (data.caltech.edu/records/65de6-vp158 and w9d68-gec53)",
-        "non-commercial research", ("aa",), top1((4, 90.1), (8, 90.4), (16, 90.6))),
+        "non-commercial research", ("aa",), {4: {"aa": 90.1}, 8: {"aa": 90.4}, 16: {"aa": 90.6}}),
     "waterbird200": Benchmark(
         load_waterbird200, 200, 518, 8,
         "CUB_200_2011 with images.txt, and waterbird_complete95_forest2water2 inside or beside",
@@ -129,7 +122,7 @@ BENCHMARKS = {
     "imagenet": Benchmark(
         load_imagenet, 1000, 224, 1, "imagenet/{train,val}/<wnid>/<file>.JPEG",
         "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (image-net.org)", "registration, non-commercial research",
-        ("aa",), top1((1, 84.3)), settings={"epochs": 120, "ema": 0.9999}),
+        ("aa",), {1: {"aa": 84.3}}, settings={"epochs": 120, "ema": 0.9999}),
     "imagenet9": Benchmark(
         load_imagenet9, 9, 224, 1, "bg_challenge/<variant>/val/<class>/<file>.JPEG and fg_mask/val/<class>/<file>.npy",
         "backgrounds_challenge_data.tar.gz (github.com/MadryLab/backgrounds_challenge, release \"data\")",
@@ -145,8 +138,7 @@ SPLITS = ("test", "val", "train", *dict.fromkeys(name for b in BENCHMARKS.values
 def overview():
     """For --help: every benchmark with its classes, and what is for evaluation only."""
     only = lambda b: f", only to evaluate a model of {b.trained_on}" * bool(b.trained_on)
-    return "; ".join(f"{name}: {b.classes} classes{only(b)}"
-                     for name, b in BENCHMARKS.items())
+    return "; ".join(f"{name}: {b.classes} classes{only(b)}" for name, b in BENCHMARKS.items())
 
 
 def docs_table():

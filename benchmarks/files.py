@@ -2,6 +2,7 @@
 
 Floor: data. Benchmarks read through it; whoever wants to know how a picture becomes pixels reads `read_image`.
 """
+import csv
 import os
 from pathlib import Path
 
@@ -20,21 +21,41 @@ class NotThere(UsageError):
         super().__init__(f"looked for {path.resolve()}, which is not there")
 
 
-def folders(path):
-    """The folders directly under path, sorted by name -> list of names."""
+def there(*paths):
+    """The first of these that exists; NotThere names the first."""
+    for path in paths:
+        if path.exists():
+            return path
+    raise NotThere(paths[0])
+
+
+def listed(path):
+    """What lies directly under path, sorted by name -> list of DirEntry."""
     try:
-        return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+        return sorted(os.scandir(path), key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError):
         raise NotThere(path) from None
+
+
+def folders(path):
+    """Names of the folders directly under path, sorted."""
+    return [entry.name for entry in listed(path) if entry.is_dir()]
 
 
 def files(path, *suffixes):
-    """The files directly under path with one of these endings, whatever their case, sorted -> list of names."""
-    try:
-        names = sorted(entry.name for entry in os.scandir(path))
-        return [n for n in names if n.lower().endswith(suffixes) and not n.startswith(".")]
-    except (FileNotFoundError, NotADirectoryError):
-        raise NotThere(path) from None
+    """Names of the files directly under path with one of these endings, whatever their case, sorted; no hidden ones."""
+    return [e.name for e in listed(path) if e.name.lower().endswith(suffixes) and not e.name.startswith(".")]
+
+
+def read_csv(path, *columns):
+    """A table whose first line names its columns -> [(line number, {column: text})]; blanks around both are dropped."""
+    with open(there(path), newline="") as file:
+        reader = csv.reader(file)
+        names = [name.strip() for name in next(reader, [])]
+        for column in columns:
+            if column not in names:
+                raise UsageError(f"{path} has no column {column}, its columns are {names}; unpack the archive again")
+        return [(reader.line_num, dict(zip(names, map(str.strip, row)))) for row in reader if row]
 
 
 def is_miniature(root):
@@ -78,13 +99,12 @@ def read_dicom(path, pixels=True):
     """
     try:
         import pydicom
-    except ImportError:
-        raise UsageError(f"{path} is a DICOM file and pydicom is not installed: pip install pydicom") from None
-    try:
         file = pydicom.dcmread(path, stop_before_pixels=not pixels)
         bits, samples = int(file.BitsStored), int(file.SamplesPerPixel)
         inverted = file.PhotometricInterpretation == "MONOCHROME1"              # there 0 is white
-        grey = file.pixel_array if pixels and bits == 8 and samples == 1 else None
+        grey = file.pixel_array if pixels and (bits, samples) == (8, 1) else None
+    except ImportError:
+        raise UsageError(f"{path} is a DICOM file and pydicom is not installed: pip install pydicom") from None
     except Exception as error:                             # pydicom and its decoders raise many kinds
         raise UsageError(f"cannot read image {path}: {error}; replace the file") from None
     if (bits, samples) != (8, 1):

@@ -19,32 +19,27 @@ def load_imagenet(root, size, seed):
     """
     base = root / "imagenet"
     there = [split for split in ("train", "val") if (base / split).is_dir()]
-    listed = {split: folders(base / split) for split in there or ["train"]}
-    wnids = listed[there[0]]
-    for split, names in listed.items():
-        if odd := set(names) ^ set(wnids):
-            raise UsageError(f"imagenet: {base / 'train'} and {base / 'val'} differ in {sorted(odd)[0]}; val needs the "
-                             "same wnid folders (its archive is flat: sort it with the usual valprep script)")
+    wnids, *others = [folders(base / split) for split in there or ["train"]]
+    for odd in sorted(set(wnids).symmetric_difference(*others)) if others else ():
+        raise UsageError(f"imagenet: {base / 'train'} and {base / 'val'} differ in {odd}; val needs the same wnid "
+                         "folders (its archive is flat: sort it with the usual valprep script)")
     number, classes = {wnid: i for i, wnid in enumerate(wnids)}, wnids
     if is_miniature(root) and (given := json.loads((root / "miniature.json").read_text()).get("wnids")):
         number = given
         if unknown := [wnid for wnid in wnids if wnid not in number]:
             raise UsageError(f"imagenet: {root / 'miniature.json'} has no class for {unknown[0]}; draw it again")
-        classes = [str(i) for i in range(1000)]
-        for wnid in wnids:
-            classes[number[wnid]] = wnid
+        of = {i: wnid for wnid, i in given.items()}
+        classes = [of.get(i, str(i)) for i in range(1000)]
 
-    found = {}
-    for name, folder in (("train", "train"), ("test", "val")):
-        if folder in there:
-            blocks = [np.array([os.fsencode(f"{folder}/{wnid}/{f}") for f in
-                                files(base / folder / wnid, *PHOTOS)], dtype=bytes) for wnid in wnids]
-            names = Names(base, np.concatenate(blocks))
-            labels = np.repeat([number[wnid] for wnid in wnids], [len(b) for b in blocks])
-            masks = drawn_masks(root, (p.relative_to(base).with_suffix("") for p in names))
-            found[name] = Samples("imagenet", name, size, classes, names.ids, names, labels, pipeline=PHOTOGRAPHS,
-                                  masks=masks, seed=seed)
-    return found
+    def split(name, folder):
+        blocks = [np.array([os.fsencode(f"{folder}/{wnid}/{f}") for f in files(base / folder / wnid, *PHOTOS)],
+                           dtype=bytes) for wnid in wnids]
+        names = Names(base, np.concatenate(blocks))
+        return Samples("imagenet", name, size, classes, names.ids, names,
+                       np.repeat([number[wnid] for wnid in wnids], [len(b) for b in blocks]), pipeline=PHOTOGRAPHS,
+                       masks=drawn_masks(root, (p.relative_to(base).with_suffix("") for p in names)), seed=seed)
+    return {"test" if folder == "val" else folder: split("test" if folder == "val" else folder, folder)
+            for folder in there}
 
 
 IN9_VARIANTS = ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "no_fg", "only_bg_b", "only_bg_t")
@@ -77,26 +72,23 @@ def load_imagenet9(root, size, seed):
 
     An arg-max over all 1000 outputs is mapped to nine classes; the 630 others are wrong. test is the original images.
     """
-    base = root / "bg_challenge"
-    drawn = is_miniature(root)
+    base, drawn = root / "bg_challenge", is_miniature(root)
 
     def variant(name):
-        paths, labels = [], []
-        there = folders(base / name / "val")
+        folder = base / name / "val"
+        there = folders(folder)
         if there != list(IN9) and not (drawn and set(there) <= set(IN9)):
-            raise UsageError(f"imagenet9: {base / name / 'val'} has the folders {', '.join(there)}; expected "
-                             f"{', '.join(IN9)}; unpack the archive again")
-        for folder in there:
-            paths += (mine := [base / name / "val" / folder / f
-                               for f in files(base / name / "val" / folder, *PHOTOS)])
-            labels += [list(IN9).index(folder)] * len(mine)
+            raise UsageError(f"imagenet9: {folder} has the folders {', '.join(there)}; expected {', '.join(IN9)}; "
+                             "unpack the archive again")
+        paths = [folder / c / f for c in there for f in files(folder / c, *PHOTOS)]
         masks = None
         if (base / "fg_mask").is_dir() and name in IN9_VARIANTS[:4]:
             # fg_n02085620_01234_bg_n01530575_05678 stands on the mask of n02085620_01234
             stem = lambda path: re.match(r"(?:fg_)?(.*?)(?:_bg_.*)?$", path.stem)[1]
             masks = [base / "fg_mask" / "val" / p.parent.name / f"{stem(p)}.npy" for p in paths]
         return Samples("imagenet9", name, size, [c[3:] for c in IN9], [f"{name}/{p.stem}" for p in paths], paths,
-                       labels, masks=masks, pipeline=AS_THEY_ARE, seed=seed, merge=in9_classes())
+                       [list(IN9).index(p.parent.name) for p in paths], masks=masks, pipeline=AS_THEY_ARE, seed=seed,
+                       merge=in9_classes())
     found = {name: variant(name) for name in IN9_VARIANTS
              if name in IN9_VARIANTS[:3] or not drawn or (base / name).is_dir()}
     return {"test": found.pop("original"), **found}

@@ -5,6 +5,7 @@ do not depend on workers, processes or resuming. Coordinates of keypoints and bo
 
 Floor: data. Read this first of the data, then transforms.py.
 """
+import copy
 import os
 import zlib
 from pathlib import Path
@@ -32,7 +33,7 @@ def patch_keep(masks, patch, share=0.5):
 class Names:
     """A list of file names below `base` in one block of bytes: ImageNet's 1.28 million are one object, not a million.
 
-    names[i] is a Path; names.ids the same list as plain strings.
+    names[i] is a Path, names[several] are Names; names.ids is the same list as plain strings.
     """
 
     def __init__(self, base, block, plain=False):
@@ -46,20 +47,15 @@ class Names:
         return len(self.block)
 
     def __getitem__(self, i):
-        if isinstance(i, slice):
+        if not isinstance(i, (int, np.integer)):
             return Names(self.base, self.block[i], self.plain)
         name = os.fsdecode(bytes(self.block[i]))
         return name if self.plain else self.base / name
 
-    def __iter__(self):
-        return (self[i] for i in range(len(self)))
-
 
 def pick(values, indices):
     """The entries of a list, a tensor or Names at these indices; None stays None."""
-    if isinstance(values, Names):
-        return Names(values.base, values.block[indices], values.plain)
-    if values is None or isinstance(values, torch.Tensor):
+    if values is None or isinstance(values, (torch.Tensor, Names)):
         return values if values is None else values[indices]
     return [values[i] for i in indices]
 
@@ -107,6 +103,12 @@ class Samples(torch.utils.data.Dataset):
         for key in ("ids", "paths", "labels", "groups", "masks", "points", "boxes"):
             setattr(self, key, pick(getattr(self, key), indices))
         return self
+
+    def part(self, split, indices):
+        """These samples as another split."""
+        other = copy.copy(self)
+        other.split = split
+        return other.keep(indices)
 
     def first(self, n):
         """n samples only, spread evenly: files are often sorted by class. All of them if n is 0."""
