@@ -31,26 +31,22 @@ def patch_keep(masks, patch, share=0.5):
 
 
 class Names:
-    """A list of file names below `base` in one block of bytes: ImageNet's 1.28 million are one object, not a million.
+    """File names in one block of bytes: ImageNet's 1.28 million are one object, not a million.
 
-    names[i] is a Path, names[several] are Names; names.ids is the same list as plain strings.
+    names[i] is a Path below `base`, or plain text where that is None (names.ids); names[several] are Names.
     """
 
-    def __init__(self, base, block, plain=False):
-        self.base, self.block, self.plain = base, block, plain
-
-    @property
-    def ids(self):
-        return Names(self.base, self.block, plain=True)
+    def __init__(self, base, block):
+        self.base, self.block, self.ids = base, block, self if base is None else Names(None, block)
 
     def __len__(self):
         return len(self.block)
 
     def __getitem__(self, i):
         if not isinstance(i, (int, np.integer)):
-            return Names(self.base, self.block[i], self.plain)
+            return Names(self.base, self.block[i])
         name = os.fsdecode(bytes(self.block[i]))
-        return name if self.plain else self.base / name
+        return self.base / name if self.base else name
 
 
 def pick(values, indices):
@@ -121,24 +117,19 @@ class Samples(torch.utils.data.Dataset):
     def check(self):
         """Every image is there and is one, and so is every mask; or a UsageError names the first that is not.
 
-        Only headers are read: pixels that do not decode stop the run when they are needed. Names come from listing
-        the folder, and a million headers would take an hour: those are not read.
+        Only headers are read: pixels that do not decode stop the run when they are needed. Of Names, which come from
+        listing a folder, not even those: a million would take an hour.
         """
         for what, paths in (("image", self.paths), ("mask", self.masks or ())):
             for name, path in zip(self.ids, () if isinstance(paths, Names) else paths):
-                path = getattr(path, "path", path)
-                if path is None:                         # runs of a csv that has been read
-                    continue
-                if not path.is_file():
+                path = getattr(path, "path", path)       # None: runs of a csv that has been read
+                if path and not path.is_file():
                     raise UsageError(f"{self.name}: {what} of sample {name} ({self.split}) is missing: {path}; "
                                      "unpack the archive again or remove its row")
-                read_image(path)
+                path and read_image(path)
 
     def read(self, path, mode):
-        """read_image; pictures of a small split are kept while there is room (files may be far larger than self.size).
-
-        They are shared: steps make new ones.
-        """
+        """read_image; a small split keeps its pictures while there is room. They are shared: steps make new ones."""
         if (path, mode) in self.decoded:
             return self.decoded[path, mode]
         picture = read_image(path, mode)
@@ -149,10 +140,8 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (None, key)
-        sample = {"label": int(self.labels[i]), "group": int(self.groups[i]), "id": self.ids[i]}
-        annotated = epoch is None or self.train_masks    # most methods train on images and labels alone
-        view = View(self.read(self.paths[i], "RGB"),
-                    self.read(self.masks[i], "L") if self.masks and annotated else None,
+        mask = self.masks and (epoch is None or self.train_masks)    # most methods train on images and labels alone
+        view = View(self.read(self.paths[i], "RGB"), self.read(self.masks[i], "L") if mask else None,
                     *(x[i] if x and epoch is None else None for x in (self.points, self.boxes)))
         if view.mask and view.mask.size != view.image.size:
             raise UsageError(f"mask {self.masks[i]} is {view.mask.size}, its image {view.image.size}; unpack both "
@@ -165,21 +154,20 @@ class Samples(torch.utils.data.Dataset):
                 self.pipeline.evaluate(view, self.size)
             except ValueError as error:
                 raise UsageError(f"cannot use image {self.paths[i]}: {error}; unpack the archive again") from None
+        sample = {"label": int(self.labels[i]), "group": int(self.groups[i]), "id": self.ids[i],
+                  "image": to_tensor(view.image, self.normalisation)}
         if view.mask:
             # CUB's masks are soft (how many annotators agree): any agreement is object, as published
             sample["mask"] = torch.from_numpy((np.asarray(view.mask) > 0).astype(np.uint8))
-        for name, at in (("points", view.points), ("box", view.box)):
-            if at is not None:
-                sample[name] = torch.from_numpy(at).float()
-        sample["image"] = to_tensor(view.image, self.normalisation)
-        return sample
+        annotated = {"points": view.points, "box": view.box}
+        return sample | {name: torch.from_numpy(at).float() for name, at in annotated.items() if at is not None}
 
 
 def describe(samples):
     """One line: images, classes or groups, and how many of each where they are few."""
     counts = torch.bincount(samples.groups, minlength=len(samples.group_names)).tolist()
     seen, known = len(samples.labels.unique()), len(samples.classes)
-    named = f"{seen} of {known} classes" if seen < known else f"{known} classes"
+    named = f"{seen} of " * (seen < known) + f"{known} classes"
     if len(counts) <= 9:
         named = ", ".join(f"{n} {g}" for n, g in zip(counts, samples.group_names))
     return f"{samples.name} {samples.split}: {len(samples)} images ({named})"
@@ -204,16 +192,16 @@ def stratified(labels, share, seed=0):
     """
     held = []
     for label in labels.unique().tolist():
-        mine = (labels == label).nonzero()[:, 0].numpy()
-        held += np.random.default_rng([seed, label]).permutation(mine)[:max(1, round(share * len(mine)))].tolist()
+        mine = np.random.default_rng([seed, label]).permutation((labels == label).nonzero()[:, 0].numpy())
+        held += mine[:max(1, round(share * len(mine)))].tolist()
     return sorted(set(range(len(labels))) - set(held)), sorted(held)
 
 
 class Plan(torch.utils.data.Sampler):
     """Which samples this process sees at each step: a list of (epoch, index) per step, for steps start..stop.
 
-    The global batch of a step is the same however many processes share it; each takes one contiguous slice. The
-    samples left over at the end of an epoch are dropped (another set each epoch).
+    The global batch of a step is the same however many processes share it; each takes one contiguous slice. What is
+    left over at the end of an epoch is dropped (another set each epoch).
     """
 
     def __init__(self, count, batch, start, stop, seed=0, rank=0, world=1):

@@ -41,12 +41,13 @@ class View:
         self.image, self.mask = image, mask
         self.points, self.box = (None if x is None else np.array(x, dtype=np.float64) for x in (points, box))  # copies
 
-    def each(self, step):
+    def each(self, step, of_mask=None):
+        """Change image and mask by a step, or the mask by one of its own."""
         self.image = step(self.image)
-        self.mask = self.mask and step(self.mask)
+        self.mask = self.mask and (of_mask or step)(self.mask)
 
     def repaint(self, change):
-        """Change the picture alone: what moves nothing."""
+        """Change the image alone: what moves nothing."""
         self.image = change(self.image)
 
     def move(self, linear, offset=0):
@@ -61,8 +62,7 @@ class View:
     def stretch(self, new, resample=BILINEAR):
         """To `new` = (width, height), with antialiasing; the mask nearest."""
         self.move(np.diag(np.divide(new, self.image.size)))
-        self.image = self.image.resize(new, resample)
-        self.mask = self.mask and self.mask.resize(new, NEAREST)
+        self.each(lambda image: image.resize(new, resample), lambda mask: mask.resize(new, NEAREST))
 
     def resize(self, size, resample=BILINEAR):
         """Shorter side to `size`."""
@@ -84,8 +84,8 @@ class View:
         back = np.linalg.inv(linear)
         inverse = tuple(np.column_stack([back, -back @ offset]).ravel())      # PIL asks where pixels come from
         where = (self.image.size, Image.Transform.AFFINE, inverse)
-        self.image = self.image.transform(*where, resample, fillcolor=fill)
-        self.mask = self.mask and self.mask.transform(*where, NEAREST)
+        self.each(lambda image: image.transform(*where, resample, fillcolor=fill),
+                  lambda mask: mask.transform(*where, NEAREST))
         self.move(linear, offset)
 
     def affine(self, angle, shift, scale, **how):
@@ -95,19 +95,18 @@ class View:
         self.warp(linear, centre + shift - linear @ centre, **how)
 
     def crop(self, left, top, width, height=None):
-        """Cut a rectangle, a square if no height is given; points outside become invisible, moved onto its edge.
+        """Cut a rectangle, a square if no height is given. Points outside move onto its edge and become invisible.
 
-        So is the corner of the box, which keeps its width and height: the published keypoint evaluation divides by
-        them.
+        The box's corner too, but not its width and height: the published keypoint evaluation divides by them.
         """
-        size = (width, height or width)
-        self.each(lambda x: x.crop((left, top, left + size[0], top + size[1])))
+        corner, size = np.array([left, top]), (width, height or width)
+        self.each(lambda x: x.crop((*corner, *corner + size)))
         if self.points is not None:
-            at = self.points[:, :2] - (left, top)
+            at = self.points[:, :2] - corner
             self.points[:, 2] *= ((at >= 0) & (at <= size)).all(1)
             self.points[:, :2] = at.clip(0, size)
         if self.box is not None:
-            self.box[:2] = (self.box[:2] - (left, top)).clip(0, size)
+            self.box[:2] = (self.box[:2] - corner).clip(0, size)
 
 
 # ---------------------------------------------------------------- birds, cats and dogs
