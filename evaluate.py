@@ -11,6 +11,7 @@ late one (stage 1). Nothing is drawn at random: two runs write the same report.
 Floor: commands. Read predict.py and measure/ first; what is here is the list of measurements. Letters: ifam.py.
 """
 import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from measure import figures
 from measure.leakage import Seen, measure_leakage, place_of_mask, stage1_classifier, stage2_classifier
 from measure.metrics import accuracies, ari, foreground_ious, keypoint_error, landmarks, nmi
 from predict import OnCheckpoint, open_split, predict
-from runs import apply_intervention, as_published, describe_intervention, load_model, pick_device
-from settings import UsageError, opt, parse, progress, run_script, write_json
+from runs import apply_intervention, as_published, describe_intervention, hash_of, load_model, pick_device
+from settings import UsageError, may_write, opt, parse, run_script, write_json
 
 
 @dataclass
@@ -35,6 +36,9 @@ class Config(OnCheckpoint):
                              "without")
     speed: bool = opt(False, "also measure time, operations and memory, relative to one dense ViT")
     adversarial: bool = opt(False, "imagenet9: each object on every background until one fools the model (hours)")
+    out: str = opt("", "file to write (default report.json beside the checkpoint, or report-<what differs>.json; a "
+                       "picture of the parts lies beside it)", group="output")
+    force: bool = opt(False, "replace a file that this script did not write")
 
 
 # ---------------------------------------------------------------- localisation
@@ -252,12 +256,37 @@ def check(cfg, model, state, samples, sets):
         raise UsageError("--adversarial is of --data imagenet9, --split test, and needs its variant only_bg_t")
 
 
+def outputs(cfg, name, trained_on, with_parts):
+    """-> paths of the report and, with_parts, of its picture. UsageError, before anything is measured, if they are not
+    free: what is not a whole measurement of best.pt has a name of its own.
+    """
+    ckpt = Path(cfg.ckpt)
+    differs = [ckpt.stem * (ckpt.stem != "best"), name * (name != trained_on), cfg.split * (cfg.split != "test"),
+               f"limit{cfg.limit}" * bool(cfg.limit), Path(cfg.intervention).stem]
+    suffix = "".join(f"-{word}" for word in differs if word)
+    report = Path(cfg.out) if cfg.out else ckpt.with_name(f"report{suffix}.json")
+    may_write(report, lambda path: {"split", "images"} <= json.loads(path.read_text()).keys(), cfg.force)
+    if not with_parts:
+        return [report]
+    picture = report.with_name(f"{report.stem}-parts.png" if cfg.out else f"parts{suffix}.png")
+    may_write(picture, figures.is_ours, cfg.force)
+    return [report, picture]
+
+
+def epoch_of(state, path):
+    """Of which epoch the weights of a checkpoint are; None where an older one does not say."""
+    known = state["best"]["epoch"] if Path(path).stem == "best" else None
+    return state.get("epoch", known)
+
+
 def measure(cfg, model, state, name, samples, train, sets, intervention, device):
     """Everything that report.json says -> dict."""
     trained, benchmark = state["config"], data.BENCHMARKS[samples.name]
     normalise = cfg.kp_normalise or bool(intervention and intervention["q"])     # thresholds are of normalised images
     report = {"data": name, "method": trained["method"], "seed": trained["seed"], "step": state["step"],
               "source": "published snapshot" if state["step"] is None else "train.py", "selection": state["best"],
+              "checkpoint": {"file": Path(cfg.ckpt).name, "sha256": hash_of(cfg.ckpt), "step": state["step"],
+                             "epoch": epoch_of(state, cfg.ckpt)},
               **evaluate(model, samples, train, benchmark.rare, device, cfg.batch, cfg.leakage, cfg.workers, sets,
                          normalise)}
     comparable = as_published(trained) and cfg.split == "test" and not trained["mini"] and not intervention
@@ -274,8 +303,9 @@ def measure(cfg, model, state, name, samples, train, sets, intervention, device)
 
 def text(cfg, state, report, sets):
     """A report as it is printed."""
-    trained, best, name = state["config"], state["best"], report["data"]
-    chosen = f"epoch {best['epoch']}, chosen on {best['split']}" if report["source"] == "train.py" else report["source"]
+    trained, best, name, epoch = state["config"], state["best"], report["data"], report["checkpoint"]["epoch"]
+    chosen = report["source"] if state["step"] is None else f"step {state['step']}" if epoch is None else \
+        f"epoch {epoch:g}" + f", chosen on {best['split']}" * (epoch == best["epoch"])
     lines = [f"{cfg.ckpt}: {trained['method']}, {chosen}; {name} {cfg.split}, {report['images']} images"]
     if "intervention" in report:
         lines.append(f"  {describe_intervention(report['intervention'], name, [cfg.split, *sets])}")
@@ -286,8 +316,8 @@ def text(cfg, state, report, sets):
     if "speed" in report:
         lines.append(speed.summary(report["speed"]))
     if "adversarial" in report:
-        lines.append("  adversarial backgrounds: challenge accuracy {challenge_accuracy:.1f} ({vulnerable} of {objects} "
-                     "objects vulnerable)".format(**report["adversarial"]))
+        lines.append("  adversarial backgrounds: challenge accuracy {challenge_accuracy:.1f} ({vulnerable} of "
+                     "{objects} objects vulnerable)".format(**report["adversarial"]))
     return "\n".join(lines)
 
 
@@ -301,14 +331,11 @@ def main(argv=None):
     if bare := [part for part, some in sets.items() if model.needs_truth and some.masks is None]:
         print(f"{name}: left out, for they have no true masks: {', '.join(bare)}")
         sets = {part: some for part, some in sets.items() if part not in bare}
+    written = outputs(cfg, samples.name, state["config"]["data"], bool(model.selector))
     report = measure(cfg, model, state, name, samples, train, sets, intervention, device)
     print(text(cfg, state, report, sets))
-    suffix = f"-{samples.name}" * (samples.name != state["config"]["data"]) + f"-{cfg.split}" * (cfg.split != "test")
-    suffix += f"-{Path(cfg.intervention).stem}" * bool(intervention)
-    written = [Path(cfg.ckpt).with_name(f"report{suffix}.json")]
     write_json(written[0], report)
     if model.selector:
-        written.append(written[0].with_name(f"parts{suffix}.png"))
         figures.parts(model, samples, written[1], device)
     print("  wrote " + " and ".join(map(str, written)))
 

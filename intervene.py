@@ -53,6 +53,7 @@ class Config(OnCheckpoint):
     out: str = opt("", "file to write; pictures lie beside it (default intervention.json beside the checkpoint)")
 
     def __post_init__(self):
+        super().__post_init__()
         self.out = self.out or str(Path(self.ckpt).with_name("intervention.json"))
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import data
 from benchmarks.samples import patch_keep
 from measure.metrics import foreground_counts
-from settings import UsageError, opt, progress
+from settings import RunError, UsageError, bounded, opt, progress
 
 
 @dataclass
@@ -29,6 +29,9 @@ class OnCheckpoint:
     batch: int = opt(32, "images at once", at_least=1)
     workers: int = opt(0, "processes that load data", at_least=0)
     device: str = opt("auto", "auto, cpu, cuda or mps")
+
+    def __post_init__(self):
+        self.workers = bounded(self.workers)
 
 
 def given_mask(model, batch, device):
@@ -52,6 +55,9 @@ def predict(model, samples, batch=32, device="cpu", workers=0):
     for images in progress(loader, f"{samples.name} {samples.split}"):
         out = model(images["image"].to(device), given_mask(model, images, device))
         one = {"logits": out.logits.float()}
+        if not (fine := one["logits"].isfinite().all(1)).all():
+            raise RunError(f"{samples.name} {samples.split}: the model's outputs are not finite, first for image "
+                           f"{images['id'][int((~fine).nonzero()[0])]}: its weights overflowed in training")
         maps = out.maps
         if maps is not None:
             one |= {"logits_stage1": out.logits_stage1.float(), "keep": model.mask(out)}

@@ -6,9 +6,13 @@
 Floor: what a run is, between data and the commands. Read data.py (the benchmarks) and baselines.py (settings become a
 model) first. A run lives in runs/<name>: config.json, log.jsonl, last.pt (to resume), best.pt (to evaluate).
 """
+import fcntl
 import hashlib
 import json
 import math
+import os
+import platform
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -19,7 +23,8 @@ import data
 import vit
 from baselines import GIVEN, METHODS, PRETRAINED, TAKES, build
 from ifam import IFAM, limits_of
-from settings import UsageError, check_bounds, flag, opt, write_json, write_whole
+from settings import (RunError, UsageError, alive, bounded, check_bounds, flag, opt, read_json, read_text, recorded,
+                      write_json, write_whole)
 from weights import find_published, load_strictly, read_file, rename_published
 
 
@@ -35,9 +40,10 @@ class Config:
 
     method: str = opt("ifam", "ifam, or a baseline", choices=METHODS, group="model")
     arch: str = opt("b", "size of the vision transformers", choices=tuple(vit.ARCHS))
-    registers: int = opt(4, "register tokens; 0 for weights without registers", at_least=0)
-    weights: str = opt("dinov2", "start of all backbones: dinov2 or rad-dino (downloaded once), mini (miniature/mini.pt, "
-                                 "for --arch mini), a file of DINOv2, timm or Hugging Face, or none")
+    registers: int = opt(4, "register tokens; 0 for weights without registers", at_least=0, at_most=1024)
+    weights: str = opt("dinov2", "start of all backbones: dinov2 or rad-dino (downloaded once), mini "
+                                 "(miniature/mini.pt, for --arch mini), a file of DINOv2, timm or Hugging Face, or "
+                                 "none")
     size: int = opt(518, "image side in pixels, a multiple of the patch", at_least=1)
     selector_size: int = opt(0, "side at which stage 1 looks at the image, smaller is faster (0: --size)", at_least=0)
     selector_arch: str = opt("", "a smaller ViT for stage 1: s where --arch is b, or b/6 for the first 6 blocks of b "
@@ -47,7 +53,7 @@ class Config:
     train_tokens: bool = opt(True, "train class token, registers and positions of a pretrained stage 1, as in the "
                                    "paper")
 
-    k: int = opt(8, "foreground parts", at_least=1, group="mask")
+    k: int = opt(8, "foreground parts", at_least=1, at_most=4096, group="mask")
     masking: str = opt("early", "where the mask acts", choices=("early", "late"))
     hardness: str = opt("hard", "binary mask, or any weight in [0, 1]", choices=("hard", "soft"))
     pooling: str = opt("cls", "what stage 2 classifies from: class token, mean of the kept patches (the default of "
@@ -71,7 +77,7 @@ class Config:
     weight_entropy: float = opt(1.0, "loss weight: patches are sure of their part", at_least=0)
     weight_concentration: float = opt(0.0, "loss weight: parts are compact (PDiscoNet)", at_least=0)
 
-    epochs: int = opt(90, "passes over the training set", at_least=1, group="schedule")
+    epochs: int = opt(90, "passes over the training set", at_least=1, at_most=10 ** 6, group="schedule")
     batch: int = opt(16, "images per step over all processes and accumulation steps", at_least=1)
     micro: int = opt(0, "most images at once in a process; more are accumulated, and the presence loss takes its "
                         "maximum within each portion (0: no limit)", at_least=0)
@@ -89,7 +95,8 @@ class Config:
     amp: str = opt("auto", "autocast: auto is bf16 on a GPU that has it, fp16 on others, off elsewhere",
                    choices=("auto", "bf16", "fp16", "off"))
 
-    seed: int = opt(0, "decides initial weights, order, augmentation, noise and dropout", at_least=0, group="run")
+    seed: int = opt(0, "decides initial weights, order, augmentation, noise and dropout", at_least=0, below=2 ** 63,
+                    group="run")
     device: str = opt("auto", "auto, cpu, cuda or mps")
     compile: bool = opt(False, "torch.compile both stages")
     workers: int = opt(4, "processes that load data, per training process", at_least=0)
@@ -101,6 +108,7 @@ class Config:
     def __post_init__(self):
         suffix = "-mini" * self.mini + f"-{self.method}" * (self.method != "ifam")
         self.out = self.out or f"runs/{self.data}{suffix}"
+        self.workers = bounded(self.workers)
 
 
 # data.BENCHMARKS says what differs from Config's defaults by benchmark, this by miniature.
@@ -132,16 +140,35 @@ def preset(typed, earlier=None):
 
 def read_settings(path):
     """config.json of a run -> its settings but those of the folder, for --config. UsageError if it is none."""
-    try:
-        found = json.loads(Path(path).read_text())
-        return {f.name: found[f.name] for f in fields(Config) if f.name in found and f.name not in ("out", "resume")}
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"--config {path}: expected the config.json of a run ({error})") from None
+    found = recorded(Config, read_json(path, "the config.json of a run"), path)
+    return {name: value for name, value in found.items() if name not in ("out", "resume")}
+
+
+def read_log(path):
+    """log.jsonl of a run -> [dict, ...]. A last line that a crash tore is left out; UsageError for any other."""
+    lines, found = read_text(path, "the log of a run").split("\n"), []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except ValueError:
+            if number == len(lines):
+                break
+            raise UsageError(f"{path}, line {number}: expected a JSON object; remove the line") from None
+        if record is not None and not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+            raise UsageError(f"{path}, line {number}: expected an object with a whole number as step; remove the line")
+        found += [record] if record is not None else []
+    return found
 
 
 def check(cfg):
     """UsageError for settings that no part of the program could use."""
     check_bounds(cfg)
+    own = {f"weight_{name}": weight for name, weight in loss_weights(cfg).items()
+           if cfg.method in TAKES[f"weight_{name}"]}
+    if not any(own.values()):
+        raise UsageError(f"every loss of --method {cfg.method} has weight 0, and nothing would train: give one of "
+                         f"{', '.join(map(flag, own))}")
+    refuse_too_large(cfg)
     if where := data.BENCHMARKS[cfg.data].trained_on:
         raise UsageError(f"--data {cfg.data} is for evaluation only: train with --data {where}, then "
                          f"evaluate.py --ckpt runs/{where}/best.pt --data {cfg.data}")
@@ -153,6 +180,26 @@ def check(cfg):
                          "nothing more to see")
     if cfg.mini and cfg.root != Config.root:
         raise UsageError("--mini draws its own data: leave out --root or --mini")
+
+
+def refuse_too_large(cfg):
+    """UsageError, with the estimate, for a model and a step that cannot fit into this machine's memory.
+
+    Counted are parameters, gradients and the optimizer's two moments, and what the blocks of one image keep for the
+    way back: a floor, and only what exceeds all of memory is refused.
+    """
+    arch = vit.ARCHS[cfg.arch]
+    depth, D, patches = arch.get("depth", 12), arch["width"], (cfg.size // arch.get("patch", 14)) ** 2
+    tokens = 1 + cfg.registers + patches
+    stages = 2 if cfg.method == "ifam" else 1
+    weights = 4 * stages * (12 * depth * D * D + (tokens + cfg.k) * D)
+    images = min(cfg.batch, cfg.micro or cfg.batch)
+    each = 10 * stages * depth * tokens * D + 3 * cfg.size ** 2 + 4 * (cfg.k + 1) * tokens
+    needed = 4 * weights + 4 * images * each
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * int(os.environ.get("WORLD_SIZE") or 1)
+    if needed > there and pick_device(cfg.device).type == "cpu":
+        raise UsageError(f"these settings need about {needed / 2 ** 30:,.0f} GiB of memory, this machine has "
+                         f"{there / 2 ** 30:,.0f}: take a smaller --size, --batch, --micro, --registers or --k")
 
 
 def loss_weights(cfg):
@@ -186,39 +233,105 @@ def differences(config, cfg):
     return {name: (then, now) for name, (then, now) in both.items() if then != now}
 
 
-def open_run(cfg, rank):
-    """The checkpoint to resume from, or None and a new folder. A run that is already there is moved aside, not lost."""
-    folder = Path(cfg.out)
-    if cfg.resume:
-        if not folder.is_dir():
-            raise UsageError(f"--resume: no run at {folder} (name it with --out)")
-        state = read_checkpoint(folder / "last.pt") if (folder / "last.pt").is_file() else None
-        try:                                             # without last.pt it was killed before its first save
-            config = state["config"] if state else json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError):
-            raise UsageError(f"--resume: no run at {folder}, it has neither last.pt nor config.json") from None
-        for name, (then, now) in differences(config, cfg).items():
-            raise UsageError(f"--resume: {folder} was started with {flag(name)} {then}, not {now}; use the old value, "
-                             "or another --out")
-        return state
-    if rank == 0:
-        if (folder / "config.json").is_file():
-            old = next(p for n in range(1, 10 ** 6) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
-            folder.rename(old)
-            print(f"{folder} was already there: moved to {old}")
+@contextmanager
+def owned(folder, new):
+    """A run belongs to one process: inside, its lock is held. UsageError that names the owner if there is another.
+
+    new: False where the run must be there already.
+
+    The system frees the lock of a process that dies, so none is ever stale; a file system without locks (some network
+    ones) knows the host and number of the owner only, and then whoever is no longer alive on this host counts as gone.
+    """
+    if not new and not folder.is_dir():
+        raise UsageError(f"--resume: no run at {folder} (name it with --out)")
+    lock = folder.with_name(f".{folder.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    mine = f"process {os.getpid()} on {platform.node()}"
+    with open(lock, "a+") as file:
+        file.seek(0)
+        owner = file.read().strip()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {folder}: cannot make this folder ({error})") from None
-        write_json(folder / "config.json", asdict(cfg))
-    return None
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = False
+        except BlockingIOError:
+            taken = True
+        except OSError:                                  # no locks here
+            number, _, host = owner.removeprefix("process ").partition(" on ")
+            taken = bool(owner) and (host != platform.node() or number.isdecimal() and alive(int(number)))
+        if taken:
+            raise UsageError(f"{folder} is in use by {owner or 'another process'}: wait for it, or choose another "
+                             f"--out (if that process is gone, delete {lock})")
+        file.truncate(0)
+        file.write(mine)
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
-def save(path, rank, cfg, step, best, parts):
-    """Rank 0 writes a checkpoint, whole or not at all. parts: {name: what has a state_dict, or None}."""
+def earlier_state(cfg):
+    """The checkpoint that --resume goes on from, None for a run that was killed before its first save.
+
+    UsageError if there is no run, or one with other settings.
+    """
+    folder = Path(cfg.out)
+    if not (folder / "config.json").is_file() and not (folder / "last.pt").is_file():
+        raise UsageError(f"--resume: no run at {folder}, it has neither last.pt nor config.json (name it with --out)")
+    state = read_checkpoint(folder / "last.pt") if (folder / "last.pt").is_file() else None
+    config = state["config"] if state else read_json(folder / "config.json", "the settings of a run")
+    for name, (then, now) in differences(config, cfg).items():
+        raise UsageError(f"--resume: {folder} was started with {flag(name)} {then}, not {now}; use the old value, "
+                         "or another --out")
+    if state and not {"optimizer", "scaler"} <= state.keys():
+        raise UsageError(f"--resume: {folder / 'last.pt'} has no state of the optimizer; start again, or copy the "
+                         "last.pt that train.py wrote")
+    return state
+
+
+def refuse_other_images(state, images, steps, folder):
+    """UsageError if a run that is resumed was trained on other images than those that are there now."""
+    then = state.get("images") or images                 # older checkpoints do not say
+    for split in then.keys() | images.keys():
+        if then.get(split) != images.get(split):
+            was, now = (some[split][0] if split in some else 0 for some in (then, images))
+            raise UsageError(f"--resume: {folder} was trained with {was} images in {split}, and now there are {now}"
+                             f"{' others' * (was == now)}: restore them, or start again with another --out")
+    if state["step"] > steps:
+        raise UsageError(f"--resume: {folder / 'last.pt'} is at step {state['step']} of {steps}; restore the file")
+
+
+def claim(cfg):
+    """Make the folder of a new run. A run that is there is moved aside, not lost; UsageError for other files."""
+    folder = Path(cfg.out)
+    if (folder / "config.json").is_file():
+        old = next(p for n in range(1, 10 ** 6) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
+        folder.rename(old)
+        print(f"{folder} was already there: moved to {old}")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"--out {folder} holds files that are not those of a run (it has no config.json), such as "
+                         f"{next(folder.iterdir()).name}; choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {folder}: cannot make this folder ({error.strerror})") from None
+    write_json(folder / "config.json", asdict(cfg))
+
+
+def save(path, rank, cfg, step, best, parts, images=None, epoch=None):
+    """Rank 0 writes a checkpoint, whole or not at all; RunError if anything in it is not finite.
+
+    parts: {name: what has a state_dict, or None}. images: which images the run is trained on, to compare on --resume.
+    epoch: how many epochs were done.
+    """
     if rank == 0:
-        state = dict(config=plain(asdict(cfg)), step=step, best=best,
+        state = dict(config=plain(asdict(cfg)), step=step, epoch=epoch, best=best, images=images,
                      **{name: part.state_dict() for name, part in parts.items() if part is not None})
+        tensors = [*state["model"].items(), *state.get("ema", {}).items()]
+        if bad := [name for name, x in tensors if not x.isfinite().all()]:
+            raise RunError(f"step {step}: the weights are no longer finite, first {bad[0]}; they were not saved. Lower "
+                           f"--lr, --lr-prototypes or --lr-heads, or try --amp off; {path.name} is that of an earlier "
+                           "step, if there was one")
         write_whole(path, lambda temporary: torch.save(state, temporary))
 
 
@@ -228,8 +341,7 @@ class Log:
     def __init__(self, folder, rank, step):
         self.path = folder / "log.jsonl" if rank == 0 else None
         if self.path and self.path.is_file():
-            lines = [line for line in self.path.read_text().splitlines(True)
-                     if line.endswith("\n") and json.loads(line)["step"] <= step]
+            lines = [json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] <= step]
             write_whole(self.path, lambda temporary: temporary.write_text("".join(lines)))
 
     def __call__(self, record, text=None):
@@ -260,9 +372,19 @@ def read_checkpoint(path):
 
 
 def checked(path, state):
-    """The content of a file, if it is what train.py saves; else UsageError."""
+    """The content of a file, if it is what train.py saves; else UsageError that names what is not as it should be."""
     if not isinstance(state, dict) or not {"config", "step", "best", "model"} <= state.keys():
         raise UsageError(f"{path} is not a checkpoint of train.py: no config, step, best and model in it")
+    recorded(Config, state["config"], f"{path}, config")
+    step, best, model = state["step"], state["best"], state["model"]
+    if absent := {"data", "method", "arch", "size", "k"} - state["config"].keys():
+        raise UsageError(f"{path}, config: {min(absent)} is missing; take a checkpoint that train.py wrote")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise UsageError(f"{path}: step is {step!r}, expected a whole number of at least 0")
+    if not isinstance(best, dict) or not {"split", "epoch", "accuracy"} <= best.keys():
+        raise UsageError(f"{path}: best is {best!r}, expected split, epoch and accuracy")
+    if not isinstance(model, dict) or not all(isinstance(x, torch.Tensor) for x in model.values()):
+        raise UsageError(f"{path}: model is no dict of tensors")
     return state
 
 

@@ -4,12 +4,19 @@ Floor: the ground; it needs tqdm and the standard library alone. Every script's 
 """
 import argparse
 import difflib
+import functools
+import glob
 import json
 import math
 import os
+import platform
+import signal
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, field, fields
+from pathlib import Path
 from typing import get_args, get_origin
 
 from tqdm import tqdm
@@ -110,6 +117,8 @@ def parse(cls, doc, argv=None, preset=None, recorded=None, rest=False):
     else:
         typed = parser.parse_args(argv)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(typed).items()}
+    if empty := next((name for name, value in given.items() if value == ""), None):
+        parser.error(f"{flag(empty)} is empty; give a value, or leave it out")
     if path := given.pop("config", ""):
         earlier = recorded(path)
     settings = cls(**{**(preset(given, earlier) if preset else {}), **earlier, **given})
@@ -137,8 +146,30 @@ def check_bounds(settings):
                     raise UsageError(f"{name} must be {wanted}, not {x}")
 
 
+def recorded(cls, content, where):
+    """Settings that a file holds -> {name: value} of those that cls has, checked like typed ones.
+
+    UsageError that names the file, the setting and what was expected.
+    """
+    if not isinstance(content, dict):
+        raise UsageError(f"{where}: expected an object of settings, found {type(content).__name__}")
+    found = {}
+    for f in fields(cls):
+        if f.name in content:
+            value, kind = content[f.name], get_origin(f.type) or f.type
+            kinds = {float: (int, float), tuple: (tuple, list), list: (tuple, list)}.get(kind, (kind,))
+            if not isinstance(value, kinds) or isinstance(value, bool) and kind is not bool:
+                raise UsageError(f"{where}: {f.name} is {value!r}, expected {kind.__name__}; restore the file")
+            found[f.name] = tuple(value) if isinstance(value, list) else value
+    try:
+        check_bounds(cls(**found))
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}; restore the file") from None
+    return found
+
+
 def flags_table(cls):
-    """The flags of a script as Markdown tables, a heading for each group: docs/training.md has the table of train.py."""
+    """The flags of a script as Markdown tables, a heading for each group: docs/training.md has that of train.py."""
     lines, last = [], None
     for group, f in grouped(cls):
         if group != last:
@@ -150,32 +181,129 @@ def flags_table(cls):
     return "\n".join(lines).strip()
 
 
+# ---------------------------------------------------------------- a script from its start to its exit status
+class Stopped(Exception):
+    """A signal asked the script to end, and it has saved what it had: exit status 128 + the signal's number."""
+
+
+WORKER = ("a process that loads data was killed (%s): give the container more shared memory (docker run --shm-size=2g) "
+          "or take fewer of them (--workers 0)")
+MEMORY = "%s: take a smaller --batch, --micro or --size"
+DISK = "a file could not be written whole (%s): is the disk full? The file that was there is as it was"
+KNOWN = {       # what libraries raise as RuntimeError where the machine has too little of something, and our line
+    "Bus error": WORKER, "DataLoader worker": WORKER, "out of memory": MEMORY, "can't allocate memory": MEMORY,
+    "Too many open files": "%s: raise the limit (ulimit -n 4096), or take fewer --workers",
+    "PytorchStreamWriter": DISK, "unexpected pos": DISK}
+
+
+def rank():
+    """This process's number among those of torchrun; 0 alone, whatever a job script left in RANK."""
+    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else 0
+
+
 def run_script(main):
-    """Run a script's main(); turn our two kinds of error into one line on standard error and an exit status."""
-    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    """Run a script's main(); turn what can go wrong into one line on standard error and an exit status.
+
+    UsageError 2; RunError, any OSError and what KNOWN explains 1; a signal 128 + its number. Whoever reads us may stop
+    reading (train.py | head): the script goes on, it writes files.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")         # a terminal of Latin-1 has no dash
+    sys.stdout = Unbroken(sys.stdout)
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:                 # whoever reads us, such as head, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UsageError, RunError) as error:
-        # a data worker wraps the line in its traceback; the line is what follows the name of the error
-        text = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1]
-        print(f"{rank}error: {' '.join(text.split())}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        return
+    except UsageError as error:
+        text, status = said(error), 2
+    except RunError as error:
+        text, status = said(error), 1
+    except Stopped as error:
+        text, status = None, 128 + error.args[0]
     except KeyboardInterrupt:
-        print(f"{rank}interrupted", file=sys.stderr)
-        sys.exit(130)
+        text, status = "interrupted", 130
+    except OSError as error:
+        where = f"{os.fspath(error.filename)}: " if error.filename is not None else ""
+        text, status = f"{where}{error.strerror or error}", 1
+    except (RuntimeError, MemoryError) as error:
+        line = next((line for words, line in KNOWN.items() if words in str(error)), None)
+        if line is None and not isinstance(error, MemoryError):
+            raise
+        text, status = (line or KNOWN["out of memory"]) % (str(error).strip().splitlines() or ["out of memory"])[0], 1
+    finally:
+        sys.stdout = sys.stdout.stream
+    if text:
+        print(f"{f'[rank {rank()}] ' * (int(os.environ.get('WORLD_SIZE') or 1) > 1)}error: {' '.join(text.split())}",
+              file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def said(error):
+    """What an error says. A data worker wraps it in its traceback: then it is what follows the name of the error."""
+    return str(error).rsplit(f"{type(error).__name__}: ", 1)[-1]
+
+
+class Unbroken:
+    """A stream to which one can write after its reader has gone: what is written is lost."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        return self.attempt(self.stream.flush)
+
+    def attempt(self, do, *what):
+        try:
+            return do(*what)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextmanager
+def signals(ends=(signal.SIGTERM, signal.SIGINT)):
+    """Inside, the first of these signals does not end the process: it is noted in the list that this gives.
+
+    A second one ends it at once. Only the main thread may listen; elsewhere the list stays empty.
+    """
+    noted, before = [], {}
+
+    def note(number, frame):
+        noted.append(number)
+        for one in before:
+            signal.signal(one, signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in ends}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------- long work
+@functools.cache
+def bounded(workers):
+    """How many processes load data where so many were asked for: more than cores would only fill the memory."""
+    cores = max(4, os.cpu_count() or 1)
+    if workers > cores:
+        print(f"--workers {workers} is more than this machine has cores: {cores} processes load data")
+    return min(workers, cores)
+
+
 def progress(steps, title, total=None, every=30.0):
     """Pass on what is iterated over, and show how far it is: a bar on a terminal, elsewhere a line every 30 seconds.
 
     total: how many there are, where `steps` has no length. Only rank 0 talks.
     """
     total = len(steps) if total is None else total
-    if int(os.environ.get("RANK", 0)):
+    if rank():
         yield from steps
     elif sys.stderr.isatty():
         yield from tqdm(steps, title, total, leave=False, dynamic_ncols=True)
@@ -192,8 +320,15 @@ def progress(steps, title, total=None, every=30.0):
 
 # ---------------------------------------------------------------- files
 def write_whole(path, write):
-    """Call write(temporary path), then rename it to path: readers see the old file or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Call write(temporary path), then rename it to path: readers see the old file or the new one, never half.
+
+    Temporary files of this path that processes of this machine left when they were killed go too.
+    """
+    path = Path(path)
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*@{glob.escape(platform.node())}"):
+        if not alive(int(other.name.rpartition("@")[0].rpartition(".")[2])):
+            other.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}@{platform.node()}")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -201,7 +336,59 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def alive(pid):
+    """Is there a process of this number on this machine?"""
+    try:
+        os.kill(pid, 0)                                  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def may_write(path, ours, force=False):
+    """UsageError unless a file can be written at path: its folder is there, and nobody else's file is replaced.
+
+    ours: a function of an existing file's path -> did this program write it, and of this kind? force: replace anything
+    but a folder. Called before work starts.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: {path.parent} is no folder; name a file in a folder that exists")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path}: no permission to write in {path.parent}; name another place")
+    try:
+        known = not path.exists() or force or ours(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise UsageError(f"{path} was not written by this script, and it would be lost; name another file, or --force")
+
+
 def write_json(path, content):
     """Plain dict or dataclass -> indented JSON, whole or not at all."""
     content = content if isinstance(content, dict) else asdict(content)
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n"))
+
+
+def read_text(path, what):
+    """The text of a file; UsageError that says what it should be where there is none or it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; expected {what}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); expected {what}") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; expected {what}") from None
+
+
+def read_json(path, what):
+    """The content of a JSON file; UsageError that says what it should be, and where it is torn."""
+    try:
+        return json.loads(read_text(path, what))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not whole JSON ({error}); expected {what}") from None

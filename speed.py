@@ -1,91 +1,84 @@
-"""speed.py: what two stages cost beside one vision transformer, as ratios within one run.
+"""speed.py: what two stages cost beside one vision transformer: prediction, a training step, reading images.
 
-    python speed.py                                      # ViT-S/14, 224 px, batch 8, random weights, kept counts forced
+    python speed.py                                      # prediction: ViT-S/14, 224 px, batch 8, random weights
     python speed.py --selector-size 112                  # the same with a smaller stage 1
-    python speed.py --scale                              # time and memory against tokens, K and batch -> docs/scale.png
-    python speed.py --arch b --size 518 --batch 64 --device cuda --amp bf16 --compare --profile
+    python speed.py --scale                              # growth with tokens, K and batch -> docs/scale.json and .png
+    python speed.py --training --device cuda --amp bf16  # training steps, 20 % of the patches kept
+    python speed.py --reading                            # images/s that one core reads and augments
     python evaluate.py --ckpt runs/waterbirds-mini/best.pt --speed       # a trained model on its own images
 
-Everything is measured in turn, round after round, and a ratio is the median over rounds of ratios within a round. The
-clock on a CPU with one thread is CPU time, which other processes hardly change, else wall time. "Dense" is a forward
-of stage 2's ViT over all tokens. Letters: ifam.py.
+Everything is measured in turn, round after round, so that other work on the machine slows all of it alike; a ratio is
+the median over rounds of ratios within a round. The clock on a CPU with one thread is CPU time, which other processes
+hardly change, else wall time. "Dense" is one ViT over all tokens.
+
+Floor: commands. Read ifam.py (the two stages, and the letters) first, and of train.py `Trainer`.
 """
+import gc
+import itertools
 import json
 import math
 import os
-import statistics
-import sys
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import ifam
 import train
-from vit import ViT, attend_masked
 from baselines import FoundMask
+from benchmarks.samples import Samples
+from benchmarks.transforms import FINE_GRAINED, PHOTOGRAPHS
 from predict import given_mask
+from runs import Config as RunConfig
 from runs import pick_device
-from settings import UsageError, opt, parse, run_script, write_json
+from settings import UsageError, flag, may_write, opt, parse, progress, run_script, write_json
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")          # else the profiler prints a line whenever it starts or stops
 
 
 @dataclass
 class Config:
-    arch: str = opt("s", "vision transformers: s, b, l, g, mini, or s/3 for the first 3 blocks of s")
-    size: int = opt(224, "image side in pixels")
-    batch: int = opt(8, "images at once")
-    k: int = opt(8, "foreground parts")
-    selector_size: int = opt(0, "side at which stage 1 looks at the image (0: --size)")
+    scale: bool = opt(False, "time and memory against tokens, K and batch", group="instead of prediction")
+    training: bool = opt(False, "steps of train.py: one ViT, two stages, and two stages of which less trains")
+    reading: bool = opt(False, "the input pipeline: decoding, augmentation and tensor")
+
+    arch: str = opt("s", "vision transformers: s, b, l, g, mini, or s/3 for the first 3 blocks of s", group="model")
+    size: int = opt(224, "image side in pixels, a multiple of the patch", at_least=1)
+    k: int = opt(8, "foreground parts", at_least=1)
+    selector_size: int = opt(0, "side at which stage 1 looks at the image (0: --size)", at_least=0)
     selector_arch: str = opt("", "vision transformer of stage 1 (if not given, --arch)")
-    rounds: int = opt(7, "times that everything is measured")
-    compare: bool = opt(False, "also other ways for stage 2 to attend: padded, through a nested tensor, not packed")
-    scale: bool = opt(False, "instead: time and memory against tokens, K and batch")
-    device: str = opt("auto", "auto, cpu, cuda or mps")
-    amp: str = opt("off", "autocast", choices=("off", "bf16", "fp16"))
+
+    batch: int = opt(8, "images at once; of --training 4", at_least=1, group="measurement")
+    rounds: int = opt(7, "times that everything is measured; of --training 10, of --reading 2", at_least=1)
+    keep: float = opt(0.2, "share of the patches of every image that stage 2 sees in a training step (0: the mask that "
+                           "stage 1 finds)", at_least=0, at_most=1)
+
+    device: str = opt("auto", "auto, cpu, cuda or mps", group="run")
+    amp: str = opt("off", "autocast, as in train.py", choices=("auto", "bf16", "fp16", "off"))
     compile: bool = opt(False, "torch.compile the dense ViT and both stages")
-    peak: float = opt(0.0, "TFLOP/s that the device can do, to print which share is reached (0: do not)")
-    profile: bool = opt(False, "also print the operations that take most of the time at 20 % kept (torch.profiler)")
-    out: str = opt("", "file for the numbers, JSON (default: none; with --scale docs/scale.json, the figure beside it)")
+    out: str = opt("", "file for the numbers, JSON; of --scale docs/scale.json, with the figure beside it")
+    force: bool = opt(False, "replace a file that this script did not write")
 
 
-# ---------------------------------------------------------------- operations, counted from shapes
-def block_flops(vit, tokens, asked):
-    """Floating-point operations of a block, 2 for a multiply-add, where `asked` of its tokens are computed."""
-    D, mlp = vit.width, vit.blocks[0].mlp
-    hidden = sum(p.numel() for name, p in mlp.named_parameters() if name.endswith("weight"))     # of all its matrices
-    return 2 * (2 * asked + 2 * tokens) * D * D + 4 * asked * tokens * D + 2 * asked * hidden
+# ---------------------------------------------------------------- operations, time, memory
+def operations(module, *inputs):
+    """Floating-point operations per image of module(*inputs), 2 for a multiply-add, as torch counts them.
+
+    Image by image, because torch's table lacks some fused kernels, and plain attention over a batch needs much memory.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        for image in zip(*(x.split(1) for x in inputs)):
+            module(*image)
+    return counter.get_total_flops() / len(inputs[0])
 
 
-def vit_flops(vit, patches=None, class_only=False):
-    """Operations of one image in a ViT that computes this many of its patches (None: all)."""
-    patches = math.prod(vit.grid) if patches is None else patches
-    T = vit.prefix + patches
-    whole = (len(vit.blocks) - 1) * block_flops(vit, T, T) + block_flops(vit, T, 1 if class_only else T)
-    return whole + 2 * patches * 3 * vit.patch ** 2 * vit.width
-
-
-def stage1_flops(selector, classes):
-    """Operations of one image in stage 1: backbone, distances to prototypes, part features, classifier."""
-    N, D, K = math.prod(selector.backbone.grid), selector.backbone.width, selector.k
-    return vit_flops(selector.backbone) + 2 * (2 * (K + 1) * N * D + K * D * classes)
-
-
-def stage2_flops(predictor, patches=None):
-    """Operations of one image in stage 2 that sees this many patches (None, or under a late mask: all)."""
-    vit = predictor.backbone
-    pooling = 0 if predictor.pooling == "cls" else 2 * math.prod(vit.grid) * vit.width
-    return (vit_flops(vit, patches if predictor.masking == "early" else None, predictor.pooling == "cls") + pooling
-            + 2 * vit.width * predictor.head.out_features)
-
-
-# ---------------------------------------------------------------- time
 def clock(device):
     """-> (what it is, a function that gives seconds after waiting for the device)."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
@@ -94,76 +87,78 @@ def clock(device):
     return "wall time", lambda: (wait(), time.perf_counter())[1]
 
 
-def in_turn(functions, rounds, device):
-    """Seconds of every function in every round, {name: [seconds]}, one after the other; a call each to warm up."""
-    now, found = clock(device)[1], {name: [] for name in functions}
-    for function in functions.values():
-        function()
-    for _ in range(rounds):
-        for name, function in functions.items():
+def in_turn(calls, batch, rounds, device):
+    """Time calls {name: function} of a batch, all of them in every round, one after the other, after one to warm up.
+
+    -> {name: {...}}: medians over rounds; ratios within a round are to the first call, the dense one.
+    """
+    _, by_clock = clock(device)
+    now = lambda: np.array([by_clock(), time.process_time()])                    # and by the processors of all threads
+    seconds = {name: np.empty((2, rounds)) for name in calls}
+    for call in calls.values():
+        call()
+    for i in progress(range(rounds), "rounds"):
+        for name, call in calls.items():
             start = now()
-            function()
-            found[name].append(now() - start)
-    return found
+            call()
+            seconds[name][:, i] = now() - start
+    dense, rows = next(iter(seconds.values())), {}
+    for name, own in seconds.items():
+        middle, (of_dense, of_processor) = np.median(own[0]).item(), np.median(own / dense, axis=1).tolist()
+        rows[name] = {"seconds": middle, "images_per_second": batch / middle, "relative_to_dense": of_dense,
+                      "relative_processor_time": of_processor}
+    return rows
 
 
-def ratio(seconds, name, of="dense"):
-    """Median over rounds of the time of one thing relative to another."""
-    return statistics.median(a / b for a, b in zip(seconds[name], seconds[of]))
-
-
-@contextmanager
-def stopwatch(modules, device):
-    """Seconds spent in groups of modules, {name: [modules]} -> {name: seconds}, filled while inside."""
-    now, spent, began, hooks = clock(device)[1], dict.fromkeys(modules, 0.0), {}, []
+def shares_of_time(groups, call, device):
+    """Seconds of a call spent inside groups of modules {name: [modules]}, relative to those of the group "whole"."""
+    now, spent, began, hooks = clock(device)[1], dict.fromkeys(groups, 0.0), {}, []
 
     def start(module, inputs):
         began[module] = now()
 
-    def stop(name):
-        def hook(module, inputs, output):
-            spent[name] += now() - began[module]
-        return hook
-    for name, group in modules.items():
+    def stop(name, module, inputs, output):
+        spent[name] += now() - began[module]
+    for name, group in groups.items():
         for module in group:
-            hooks += [module.register_forward_pre_hook(start), module.register_forward_hook(stop(name))]
-    try:
-        yield spent
-    finally:
-        for hook in hooks:
-            hook.remove()
+            hooks += [module.register_forward_pre_hook(start), module.register_forward_hook(partial(stop, name))]
+    call()
+    for hook in hooks:
+        hook.remove()
+    return {name: seconds / spent["whole"] for name, seconds in spent.items() if name != "whole"}
 
 
-# ---------------------------------------------------------------- memory
-def peak_memory(function, device):
-    """Bytes that a call needs at once beyond what is held before it: torch's own count.
+def peak_memory(call, device):
+    """Make a call -> bytes that it needs at once beyond what is held before it; None where torch does not count them.
 
     CUDA: max_memory_allocated. CPU: every allocation of torch's allocator as torch.profiler records it.
     """
+    gc.collect()                                         # older garbage, freed meanwhile, would hide what is new
     if device.type == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
+        call()
         return torch.cuda.max_memory_allocated() - before
     if device.type != "cpu":
-        return None                                      # torch counts no peak on mps
+        call()
+        return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
+        call()
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         profile.export_chrome_trace(file.name)
         events = json.loads(Path(file.name).read_text())["traceEvents"]
-    held = peak = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak
+    changes = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    return max(itertools.accumulate((e["args"]["Bytes"] for e in changes), initial=0))
+
+
+def machine(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "threads": torch.get_num_threads(), "clock": clock(device)[0]}
 
 
 # ---------------------------------------------------------------- a trained model
 def check(model):
-    """UsageError for a model whose operations are not counted."""
+    """UsageError for a model whose stages are not those that measure() tells apart."""
     if isinstance(model, FoundMask) or model.predictor and not isinstance(model.predictor, ifam.Predictor):
         raise UsageError("--speed counts the operations of ViTs under a mask or without: not of probes or --method "
                          "early-found, late-found; leave it out")
@@ -176,34 +171,27 @@ def measure(model, images, truth=None, rounds=5):
     Shares: of the time of the whole model, measured module by module in calls of their own; that of stage 1, and those
     of attention and feed-forward in both stages. Operations are per image.
     """
-    device, (B, *_) = images.device, images.shape
     check(model)
-    vit = (model.predictor or model.selector).backbone
-    whole = lambda x=images, keep=truth: model(x, keep)
+    device, B, stages = images.device, len(images), [stage for stage in (model.selector, model.predictor) if stage]
+    dense, whole = partial(stages[-1].backbone, images), partial(model, images, truth)
     kept = whole().keep
-    one = lambda: whole(images[:1], truth if truth is None else truth[:1])
-    seconds = in_turn({"dense": lambda: vit(images), "model": whole, "one image": one}, rounds, device)
-    blocks = [b for stage in (model.selector, model.predictor) if stage for b in stage.backbone.blocks]
-    groups = {"stage1": [model.selector] if model.selector else [], "attention": [b.attn for b in blocks],
-              "feed_forward": [b.mlp for b in blocks], "whole": [model]}
-    with stopwatch(groups, device) as spent:
-        for _ in range(rounds):
-            whole()
-    share = {name: spent[name] / spent["whole"] for name in groups if name != "whole"}
-    classes = (model.predictor.head if model.predictor else model.selector.classifier).out_features
-    gflops = {"dense": vit_flops(vit) / 1e9}
+    one = partial(model, images[:1], truth if truth is None else truth[:1])
+    rows = in_turn({"dense": dense, "model": whole, "one image": one}, B, rounds, device)
+    blocks = [block for stage in stages for block in stage.backbone.blocks]
+    groups = {"stage1": stages[:1] if model.selector else [], "attention": [block.attn for block in blocks],
+              "feed_forward": [block.mlp for block in blocks], "whole": [model]}
+    share = shares_of_time(groups, lambda: [whole() for _ in range(rounds)], device)
+    gflops = {"dense": operations(stages[-1].backbone, images[:1]) / 1e9}
     if model.selector:
-        gflops["stage1"] = stage1_flops(model.selector, classes) / 1e9
+        gflops["stage1"] = operations(model.selector, images[:1]) / 1e9
     if model.predictor:
-        counts = [None] if kept is None else (kept > 0).sum(1).tolist()
-        gflops["stage2"] = statistics.mean(stage2_flops(model.predictor, n) for n in counts) / 1e9
-    peak = {"model": peak_memory(whole, device), "dense": peak_memory(lambda: vit(images), device)}
-    return {"device": name_of(device), "threads": torch.get_num_threads(), "clock": clock(device)[0], "batch": B,
-            "kept_share": None if kept is None else kept.mean().item(),
-            "images_per_second": B / statistics.median(seconds["model"]),
-            "images_per_second_dense": B / statistics.median(seconds["dense"]),
-            "relative_to_dense": ratio(seconds, "model"), "gflops": gflops, "share_of_time": share,
-            "latency_ms": 1e3 * statistics.median(seconds["one image"]), "peak_bytes": peak}
+        gflops["stage2"] = operations(model.predictor, images, *([] if kept is None else [kept])) / 1e9
+    return {**machine(device), "batch": B, "kept_share": None if kept is None else kept.mean().item(),
+            "images_per_second": rows["model"]["images_per_second"],
+            "images_per_second_dense": rows["dense"]["images_per_second"],
+            "relative_to_dense": rows["model"]["relative_to_dense"], "gflops": gflops, "share_of_time": share,
+            "latency_ms": 1e3 * rows["one image"]["seconds"],
+            "peak_bytes": {"model": peak_memory(whole, device), "dense": peak_memory(dense, device)}}
 
 
 def measure_split(model, samples, device, batch):
@@ -214,224 +202,240 @@ def measure_split(model, samples, device, batch):
 
 def summary(found):
     """What measure() found, as lines."""
-    g, share = found["gflops"], found["share_of_time"]
+    g, share, peak = found["gflops"], found["share_of_time"], found["peak_bytes"]
     stages = " and ".join(f"{g[s]:.3g} in {n}" for s, n in (("stage1", "stage 1"), ("stage2", "stage 2")) if s in g)
-    memory = "not counted on this device" if found["peak_bytes"]["model"] is None else \
-        "{:.1f} MB, dense {:.1f} MB".format(*(found["peak_bytes"][n] / 1e6 for n in ("model", "dense")))
-    return "\n".join((
-        f"  speed at batch {found['batch']}, {found['device']}, {found['threads']} threads, {found['clock']}:",
-        f"    {found['images_per_second']:.1f} images/s; {found['relative_to_dense']:.3f} of the time of one dense ViT "
-        f"({found['images_per_second_dense']:.1f} images/s)",
-        f"    GFLOPs per image: {stages}, dense {g['dense']:.3g}",
-        f"    share of the time: {share['stage1']:.0%} in stage 1; in all stages {share['attention']:.0%} "
-        f"in attention, {share['feed_forward']:.0%} in feed-forward",
-        f"    latency at batch 1: {found['latency_ms']:.1f} ms; peak memory beyond the weights: {memory}"))
+    memory = "not counted on this device" if peak["model"] is None else \
+        f"{peak['model'] / 1e6:.1f} MB, dense {peak['dense'] / 1e6:.1f} MB"
+    return f"""\
+  speed at batch {found['batch']}, {found['device']}, {found['threads']} threads, {found['clock']}:
+    {found['images_per_second']:.1f} images/s; {found['relative_to_dense']:.3f} of the time of one dense ViT \
+({found['images_per_second_dense']:.1f} images/s)
+    GFLOPs per image: {stages}, dense {g['dense']:.3g}
+    share of the time: {share['stage1']:.0%} in stage 1; in all stages {share['attention']:.0%} in attention, \
+{share['feed_forward']:.0%} in feed-forward
+    latency at batch 1: {found['latency_ms']:.1f} ms; peak memory beyond the weights: {memory}"""
 
 
-def name_of(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-# ---------------------------------------------------------------- random weights, kept counts forced
-def attend_padded(q, k, v, lengths, asked=None):
-    """attend_packed by padding every image to the longest."""
-    mask = torch.arange(max(lengths), device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
-    q, k, v = (pad_sequence(x.split(n), batch_first=True).transpose(1, 2)
-               for x, n in ((q, asked or lengths), (k, lengths), (v, lengths)))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None]).transpose(1, 2)
-    return torch.cat([image[:n] for image, n in zip(out, asked or lengths)])
-
-
-def attend_nested(q, k, v, lengths, asked=None):
-    """attend_packed through a nested tensor: on CUDA this is the variable-length flash kernel."""
-    def jagged(x, n):
-        offsets = F.pad(torch.tensor(n).cumsum(0), (1, 0)).to(x.device)
-        return torch.nested.nested_tensor_from_jagged(x.contiguous(), offsets, min_seqlen=min(n),
-                                                      max_seqlen=max(n)).transpose(1, 2)
-    out = F.scaled_dot_product_attention(jagged(q, asked or lengths), jagged(k, lengths), jagged(v, lengths))
-    return out.transpose(1, 2).values()
-
-
-OTHERS = {"padded to the longest": attend_padded, "nested tensor": attend_nested}
-
-
-@contextmanager
-def replaced(owner, name, other):
-    """A function of ifam.py is another one that computes the same."""
-    ours = getattr(owner, name)
-    setattr(owner, name, other)
-    try:
-        yield
-    finally:
-        setattr(owner, name, ours)
-
-
-def not_packed(vit, images, keep, class_only):
-    """ViT._run_packed without packing: every token is computed, and dropped ones are masked out of attention."""
-    mask, rows = F.pad(keep.float(), (vit.prefix, 0), value=1.0), (lambda x: x[:, :1]) if class_only else None
-    return vit._run(vit.embed(images), lambda q, k, v: attend_masked(q, k, v, mask), rows)
-
-
-def forced(counts, patches, generator):
-    """A mask that keeps this many patches of each image, at random places: keep (B, N)."""
-    order = torch.rand(len(counts), patches, generator=generator).argsort(1).argsort(1)
-    return (order < torch.tensor(counts)[:, None]).float()
-
-
-def counts_of(low, high, batch, patches):
-    """Kept patches of each image: shares evenly spread from low to high."""
-    return [round(share * patches) for share in torch.linspace(low, high, batch).tolist()]
-
-
+# ---------------------------------------------------------------- prediction: random weights, kept counts forced
+SHARED = ("arch", "size", "k", "selector_size", "selector_arch", "batch", "amp", "compile")      # with train.py
 CASES = {"20 % kept": (0.2, 0.2), "5-60 % kept, ragged": (0.05, 0.6), "5 % kept": (0.05, 0.05), "100 % kept": (1, 1)}
 
 
-def make(cfg, **changes):
-    """A model with random weights, in evaluation mode, and images for it."""
-    torch.manual_seed(0)
-    cfg, device = replace(cfg, **changes), pick_device(cfg.device)
-    try:
-        model = ifam.IFAM(2, cfg.k, cfg.arch, cfg.size, selector_arch=cfg.selector_arch,
-                          selector_size=cfg.selector_size)
-    except ValueError as error:
-        raise UsageError(f"these settings make no model: {error}") from None
-    return model.eval().to(device), torch.randn(cfg.batch, 3, cfg.size, cfg.size).to(device)
+def settings_of(cfg, **changes):
+    """Settings of train.py: those of cfg, and random weights."""
+    return RunConfig(**{"weights": "none", **{name: getattr(cfg, name) for name in SHARED}, **changes})
 
 
-@torch.no_grad()
-def forced_masks(cfg):
-    """Time of the whole model under forced masks relative to a dense ViT -> {row: {...}}, and what was profiled."""
-    model, images = make(cfg)
-    device, vit, N = images.device, model.predictor.backbone, math.prod(model.grid)
-    if cfg.compile:
-        train.compile_stages(model)
-        vit.compile()
-    draw = torch.Generator().manual_seed(0)
-    counts = {name: counts_of(*shares, cfg.batch, N) for name, shares in CASES.items()}
-    keeps = {name: forced(n, N, draw).to(device) for name, n in counts.items()}
-    flops = {"dense": cfg.batch * vit_flops(vit), "stage 1": cfg.batch * stage1_flops(model.selector, 2),
-             "dense classifier": cfg.batch * stage2_flops(model.predictor)}
-    calls = {"dense": lambda: vit(images), "dense classifier": lambda: model.predictor(images),
-             "stage 1": lambda: model.selector(images)}
-    for name, keep in keeps.items():
-        calls[name] = lambda keep=keep: model(images, keep)
-        flops[name] = flops["stage 1"] + sum(stage2_flops(model.predictor, n) for n in counts[name])
-    for name in list(CASES)[:2] if cfg.compare else ():
-        for other, attend in OTHERS.items():
-            def call(keep=keeps[name], attend=attend):
-                with replaced(sys.modules["vit"], "attend_packed", attend):
-                    return model(images, keep)
-            calls[f"{name}, {other}"], flops[f"{name}, {other}"] = call, flops[name]
-
-        def call(keep=keeps[name]):
-            with replaced(ViT, "_run_packed", not_packed):
-                return model(images, keep)
-        calls[f"{name}, not packed"] = call
-        flops[f"{name}, not packed"] = flops["stage 1"] + flops["dense classifier"]
-    with autocast(cfg, device):
-        seconds = in_turn(calls, cfg.rounds, device)
-        hottest = profiled(calls["20 % kept"], device) if cfg.profile else None
-        peak = {name: peak_memory(call, device) for name, call in calls.items()}
-    rows = {name: {"relative_to_dense": ratio(seconds, name), "seconds": statistics.median(seconds[name]),
-                   "images_per_second": cfg.batch / statistics.median(seconds[name]),
-                   "relative_operations": flops[name] / flops["dense"], "gflops": flops[name] / cfg.batch / 1e9,
-                   "tflops": flops[name] / statistics.median(seconds[name]) / 1e12,
-                   "peak_bytes": peak[name]} for name in calls}
-    return rows, hottest
+def make(cfg, device, **changes):
+    """Both stages in evaluation mode, and images for them."""
+    settings = settings_of(cfg, **{"compile": False, **changes})
+    model = train.build_model(settings, device, classes=2).eval()
+    return model, torch.randn(settings.batch, 3, settings.size, settings.size).to(device)
 
 
 def autocast(cfg, device):
     dtype, _ = train.autocast_of(cfg, device)
-    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def profiled(function, device, rows=6):
-    """The operations that take most of the time, as torch.profiler prints them."""
-    on_gpu = device.type == "cuda"
-    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
-    with torch.profiler.profile(activities=kinds) as profile:
-        function()
-    by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    return profile.key_averages().table(sort_by=by, row_limit=rows, max_name_column_width=50)
+def forced(low, high, batch, patches):
+    """keep (B, N) of patches at random places: shares of an image's patches evenly spread from low to high."""
+    counts = (torch.linspace(low, high, batch, dtype=torch.float64) * patches).round()
+    order = torch.rand(batch, patches, generator=torch.Generator().manual_seed(0)).argsort(1).argsort(1)
+    return (order < counts[:, None]).float()
+
+
+@torch.no_grad()
+def prediction(cfg, device):
+    """Both stages under forced masks beside one dense ViT -> {row: {...}}."""
+    model, images = make(cfg, device)
+    asked = {"dense": (model.predictor.backbone, images), "dense classifier": (model.predictor, images),
+             "stage 1": (model.selector, images)}
+    for name, (low, high) in CASES.items():
+        asked[name] = model, images, forced(low, high, cfg.batch, math.prod(model.grid)).to(device)
+    gflops = {name: operations(*call) / 1e9 for name, call in asked.items()}
+    if cfg.compile:
+        train.compile_stages(model)
+        model.predictor.backbone.compile()
+    calls = {name: partial(*call) for name, call in asked.items()}
+    with autocast(cfg, device):
+        return {name: {**row, "gflops": gflops[name], "relative_operations": gflops[name] / gflops["dense"],
+                       "peak_bytes": peak_memory(calls[name], device)}
+                for name, row in in_turn(calls, cfg.batch, cfg.rounds, device).items()}
 
 
 # ---------------------------------------------------------------- growth
-STEPS = {"tokens": ("size", (224, 518, 1022)), "K": ("k", (1, 4, 16, 64)), "batch": ("batch", (1, 2, 4, 8, 16))}
+STEPS = {  # what grows: the setting, its values, and what is fixed meanwhile
+    "tokens": ("size", (224, 518, 1022), dict(batch=1)), "K": ("k", (1, 4, 16, 64), dict(batch=4)),
+    "batch": ("batch", (1, 2, 4, 8, 16), {})}
 
 
-def exponent(x, y):
-    """Slope of a straight line through (log x, log y), by least squares."""
-    x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (x, y))
-    return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
+def costs(cfg, device, **changes):
+    """What prediction, and forward and backward of both stages ("training"), cost, 20 % kept.
+
+    -> tokens of an image, {"prediction": {"seconds", "bytes"}, "training": ...}
+    """
+    model, images = make(cfg, device, **changes)
+    keep = forced(0.2, 0.2, len(images), math.prod(model.grid)).to(device)
+
+    def step():                                          # the mask asks for its gradient: the path of training
+        out = model(images, keep.clone().requires_grad_())
+        (out.logits.sum() + out.logits_stage1.sum()).backward()
+    calls = {"prediction": torch.no_grad()(partial(model, images, keep)), "training": step}
+    with autocast(cfg, device):
+        rows = in_turn(calls, len(images), cfg.rounds, device)
+        return model.predictor.backbone.prefix + keep.shape[1], {
+            what: {"seconds": rows[what]["seconds"], "bytes": peak_memory(calls[what], device)} for what in calls}
 
 
-def growth(cfg):
-    """Time and peak memory of prediction, and of forward and backward of both stages ("training"), 20 % kept, each
-    against tokens, K and batch.
+def growth(cfg, device):
+    """Costs against tokens, K and batch, and the power of it that each grows with, a straight line through logarithms.
 
     -> {"tokens": {"x": [...], "prediction": {"seconds": [...], "bytes": [...]}, "training": ..., "exponents": ...}}
     """
-    found = {}
-    for name, (setting, values) in STEPS.items():
-        base = {"size": 224, "k": 8, "batch": 1 if name == "tokens" else 4 if name == "K" else 0}
-        rows = {}
-        for value in values:
-            model, images = make(cfg, **{**base, setting: value})
-            N = math.prod(model.grid)
-            keep = forced(counts_of(0.2, 0.2, len(images), N), N, torch.Generator().manual_seed(0)).to(images)
-
-            @torch.no_grad()
-            def predict():
-                return model(images, keep)
-
-            def step():                                  # the mask asks for its gradient: the path of training
-                out = model(images, keep.clone().requires_grad_())
-                (out.logits.sum() + out.logits_stage1.sum()).backward()
-            with autocast(cfg, images.device):
-                seconds = in_turn({"prediction": predict, "training": step}, cfg.rounds, images.device)
-                rows[1 + 4 + N if name == "tokens" else value] = {
-                    what: {"seconds": min(seconds[what]), "bytes": peak_memory(function, images.device)}
-                    for what, function in (("prediction", predict), ("training", step))}
-        found[name] = {"x": list(rows), "exponents": {}}
+    curves = {}
+    for name, (setting, values, fixed) in STEPS.items():
+        tokens, found = zip(*(costs(cfg, device, **{**fixed, setting: value}) for value in values))
+        x = list(tokens if name == "tokens" else values)
+        curves[name] = {"x": x, "exponents": {}}
         for what in ("prediction", "training"):
-            curves = {unit: [row[what][unit] for row in rows.values()] for unit in ("seconds", "bytes")}
-            found[name][what] = curves
-            found[name]["exponents"][what] = {unit: exponent(list(rows), y) for unit, y in curves.items()
-                                              if None not in y}
-    return found
+            of = {unit: [cost[what][unit] for cost in found] for unit in ("seconds", "bytes")}
+            powers = {unit: np.polyfit(np.log(x), np.log(y), 1)[0].item() for unit, y in of.items() if None not in y}
+            curves[name][what], curves[name]["exponents"][what] = of, powers
+            print(f"  {what} grows with {name} to the power of "
+                  + ", ".join(f"{power:z.2f} ({unit})" for unit, power in powers.items()))
+    if cfg.out:                                          # the figure lies beside it
+        from measure import figures                      # here: the rest needs no matplotlib
+        figures.growth(curves, Path(cfg.out).with_suffix(".png"))
+    return curves
+
+
+# ---------------------------------------------------------------- a training step
+VARIANTS = {  # what is measured: settings of train.py
+    "one dense ViT, everything trains": dict(method="erm"),
+    "two stages": dict(method="ifam"),
+    "two stages, no joint gradient": dict(method="ifam", joint=False),
+    "two stages, no joint gradient, frozen tokens": dict(method="ifam", joint=False, train_tokens=False)}
+
+
+def force(model, share):
+    """Let the mask keep a share of the patches of each image; its gradient stays that of the mask that was found."""
+    discovered = model.mask
+
+    def mask(*found_from):
+        found = discovered(*found_from)
+        return forced(share, share, *found.shape).to(found) + (found - found.detach())
+    model.mask = mask
+
+
+def make_step(cfg, device, variant):
+    """-> a function that takes a step of train.py, on the same random batch again, the blocks of stage 1 frozen."""
+    settings = settings_of(cfg, **VARIANTS[variant])
+    trainer = train.Trainer(settings, steps=1000, rank=0, world=1, device=device, classes=2)
+    if trainer.model.selector is not None:               # as with pretrained weights
+        train.freeze_backbone(trainer.model.selector, settings.train_tokens)
+        if cfg.keep:
+            force(trainer.model, cfg.keep)
+    images = torch.randn(cfg.batch, 3, cfg.size, cfg.size, generator=torch.Generator().manual_seed(0))
+    batch, numbers = {"image": images, "label": torch.arange(cfg.batch) % 2}, itertools.count()
+    return lambda: trainer(batch, next(numbers))
+
+
+def training(cfg, device):
+    """Training steps beside that of one dense ViT -> {variant: {...}}.
+
+    Peak memory is all that training needs: weights, gradients, state of the optimizer, and what a step computes.
+    """
+    steps = {}
+
+    def begin(variant):
+        steps[variant] = make_step(cfg, device, variant)
+        steps[variant]()
+        steps[variant]()                                 # the state of the optimizer is there from the second on
+    peak = {variant: peak_memory(partial(begin, variant), device) for variant in VARIANTS}
+    rows = in_turn(steps, cfg.batch, cfg.rounds, device)
+    return {variant: {**row, "peak_bytes": peak[variant]} for variant, row in rows.items()}
+
+
+# ---------------------------------------------------------------- reading images
+def reading(cfg, device, count=20):
+    """Images/s of one core for JPEGs of 500 x 375 pixels, the size of most photographs of CUB and ImageNet.
+
+    The files have just been written, so nothing waits. -> {row: {...}}
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{i}.jpg" for i in range(count)]
+        for i, path in enumerate(paths):
+            coarse = np.random.default_rng(i).integers(0, 256, (46, 62, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+
+        def read(pipeline, size):                        # from a new split: a small one stays decoded
+            samples = Samples("none", "train", size, ("none",), [p.name for p in paths], paths, [0] * count,
+                              pipeline=pipeline)
+            return [samples[0, i] for i in range(count)]
+        rows = in_turn({f"{name}, {size} px": partial(read, pipeline, size) for size in (518, 224) for name, pipeline in
+                        (("birds, cats and dogs", FINE_GRAINED), ("ImageNet", PHOTOGRAPHS))}, count, cfg.rounds, device)
+    return {name: {"images_per_second": row["images_per_second"]} for name, row in rows.items()}
 
 
 # ---------------------------------------------------------------- the command
+MODES = {  # what measures, the settings that it has no use for, and its own defaults
+    "prediction": (prediction, ("keep",), {}),
+    "scale": (growth, ("size", "k", "batch", "keep", "compile"), dict(out="docs/scale.json")),
+    "training": (training, (), dict(batch=4, rounds=10)),
+    "reading": (reading, (*SHARED, "keep", "device"), dict(rounds=2, device="cpu"))}
+COLUMNS = {  # of the table: title, unit, digits
+    "seconds": ("    ms", 1e-3, 1), "images_per_second": ("images/s", 1, 1), "relative_to_dense": ("of dense", 1, 3),
+    "relative_processor_time": ("of its processor time", 1, 3), "gflops": ("GFLOPs/image", 1, 2),
+    "relative_operations": ("of dense", 1, 3), "peak_bytes": ("peak MB", 1e6, 1)}
+
+
+def mode_of(settings):
+    """The mode that settings {name: value} ask for. UsageError if they ask for several."""
+    modes = [name for name in MODES if settings.get(name)]
+    if len(modes) > 1:
+        raise UsageError(f"{' and '.join(map(flag, modes))} are measured one at a time: leave out all but one")
+    return modes[0] if modes else "prediction"
+
+
+def preset(typed, earlier=None):
+    """What was typed -> the mode's own defaults. UsageError for a setting that it has no use for."""
+    mode = mode_of(typed)
+    _, unused, own = MODES[mode]
+    for name in typed:
+        if name in unused:
+            users = " and ".join(other for other, (_, without, _) in MODES.items() if name not in without)
+            raise UsageError(f"{flag(name)} means nothing to {mode}, only to {users}; leave it out")
+    return own
+
+
+def table(rows):
+    """{name: {column: number or None}} -> lines of text."""
+    columns = {key: column for key, column in COLUMNS.items() if key in next(iter(rows.values()))}
+    text = lambda x, unit, digits: "-" if x is None else f"{x / unit:.{digits}f}"
+    return [" " * 46 + "".join(f"{title:>{len(title) + 3}}" for title, *_ in columns.values())] + [
+        f"  {name:<44}" + "".join(f"{text(row[key], *how):>{len(title) + 3}}" for key, (title, *how) in columns.items())
+        for name, row in rows.items()]
+
+
 def main(argv=None):
-    cfg = parse(Config, __doc__, argv)
-    device = pick_device(cfg.device)
-    print(f"{name_of(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}; {clock(device)[0]}")
-    head = {"command": vars(cfg), "device": name_of(device), "threads": torch.get_num_threads(),
-            "clock": clock(device)[0]}
-    if cfg.scale:
-        for name in ("size", "k", "batch", "compare", "profile", "peak", "compile"):
-            if getattr(cfg, name) != getattr(Config, name):
-                raise UsageError(f"--scale goes through sizes, K and batches of its own: leave out --{name}")
-        import figures                                   # here: the rest needs no matplotlib
-        found, path = growth(cfg), Path(cfg.out or "docs/scale.json")
-        for name, rows in found.items():
-            for what, powers in rows["exponents"].items():
-                print(f"  {what} grows with {name} to the power of "
-                      + ", ".join(f"{power:.2f} ({unit})" for unit, power in powers.items()))
-        write_json(path, {**head, "growth": found})
-        figures.growth(found, path.with_suffix(".png"))
-        print(f"  wrote {path} and {path.with_suffix('.png')}")
-        return
-    rows, hottest = forced_masks(cfg)
-    for name, row in rows.items():
-        share = f"  {row['tflops'] / cfg.peak:.0%} of peak" if cfg.peak else ""
-        share += f"  {row['peak_bytes'] / 1e6:.0f} MB" if row["peak_bytes"] is not None else ""
-        print(f"  {name:<44}{row['relative_to_dense']:>7.3f} of dense  {row['images_per_second']:>8.1f} images/s  "
-              f"{row['gflops']:>8.2f} GFLOPs an image, {row['relative_operations']:.3f} of dense{share}")
-    if hottest:
-        print(hottest)
+    cfg = parse(Config, __doc__, argv, preset)
+    device, mode = pick_device(cfg.device), mode_of(vars(cfg))
+    run, unused, _ = MODES[mode]
+    if cfg.reading:
+        torch.set_num_threads(1)                         # one core
+    if cfg.out:                                          # before minutes are spent
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+        may_write(cfg.out, lambda path: {"command", "clock"} <= json.loads(path.read_text()).keys(), cfg.force)
+    head = {"command": vars(cfg), **machine(device)}
+    print(f"{mode}: {head['device']}, {head['threads']} threads, torch {torch.__version__}; {head['clock']}\n  "
+          + ", ".join(f"{name} {x}" for name, x in vars(cfg).items() if name not in (*MODES, *unused) and x != ""))
+    found = run(cfg, device)
+    if not cfg.scale:
+        print(*table(found), sep="\n")
     if cfg.out:
-        write_json(Path(cfg.out), {**head, "rows": rows})
+        write_json(Path(cfg.out), {**head, "growth" if cfg.scale else "rows": found})
+        print(f"  wrote {cfg.out}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python train.py --data waterbirds --mini --method erm --seed 1      # the comparison
     python train.py --config runs/waterbirds-mini/config.json --seed 1  # another run's settings
 
-A run lives in runs/<name>: config.json, log.jsonl, last.pt (to resume), best.pt (to evaluate), curves.png. A benchmark's
-preset replaces the defaults, --config the preset, the command line all of them.
+A run lives in runs/<name>: config.json, log.jsonl, last.pt (to resume), best.pt (to evaluate), curves.png. The preset
+of a benchmark replaces the defaults, --config the preset, the command line all of them.
 
 Floor: commands. Read ifam.py (the model and its losses) and runs.py (settings, checkpoints) first, then from
 `gradients`, which is one step, to `train`, which is all of them.
@@ -14,9 +14,10 @@ Floor: commands. Read ifam.py (the model and its losses) and runs.py (settings, 
 import copy
 import math
 import os
+import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -29,13 +30,15 @@ from torch import nn
 
 import data
 import ifam
+import settings
 import vit
 from baselines import FoundMask, build
 from benchmarks.samples import Plan
 from measure.metrics import accuracies
 from predict import given_mask, predict
-from runs import Config, Log, check, loss_weights, open_run, pick_device, preset, read_settings, save
-from settings import RunError, UsageError, parse, progress, run_script
+from runs import (Config, Log, check, claim, earlier_state, loss_weights, owned, pick_device, preset, read_settings,
+                  refuse_other_images, save)
+from settings import RunError, Stopped, UsageError, parse, progress, run_script, signals
 from weights import load_pretrained
 
 
@@ -174,13 +177,14 @@ def refuse_non_finite(values, step):
     if not torch.stack(list(values.values())).isfinite().all():
         name = next(n for n, v in values.items() if not v.isfinite())
         raise RunError(f"step {step}: {name} is {values[name].item()}; this step changed no weights. Lower --lr, "
-                       "--lr-prototypes or --lr-heads, or try --amp off; last.pt holds the last saved step")
+                       "--lr-prototypes or --lr-heads, or try --amp off; last.pt, if there is one, holds the last "
+                       "saved step")
 
 
 # ---------------------------------------------------------------- the loop
 def start_processes(cfg):
     """-> rank, number of processes, device, as torchrun set them."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = settings.rank(), int(os.environ.get("WORLD_SIZE") or 1)
     device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)                    # collectives of Python objects use the current device
@@ -205,6 +209,9 @@ def build_model(cfg, device, classes=None):
         freeze_backbone(model.selector, cfg.train_tokens)
     if cfg.freeze_stage2:
         freeze_backbone(model.predictor)
+    if model.selector is not None and min(model.selector.backbone.grid) < 3:
+        raise UsageError(f"stage 1 looks at {' x '.join(map(str, model.selector.backbone.grid))} patches, and its "
+                         "losses need 3 x 3 at least: take a larger --size or --selector-size")
     model.to(device)
     if cfg.compile:
         compile_stages(model)
@@ -223,7 +230,9 @@ def autocast_of(cfg, device):
     """-> (dtype of autocast or None, GradScaler). fp16 needs its losses scaled, bf16 does not."""
     amp = cfg.amp
     if amp == "auto":
-        amp = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        # a T4 says that it has bf16, and emulates it
+        hardware = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = "off" if device.type != "cuda" else "bf16" if hardware else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     return dtype, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -261,7 +270,7 @@ class Trainer:
         model = build_model(cfg, device, classes)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameter_groups(model, cfg, steps), fused=device.type in ("cpu", "cuda"))
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.model, self.optimizer, self.scaler, self.skipped = model, optimizer, scaler, 0
         self.averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
 
     @property
@@ -269,10 +278,15 @@ class Trainer:
         """What a checkpoint holds of it; resuming loads the same."""
         return {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, "ema": self.averaged}
 
-    def load(self, state):
-        for name, part in self.parts.items():
-            if part is not None:
-                part.load_state_dict(state[name])
+    def load(self, state, path):
+        """Go on from a checkpoint; UsageError where it is not of this model."""
+        try:
+            for name, part in self.parts.items():
+                if part is not None and (name != "scaler" or state[name]):     # {}: it began without fp16
+                    part.load_state_dict(state[name])
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise UsageError(f"--resume: {path} does not fit its own settings ({name}: "
+                             f"{str(error).strip().splitlines()[0]}); start again, or restore the file") from None
 
     def rates(self):
         """Learning rates as the last step used them, by what they belong to."""
@@ -290,17 +304,23 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.trained, self.cfg.clip or math.inf)
         if not self.scaler.is_enabled():                 # the scaler of fp16 skips such a step by itself
             refuse_non_finite({"the gradient norm": norm}, step)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.skipped += self.scaler.get_scale() < scale  # fp16: the gradient overflowed, and nothing was learned
         self.optimizer.zero_grad(set_to_none=True)
         if self.averaged:
-            self.average()
+            self.average(step)
         return terms, norm
 
+    def decay(self, step):
+        """Of the moving average. It warms up: else a short run would evaluate the untrained start."""
+        return min(self.cfg.ema, (1 + step) / (10 + step))
+
     @torch.no_grad()
-    def average(self):
+    def average(self, step):
         for slow, fast in zip(self.averaged.parameters(), self.model.parameters()):
-            slow.lerp_(fast, 1 - self.cfg.ema)
+            slow.lerp_(fast, 1 - self.decay(step))
         for slow, fast in zip(self.averaged.buffers(), self.model.buffers()):
             slow.copy_(fast)                             # statistics of aim's batch-norm: already averages
 
@@ -340,59 +360,103 @@ def log_step(log, trainer, pace, terms, norm, done, per_epoch):
     values = {name: value.item() for name, value in terms.items()}
     speed, waiting, left = pace.report(done, cfg.batch, steps)
     loss = sum(weight * values[name] for name, weight in loss_weights(cfg).items() if name in values)
+    skipped = {"skipped_steps": trainer.skipped} if trainer.skipped else {}
     classes = "".join(f"  {name} {values[name]:.3f}" for name in ("class1", "class2") if name in values)
     log({"step": done, "epoch": done / per_epoch, "lr": trainer.rates(), "loss": loss, **values,
-         "gradient_norm": norm.item() if norm.isfinite() else None, "images_per_second": speed, "waiting": waiting},
+         "gradient_norm": norm.item() if norm.isfinite() else None, "images_per_second": speed, "waiting": waiting,
+         **skipped},
         f"step {done}/{steps}  loss {loss:.3f}{classes}  accuracy {values['accuracy']:.3f}  {speed:.0f} images/s  "
         f"{left:.0f} min left")
+
+
+def agreed(noted, world, device):
+    """The signal that asked to stop, or 0: the same in every process, so that all end after the same step."""
+    signal_number = noted[0] if noted else 0
+    if world > 1:
+        number = torch.tensor(signal_number, device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        signal_number = int(number)
+    return signal_number
+
+
+def leave_signals(worker):
+    """A process that loads data leaves Ctrl-C to the one that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def loop(cfg, trainer, samples, val, log, start, best, images):
+    """Steps from `start` to the end, a line, a validation or a checkpoint where one is due. Stopped by a signal."""
+    rank, world, device, steps, folder = trainer.rank, trainer.world, trainer.device, trainer.steps, Path(cfg.out)
+    per_epoch, pace = steps // cfg.epochs, Pace(start)
+    plan = Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world)
+    batches = torch.utils.data.DataLoader(samples, batch_sampler=plan, num_workers=cfg.workers,
+                                          worker_init_fn=leave_signals, pin_memory=device.type == "cuda")
+    keep = lambda name: save(folder / name, rank, cfg, done, best, trainer.parts, images, done / per_epoch)
+    trainer.model.train()
+    with signals() as noted:
+        for step, batch in enumerate(progress(batches, cfg.method, every=math.inf), start):
+            pace.arrived()
+            terms, norm = trainer(batch, step)
+            done = step + 1
+            if done % cfg.log_every == 0 or done == steps:
+                log_step(log, trainer, pace, terms, norm, done, per_epoch)
+            if end_of_epoch := done % per_epoch == 0:
+                if trainer.skipped == done - start:
+                    raise RunError(f"step {done}: every step was skipped, for the gradient overflows in fp16; nothing "
+                                   "was learned. Try --amp off or bf16")
+                epoch = done // per_epoch
+                accuracy = trainer.validate(val, log, done, epoch) if val else None
+                if not val or best["accuracy"] is None or accuracy > best["accuracy"]:
+                    best = {"split": best["split"], "epoch": epoch, "accuracy": accuracy}
+                    keep("best.pt")
+            stop = agreed(noted, world, device)
+            if end_of_epoch or stop or done % cfg.save_every == 0:
+                keep("last.pt")
+            if stop and done < steps:
+                log({"step": done, "stopped": stop}, f"stopped by signal {stop} after step {done}, which is saved in "
+                                                     f"{folder / 'last.pt'}: go on with --resume")
+                raise Stopped(stop)
+            pace.ready = time.perf_counter()
 
 
 def train(cfg):
     """Train as the settings say, from the start or from last.pt, and write the run's folder."""
     check(cfg)
     rank, world, device = start_processes(cfg)
-    samples, val = open_data(cfg, rank, world)
-    per_epoch = len(samples) // cfg.batch
-    steps = per_epoch * cfg.epochs
-    trainer = Trainer(cfg, steps, rank, world, device, len(samples.classes))
-    if trainer.model.needs_truth:
-        give_truth(samples, cfg.method)
-    start, best = 0, {"split": "val" if val else "none, this is the last epoch", "epoch": 0, "accuracy": None}
-    if state := open_run(cfg, rank):
-        start, best = state["step"], state["best"]
-        trainer.load(state)
-    folder = Path(cfg.out)
-    log = Log(folder, rank, start)
-    log({"step": start, "command": sys.argv, "config": asdict(cfg), "torch": torch.__version__, "processes": world},
-        f"{cfg.method}: {sum(p.numel() for p in trainer.trained):,} trained parameters, steps {start} to "
-        f"{steps} ({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
-    plan = Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world)
-    loader = torch.utils.data.DataLoader(samples, batch_sampler=plan, num_workers=cfg.workers,
-                                         pin_memory=device.type == "cuda")
-    pace = Pace(start)
-    trainer.model.train()
-    for step, batch in enumerate(progress(loader, cfg.method, every=math.inf), start):
-        pace.arrived()
-        terms, norm = trainer(batch, step)
-        done = step + 1
-        if done % cfg.log_every == 0 or done == steps:
-            log_step(log, trainer, pace, terms, norm, done, per_epoch)
-        if end_of_epoch := done % per_epoch == 0:
-            epoch = done // per_epoch
-            accuracy = trainer.validate(val, log, done, epoch) if val else None
-            if not val or best["accuracy"] is None or accuracy > best["accuracy"]:
-                best = {"split": best["split"], "epoch": epoch, "accuracy": accuracy}
-                save(folder / "best.pt", rank, cfg, done, best, trainer.parts)
-        if end_of_epoch or done % cfg.save_every == 0:
-            save(folder / "last.pt", rank, cfg, done, best, trainer.parts)
-        pace.ready = time.perf_counter()
-    log({"step": steps, "finished": True})               # sweep.py looks for it
-    if rank == 0:
-        from measure import figures                      # here: training itself needs no matplotlib
-        figures.training_curves(folder / "log.jsonl", folder / "curves.png")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    folder, best = Path(cfg.out), {"split": "none, this is the last epoch", "epoch": 0, "accuracy": None}
+    with ExitStack() as held:
+        if cfg.resume and rank == 0:
+            held.enter_context(owned(folder, new=False))
+        state = earlier_state(cfg) if cfg.resume else None
+        samples, val = open_data(cfg, rank, world)
+        images = {split.split: [len(split), split.digest()] for split in (samples, val) if split}
+        steps = len(samples) // cfg.batch * cfg.epochs
+        trainer = Trainer(cfg, steps, rank, world, device, len(samples.classes))
+        if trainer.model.needs_truth:
+            give_truth(samples, cfg.method)
+        if state:
+            refuse_other_images(state, images, steps, folder)
+            trainer.load(state, folder / "last.pt")
+        start, best = (state["step"], state["best"]) if state else (0, {**best, **({"split": "val"} if val else {})})
+        if not cfg.resume and rank == 0:
+            held.enter_context(owned(folder, new=True))
+            claim(cfg)
+        log = Log(folder, rank, start)
+        log({"step": start, "command": sys.argv, "config": asdict(cfg), "torch": torch.__version__, "processes": world,
+             "images": images},
+            f"{cfg.method}: {sum(p.numel() for p in trainer.trained):,} trained parameters, steps {start} to "
+            f"{steps} ({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
+        loop(cfg, trainer, samples, val, log, start, best, images)
+        average = {"ema_decay": trainer.decay(steps - 1)} if cfg.ema else {}
+        log({"step": steps, "finished": True, **average},            # sweep.py looks for it
+            f"the moving average of the weights ended with a decay of {average['ema_decay']:.4f}" if average else None)
+        if rank == 0:
+            from measure import figures                  # here: training itself needs no matplotlib
+            figures.training_curves(folder / "log.jsonl", folder / "curves.png")
+        if world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 def main(argv=None):

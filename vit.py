@@ -10,7 +10,6 @@ P side of a patch. keep (B, N): 1 = this patch may be read.
     vit = build_vit("b", 518)
     tokens = vit.eval()(images, keep)             # images (B, 3, 518, 518), normalised -> (B, T, D)
 """
-import math
 from functools import partial
 from itertools import islice
 

@@ -394,21 +394,37 @@ def removals(model, samples, before, steps, path=None, device="cpu", count=8):
     save(figure, path)
 
 
-def growth(found, path):
-    """Time and peak memory against tokens, K and batch, as speed.growth measures them; slopes in the legends."""
-    figure, axes = plt.subplots(2, len(found), figsize=(3.6 * len(found), 6), sharex="col")
-    for column, (name, rows) in enumerate(found.items()):
-        for row, (unit, label, scale) in enumerate((("seconds", "seconds", 1), ("bytes", "peak memory, MB", 1e6))):
-            for what, colour in zip(rows["exponents"], OKABE_ITO[4:]):
-                if unit in rows["exponents"][what]:
-                    axes[row, column].loglog(rows["x"], [y / scale for y in rows[what][unit]], "o-", color=colour,
-                                             label=f"{what}: power {rows['exponents'][what][unit]:.2f}")
-            axes[row, column].legend(fontsize=8)
-            axes[row, 0].set_ylabel(label)
-        axes[1, column].set_xlabel(name)
-        axes[1, column].set_xticks(rows["x"], rows["x"])
-        axes[1, column].xaxis.minorticks_off()
-    figure.tight_layout()
+def growth(found, path=None):
+    """Time and peak memory against tokens, K and batch, as speed.growth measures them; fitted powers in the legends.
+
+    Axes are logarithmic, with thin lines of slope 1 and 2 below; but linear from 0 for K, which costs hardly anything.
+    """
+    labels = {"tokens": "tokens of an image", "K": "K, foreground parts", "batch": "images in a batch"}
+    figure, axes = plt.subplots(2, len(found), figsize=(3.6 * len(found), 6), sharex="col", layout="constrained")
+    for (name, rows), column in zip(found.items(), axes.T):
+        x, powers = np.array(rows["x"]), rows["exponents"]
+        for axis, unit, label, scale in zip(column, ("seconds", "bytes"), ("Time, ms", "Peak memory, MB"), (1e3, 1e-6)):
+            curves = {what: scale * np.array(rows[what][unit]) for what in powers if unit in powers[what]}
+            for (what, y), colour in zip(curves.items(), OKABE_ITO[4:]):
+                fitted = "" if name == "K" else f", power {powers[what][unit]:.2f}"
+                axis.plot(x, y, "o-", color=colour, label=what + fitted)
+            low, top = (bound([bound(y) for y in curves.values()] or [1]) for bound in (min, max))
+            if name == "K":
+                axis.set(ylim=(0, 1.4 * top))
+            else:
+                axis.set(xscale="log", yscale="log", ylim=(0.3 * low, 5 * top))
+                for slope, offset in ((1, (4, -14)), (2, (-14, -2))):     # from below the lowest point to the edge
+                    right = min(x[-1], x[0] * (10 * top / low) ** (1 / slope))
+                    end = right, 0.5 * low * (right / x[0]) ** slope
+                    axis.plot([x[0], right], [0.5 * low, end[1]], color="0.6", lw=0.8, zorder=0)
+                    axis.annotate(f"slope {slope}", end, offset, textcoords="offset points", fontsize=7, color="0.4",
+                                  ha="right")
+            axis.set(title=f"{label.partition(',')[0]} against {name}", ylabel=label)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.legend(fontsize=8, frameon=False, loc="upper left")
+        column[-1].set_xlabel(labels[name])
+        column[-1].set_xticks(x, x)
+        column[-1].xaxis.minorticks_off()
     save(figure, path)
 
 

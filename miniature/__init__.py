@@ -1,7 +1,8 @@
 """miniature/: small look-alikes of the benchmarks, drawn in the benchmarks' own layout: `python -m miniature`.
 
-Floor: data. What miniature/metashift.py writes, benchmarks/metashift.py reads, and so for the others. The folder of a
-miniature appears when it is complete, and a seed draws the same bytes every time.
+Floor: data. What miniature/metashift.py writes, benchmarks/metashift.py reads, and so for the others: read that first.
+Here they are chosen by name and drawn into a cache. The folder of a miniature appears when it is complete, and a seed
+draws the same bytes every time. Then read objects.py, scenes.py and one of the miniatures.
 """
 import hashlib
 import json
@@ -35,15 +36,16 @@ def render(name, root=None, workers=None, **knobs):
     benchmark = configure(name, knobs)
     content = json.dumps([DRAWING_VERSION, asdict(benchmark)], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:10]
-    final = Path(root or CACHE) / f"{getattr(benchmark, 'FOLDER', name)}-{digest}"
+    final = Path(root or CACHE) / f"{benchmark.FOLDER or name}-{digest}"
     if final.is_dir():
         return final
     temporary = final.with_name(f".{final.name}.{os.getpid()}@{platform.node()}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(final.parent)
-        benchmark.prepare(temporary)
         rows = benchmark.rows()
+        for folder in benchmark.folders(rows):
+            (temporary / folder).mkdir(parents=True)
         write = partial(benchmark.write, root=temporary)
         benchmark.finish(temporary, rows, list(in_parallel(write, rows, f"rendering {name}", workers)))
         if not final.is_dir():
@@ -72,10 +74,8 @@ def remove_stale(root):
     """Delete what killed processes of this machine left half written, one that had our number included."""
     for folder in root.iterdir():
         match = re.fullmatch(r"\..+\.(\d+)@(.+)", folder.name)
-        if match and match[2] == platform.node():
-            pid = int(match[1])
-            if pid == os.getpid() or not alive(pid):
-                shutil.rmtree(folder, ignore_errors=True)
+        if match and match[2] == platform.node() and (int(match[1]) == os.getpid() or not alive(int(match[1]))):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def alive(pid):

@@ -4,6 +4,7 @@
 
 renders a miniature Waterbirds under data/mini (10 to 20 seconds on two cores), prints its folder and group
 sizes, and draws some scenes to look at. Each benchmark has knobs of its own: --data NAME --help.
+Floor: data, as all of miniature/; read miniature/__init__.py first.
 """
 import argparse
 import inspect
@@ -11,25 +12,25 @@ from dataclasses import fields, make_dataclass
 
 from PIL import Image
 
-from miniature import BENCHMARKS, Waterbirds, configure, render
+from miniature import BENCHMARKS, Waterbirds, render
 from settings import opt, parse, run_script
 
 
 def main(argv=None):
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)      # the benchmark has the knobs
     peek.add_argument("--data", default="waterbirds")
-    knobs = BENCHMARKS.get(peek.parse_known_args(argv)[0].data, Waterbirds)
-    command = make_dataclass("Command", bases=(knobs,), frozen=True, fields=[
+    benchmark = BENCHMARKS.get(peek.parse_known_args(argv)[0].data, Waterbirds)
+    command = make_dataclass("Command", bases=(benchmark,), frozen=True, fields=[
         ("data", str, opt("waterbirds", "which benchmark", choices=tuple(BENCHMARKS))),
         ("out", str, opt("", "folder for miniatures, if not data/mini beside this file")),
         ("sheet", str, opt("", "also draw some scenes into this picture file"))])
-    args = parse(command, __doc__ + "\n" + inspect.cleandoc(knobs.__doc__), argv)
-    chosen = {f.name: getattr(args, f.name) for f in fields(knobs)}
-    benchmark = configure(args.data, chosen)
-    print(render(args.data, args.out or None, **chosen))
-    print(benchmark.summary())
+    args = parse(command, __doc__ + "\n" + inspect.cleandoc(benchmark.__doc__), argv)
+    knobs = {f.name: getattr(args, f.name) for f in fields(benchmark)}
+    print(render(args.data, args.out or None, **knobs))
+    print(benchmark(**knobs).summary())
     if args.sheet:
-        Image.fromarray(benchmark.sheet()).save(args.sheet)
+        Image.fromarray(benchmark(**knobs).sheet()).save(args.sheet)
+
 
 
 if __name__ == "__main__":

@@ -6,20 +6,72 @@ the place agrees with the kind of bird 95 % of the time, elsewhere it is a coin 
 shape and in the hue of the head: the bird alone decides.
 """
 import csv
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from miniature.objects import ALL_KINDS
-from miniature.scenes import (COAT, PLACE_KINDS, PRETRAIN, Look, Miniature, Row, bird_look, colours, compose, creature,
-                              cued, empty, hsv, note, pose, save, save_jpeg, scatter)
-from settings import opt
+from miniature.objects import PLACE_KINDS, hsv, scatter
+from miniature.scenes import (COAT, PRETRAIN, Look, Miniature, Row, bird_look, colours, compose, creature, cued, pose,
+                              save, with_knobs)
 
 IDS, ORDER, COMPOSITE = PRETRAIN + 1, PRETRAIN + 2, PRETRAIN + 3        # other uses of the seed
-PLACES = (("/b/bamboo_forest", "/f/forest/broadleaf"), ("/o/ocean", "/l/lake/natural"))
+COMPOSITES = "waterbird_complete95_forest2water2"                       # Waterbirds' folder inside CUB's
+PLACE_FILES = (("/b/bamboo_forest", "/f/forest/broadleaf"), ("/o/ocean", "/l/lake/natural"))
 PARTS = ("back", "beak", "belly", "breast", "crown", "forehead", "left eye", "left leg", "left wing", "nape",
          "right eye", "right leg", "right wing", "tail", "throat")          # in CUB's order
+
+
+class CubFolder(Miniature):
+    """Base: a folder like CUB's, and one like Waterbirds' inside it."""
+    TOPS = tuple(f"CUB_200_2011/{folder}" for folder in ("images", "segmentations", COMPOSITES))
+
+    def rows(self):
+        """All examples with file names as in CUB, sorted by id. Ids do not tell splits, only classes."""
+        examples = self.examples()
+        order = np.random.default_rng([self.seed, IDS]).permutation(len(examples))
+        rows, counts = [], [0] * len(self.CLASSES)
+        for id, i in enumerate(sorted(order, key=lambda i: examples[i][0]), 1):
+            label = examples[i][0]
+            counts[label] += 1
+            name = self.CLASSES[label]
+            rows.append(Row(id, f"{name}/{name[4:]}_{counts[label]:04d}_{id}.jpg", *examples[i]))
+        return rows
+
+    def write(self, row, root):
+        """Draw one example and save its pictures -> box (x, y, width, height), part locations (15, 3)."""
+        scene = self.scene(row)
+        mask, (images, masks, composites) = soft(scene.mask), (root / top / row.file for top in self.TOPS)
+        image, composite = self.pictures(row, scene, mask)
+        save(image, images)
+        save(mask, masks.with_suffix(".png"))
+        if composite is not None:
+            save(composite, composites)
+        xs, ys = mask.any(0).nonzero()[0], mask.any(1).nonzero()[0]
+        return (xs[0], ys[0], xs[-1] + 1 - xs[0], ys[-1] + 1 - ys[0]), part_locations(scene, mask)
+
+    def finish(self, root, rows, drawn):
+        """Write the text files of CUB, and Waterbirds' table of the composites."""
+        numbers = lambda values: " ".join(f"{v:.1f}" for v in values)
+        tables = {
+            "images": (f"{r.id} {r.file}" for r in rows),
+            "image_class_labels": (f"{r.id} {r.label + 1}" for r in rows),
+            "train_test_split": (f"{r.id} {int(self.SPLITS[r.split] != 'test')}" for r in rows),
+            "classes": (f"{i} {name}" for i, name in enumerate(self.CLASSES, 1)),
+            "bounding_boxes": (f"{r.id} {numbers(box)}" for r, (box, _) in zip(rows, drawn)),
+            "parts/parts": (f"{i} {name}" for i, name in enumerate(PARTS, 1)),
+            "parts/part_locs": (f"{r.id} {i} {numbers(xy)} {visible}" for r, (_, parts) in zip(rows, drawn)
+                                for i, (*xy, visible) in enumerate(parts, 1))}
+        cub = root / "CUB_200_2011"
+        (cub / "parts").mkdir()
+        for name, lines in tables.items():
+            (cub / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+        lines = self.metadata(rows)
+        with open(cub / COMPOSITES / "metadata.csv", "w", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(("img_id", "img_filename", "y", "split", "place", "place_filename"))
+            for i in np.random.default_rng([self.seed, ORDER]).permutation(len(lines)):     # order means nothing
+                id, *_, place = lines[i]
+                table.writerow((*lines[i], f"{PLACE_FILES[place][id % 2]}/{id:08d}.jpg"))
 
 
 def soft(mask):
@@ -27,116 +79,45 @@ def soft(mask):
     return np.rint(mask * 5).astype(np.uint8) * 51
 
 
-class CubFolder(Miniature):
-    """Base: a folder like CUB's, and one like Waterbirds' inside it."""
-
-    def number(self, examples):
-        """[(label, place, split, index)] -> rows with ids and file names as in CUB, sorted by id."""
-        order = np.random.default_rng([self.seed, IDS]).permutation(len(examples))  # ids do not tell splits,
-        order = sorted(order, key=lambda i: examples[i][0])                         # only classes
-        rows, counts = [], [0] * len(self.CLASSES)
-        for id, i in enumerate(order, 1):
-            label = examples[i][0]
-            counts[label] += 1
-            name = self.CLASSES[label]
-            rows.append(Row(id, f"{name}/{name[4:]}_{counts[label]:04d}_{id}.jpg", *examples[i]))
-        return rows
-
-    def folders(self, root):
-        cub = root / "CUB_200_2011"
-        return cub / "images", cub / "segmentations", cub / "waterbird_complete95_forest2water2"
-
-    def prepare(self, root):
-        for parent in self.folders(root):
-            for name in self.CLASSES:
-                (parent / name).mkdir(parents=True)
-        (root / "CUB_200_2011" / "parts").mkdir()
-
-    def annotate(self, row, root, scene):
-        """Save the mask -> mask, box (x, y, width, height), part locations (15, 3)."""
-        mask = soft(scene.mask)
-        save(mask, (self.folders(root)[1] / row.file).with_suffix(".png"))
-        xs, ys = mask.any(0).nonzero()[0], mask.any(1).nonzero()[0]
-        return mask, (xs[0], ys[0], xs[-1] + 1 - xs[0], ys[-1] + 1 - ys[0]), part_locations(scene, mask)
-
-    def finish(self, root, rows, drawn):
-        """Write the text files. drawn: (box, part locations) row by row."""
-        boxes, points = zip(*drawn)
-        numbers = lambda values: " ".join(f"{v:.1f}" for v in values)
-        tables = {
-            "images": (f"{r.id} {r.file}" for r in rows),
-            "image_class_labels": (f"{r.id} {r.label + 1}" for r in rows),
-            "train_test_split": (f"{r.id} {int(self.SPLITS[r.split] != 'test')}" for r in rows),
-            "classes": (f"{i} {name}" for i, name in enumerate(self.CLASSES, 1)),
-            "bounding_boxes": (f"{r.id} {numbers(box)}" for r, box in zip(rows, boxes)),
-            "parts/parts": (f"{i} {name}" for i, name in enumerate(PARTS, 1)),
-            "parts/part_locs": (f"{r.id} {i} {numbers(xy)} {visible}" for r, table in zip(rows, points)
-                                for i, (*xy, visible) in enumerate(table, 1))}
-        for name, lines in tables.items():
-            (root / "CUB_200_2011" / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
-
-    def write_metadata(self, root, rows):
-        """Waterbirds' table. rows: (id, file, y, split, place) of each composite."""
-        shuffled = np.random.default_rng([self.seed, ORDER]).permutation(len(rows))     # order means nothing
-        with open(self.folders(root)[2] / "metadata.csv", "w", newline="") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(("img_id", "img_filename", "y", "split", "place", "place_filename"))
-            for id, *row, place in (rows[i] for i in shuffled):
-                table.writerow((id, *row, place, f"{PLACES[place][id % 2]}/{id:08d}.jpg"))
+def part_locations(scene, mask):
+    """(15, 3) whole numbers x, y, visible; 0 0 0 for a part that is turned away or outside the picture."""
+    near, far = ("left", "right") if scene.mirror else ("right", "left")    # facing right shows the right
+    named = {name.replace("near", near).replace("far", far): xy for name, xy in scene.parts.items()}
+    covered = np.argwhere(mask)[:, ::-1]                                    # (n, 2) x, y
+    table = np.zeros((len(PARTS), 3), int)
+    for i, xy in ((i, named[name]) for i, name in enumerate(PARTS) if name in named):
+        if 0 <= min(xy) and max(xy) < 1:
+            # A leg is thinner than two pixels and rounding may miss it; the nearest covered pixel does not.
+            distance = ((covered + .5 - xy * len(mask)) ** 2).sum(1)
+            table[i] = *covered[distance.argmin()], 1
+    return table
 
 
-@dataclass(frozen=True)
-class Waterbirds(CubFolder):
-    """The knobs of a miniature Waterbirds, and how to write it.
+class Waterbirds(with_knobs(
+        CubFolder, train=2200, val=400, test=800, size=96, agreement=.95, things=(10, 15), thing_radius=(.05, .08),
+        bird=(.19, .24), cue=1.0, coat=COAT, hue_noise=.03, seed=0)):
+    """Landbirds and waterbirds, with things of land or water around them.
 
-    The defaults pose the benchmark's problem to a small network; they were chosen on validation (README, The
-    miniature).
+    The defaults pose the benchmark's problem to a small network; they were chosen on validation
+    (docs/miniature.md). Validation and test set are balanced over the four groups.
     """
-    train: int = opt(2200, "training examples, half of them of each class")
-    val: int = opt(400, "validation examples, balanced over the four groups")
-    test: int = opt(800, "test examples, balanced over the four groups")
-    size: int = opt(96, "side of a picture in pixels, a multiple of 8")
-    agreement: float = opt(0.95, "share of each class's training examples whose place agrees with the class")
-    things: tuple = opt((10, 15), "fewest and most things that mark the place, at most 25")
-    thing_radius: tuple = opt((0.05, 0.08), "smallest and largest thing, as a share of the side")
-    bird: tuple = opt((0.19, 0.24), "smallest and largest bird: half a body, as a share of the side")
-    cue: float = opt(1.0, "how much the classes differ in shape and head hue; 0 = not at all")
-    coat: float = opt(COAT, "strength of the fine grain that a bird's feathers have and nothing else has, 0..1")
-    hue_noise: float = opt(0.03, "standard deviation of head hues within a class; 1 = the full circle")
-    seed: int = opt(0, "a scene depends on (seed, split, index) only")
+    SPLITS, EVEN = ("train", "val", "test"), ("val", "test")
+    CLASSES, PLACES = ("001.Landbird", "002.Waterbird"), PLACE_KINDS
+    GROUPS = ("landbird/land", "landbird/water", "waterbird/land", "waterbird/water")
 
-    CLASSES = ("001.Landbird", "002.Waterbird")
-    GROUPS = ("landbird/land", "landbird/water", "waterbird/land", "waterbird/water")       # 2 * label + place
+    def group(self, row):
+        return 2 * row.label + row.place
 
-    def rows(self):
-        """All examples, sorted by id. The sizes of classes and groups are exact, not drawn."""
-        examples = []                                                       # (label, place, split, index)
-        for split, n in enumerate((self.train, self.val, self.test)):
-            rate = self.agreement if self.SPLITS[split] == "train" else .5
-            for i in range(n):
-                label, rank = i % 2, i // 2
-                agrees = rank < round(rate * ((n + 1 - label) // 2))        # times the size of this class
-                examples.append((label, label if agrees else 1 - label, split, i))
-        return self.number(examples)
+    def subject(self, rng, label):
+        return creature(bird_look(rng, label, self.cue, self.hue_noise)), pose(rng, self.bird, shift=.1)
 
-    def scene(self, row):
-        """The place decides which things there are and nothing else: bird, backdrop and noise ignore it."""
-        rng = np.random.default_rng([self.seed, row.split, row.index])
-        look, frame = bird_look(rng, row.label, self.cue, self.hue_noise), pose(rng, self.bird, shift=.1)
-        return compose(rng, self.size, creature(look), frame, self.coat, partial(
-            scatter, kinds=PLACE_KINDS[row.place], count=self.things, radius=self.thing_radius))
+    def pictures(self, row, scene, mask):
+        """What lies in CUB's folder, and in Waterbirds': the things come with the composite."""
+        return scene.plain, scene.image
 
-    def write(self, row, root):
-        """Draw one example, save its three pictures -> box, part locations."""
-        scene = self.scene(row)
-        images, _, composites = self.folders(root)
-        save_jpeg(scene.plain, images / row.file)
-        save_jpeg(scene.image, composites / row.file)
-        return self.annotate(row, root, scene)[1:]
-
-    def finish(self, root, rows, drawn):
-        super().finish(root, rows, drawn)
-        self.write_metadata(root, [(r.id, r.file, r.label, r.split, r.place) for r in rows])
+    def metadata(self, rows):
+        """[(id, file, y, split, place)] of the composites."""
+        return [(r.id, r.file, r.label, r.split, r.place) for r in rows]
 
 
 # species = three bits: head, breast and wing; tail, bill and legs repeat two of them each, mixed
@@ -161,8 +142,9 @@ def species_look(rng, species, cue, hue_noise):
                 **colours(rng) | skins)
 
 
-@dataclass(frozen=True)
-class Cub(CubFolder):
+class Cub(with_knobs(
+        CubFolder, train=2400, test=800, size=96, agreement=.95, things=(7, 11), thing_radius=(.06, .1),
+        bird=(.2, .24), cue=1.0, coat=COAT, hue_noise=.03, seed=0)):
     """Eight species of bird, told apart by the colours of their parts and the shapes of bill and legs.
 
     Around a bird lie things of one kind. Its species has a home among eight kinds, and 95 % of the birds are at
@@ -170,41 +152,12 @@ class Cub(CubFolder):
     into the same folder, takes the test birds away: each is cut out under its soft mask and put on another backdrop,
     among things of land or water, half of each species on the one that is not its own (species 1-4 are landbirds).
     """
-    train: int = opt(2400, "training examples, as many of each species")
-    test: int = opt(800, "test examples, as many of each species; each is drawn once more on another habitat")
-    size: int = opt(96, "side of a picture in pixels, a multiple of 8")
-    agreement: float = opt(0.95, "share of each species' examples that are at home")
-    things: tuple = opt((7, 11), "fewest and most things around a bird, at most 25")
-    thing_radius: tuple = opt((0.06, 0.1), "smallest and largest thing, as a share of the side")
-    bird: tuple = opt((0.2, 0.24), "smallest and largest bird: half a body, as a share of the side")
-    cue: float = opt(1.0, "how much species differ in colours, bill and legs; 0 = not at all")
-    coat: float = opt(COAT, "strength of the fine grain that a bird's feathers have and nothing else has, 0..1")
-    hue_noise: float = opt(0.03, "standard deviation of a part's hue within a species; 1 = the full circle")
-    seed: int = opt(0, "a scene depends on (seed, split, index) only")
+    CLASSES = GROUPS = tuple(f"{i:03d}.{name}" for i, name in enumerate(SPECIES, 1))
+    PLACES = tuple((kind,) for kind in HOMES)       # place = the species that is at home there
+    FOLDER = "cub"                                  # whichever of the two benchmarks is asked for
 
-    SPLITS = ("train", "test")
-    CLASSES = tuple(f"{i:03d}.{name}" for i, name in enumerate(SPECIES, 1))
-    GROUPS = CLASSES
-    FOLDER = "cub"              # what the cache calls it, whichever of the two benchmarks is asked for
-
-    def group(self, row):
-        return row.label
-
-    def rows(self):
-        """All examples, sorted by id; place is the species that is at home there. Shares are exact."""
-        examples = []
-        for split, n in enumerate((self.train, self.test)):
-            for i in range(n):
-                label, rank = i % 8, i // 8
-                home = rank < round(self.agreement * ((n + 7 - label) // 8))
-                examples.append((label, label if home else (label + 1 + rank % 7) % 8, split, i))
-        return self.number(examples)
-
-    def scene(self, row):
-        rng = np.random.default_rng([self.seed, row.split, row.index])
-        body, frame = creature(species_look(rng, row.label, self.cue, self.hue_noise)), pose(rng, self.bird, shift=.1)
-        return compose(rng, self.size, body, frame, self.coat, partial(
-            scatter, kinds=[HOMES[row.place]], count=self.things, radius=self.thing_radius, table=ALL_KINDS))
+    def subject(self, rng, label):
+        return creature(species_look(rng, label, self.cue, self.hue_noise)), pose(rng, self.bird, shift=.1)
 
     def habitat(self, row):
         """0 land, 1 water: where Waterbird200 puts a test bird; every second bird of a species is misplaced."""
@@ -214,26 +167,21 @@ class Cub(CubFolder):
         """The bird of an image under its soft mask (0..255) on a new backdrop, as Waterbirds was made."""
         rng = np.random.default_rng([self.seed, COMPOSITE, row.split, row.index])
         place = self.habitat(row)
-        ground = empty(rng, self.size, partial(scatter, kinds=HOMES[4 * place:4 * place + 4], count=self.things,
-                                               radius=self.thing_radius, table=ALL_KINDS))
+        ground = compose(rng, self.size, draw_things=partial(
+            scatter, kinds=HOMES[4 * place:4 * place + 4], count=self.things, radius=self.thing_radius)).image
         alpha = mask[..., None] / 255
         return (alpha * image + (1 - alpha) * ground).round().astype(np.uint8)
 
-    def write(self, row, root):
-        """Draw one example, save image and mask, and the composite of a test bird -> box, part locations."""
-        scene = self.scene(row)
-        images, _, composites = self.folders(root)
-        save_jpeg(scene.image, images / row.file)
-        mask, *drawn = self.annotate(row, root, scene)
-        if self.SPLITS[row.split] == "test":
-            save_jpeg(self.composite(row, scene.image, mask), composites / row.file)
-        return drawn
+    def pictures(self, row, scene, mask):
+        """What lies in CUB's folder, and in Waterbirds': test birds only, nobody may evaluate on another."""
+        return scene.image, self.composite(row, scene.image, mask) if self.SPLITS[row.split] == "test" else None
+
+    def metadata(self, rows):
+        return [(r.id, r.file, r.label // 4, 2, self.habitat(r)) for r in rows if self.SPLITS[r.split] == "test"]
 
     def finish(self, root, rows, drawn):
-        """The table of composites holds the test birds only: nobody may evaluate on another."""
         super().finish(root, rows, drawn)
-        note(root, self)
-        self.write_metadata(root, [(r.id, r.file, r.label // 4, 2, self.habitat(r)) for r in rows if r.split == 1])
+        Miniature.finish(self, root, rows, drawn)
 
 
 class Waterbird200(Cub):
@@ -242,17 +190,3 @@ class Waterbird200(Cub):
     def picture(self, row):
         scene = self.scene(row)
         return self.composite(row, scene.image, soft(scene.mask))
-
-
-def part_locations(scene, mask):
-    """(15, 3) whole numbers x, y, visible; 0 0 0 for a part that is turned away or outside the picture."""
-    near, far = ("left", "right") if scene.mirror else ("right", "left")    # facing right shows the right
-    named = {name.replace("near", near).replace("far", far): xy for name, xy in scene.parts.items()}
-    covered = np.argwhere(mask)[:, ::-1]                                    # (n, 2) x, y
-    table = np.zeros((len(PARTS), 3), int)
-    for i, xy in ((i, named[name]) for i, name in enumerate(PARTS) if name in named):
-        if 0 <= min(xy) and max(xy) < 1:
-            # A leg is thinner than two pixels and rounding may miss it; the nearest covered pixel does not.
-            distance = ((covered + .5 - xy * len(mask)) ** 2).sum(1)
-            table[i] = *covered[distance.argmin()], 1
-    return table

@@ -1,72 +1,51 @@
-"""metashift.py: a miniature MetaShift, in the layout that benchmarks/metashift.py reads. Floor: data."""
-from dataclasses import dataclass
-from functools import partial
-
+"""metashift.py: a miniature MetaShift, as benchmarks/metashift.py reads it. Floor: data; read scenes.py first."""
 import numpy as np
 
-from miniature.objects import context_things, pet_look
-from miniature.scenes import COAT, Miniature, Row, compose, creature, note, pose, save_jpeg, save_mask
-from settings import opt
+from miniature.objects import scatter
+from miniature.scenes import COAT, Miniature, Row, creature, pet_look, pose, with_knobs
+
+INDOOR, OUTDOOR = ("lamp", "cup", "frame", "vase"), ("tree", "grass", "flower", "sign")
+CONTEXTS = {"sofa": INDOOR, "bed": INDOOR, "bench": OUTDOOR, "bike": OUTDOOR, "shelf": INDOOR}
 
 
-@dataclass(frozen=True)
-class MetaShift(Miniature):
+class MetaShift(with_knobs(
+        Miniature, train=2200, test=540, size=96, things=(13, 17), thing_radius=(.05, .08), pet=(.18, .22), cue=.7,
+        coat=COAT, hue_noise=.03, seed=0)):
     """Cats indoors and dogs outdoors in training; both indoors, at a shelf, in the test set.
 
     A context is two or three of the thing that names it among small things of a room (sofa, bed, shelf) or a
     street (bench, bike). Training holds no indoor dog and no outdoor cat, as the benchmark: agreement is 100 %.
     One id lies in both folders of the cat: the same picture, because contexts overlap in the benchmark too.
+    The loader holds out its validation set from the test examples.
     """
-    train: int = opt(2200, "training examples, a quarter in each of the four folders")
-    test: int = opt(540, "test examples, half of them cats; the loader holds out its validation set from them")
-    size: int = opt(96, "side of a picture in pixels, a multiple of 8")
-    things: tuple = opt((13, 17), "fewest and most small things of the room or street, at most 25")
-    thing_radius: tuple = opt((0.05, 0.08), "smallest and largest small thing, as a share of the side; sofas: twice")
-    pet: tuple = opt((0.18, 0.22), "smallest and largest animal: half a body, as a share of the side")
-    cue: float = opt(0.7, "how much cats and dogs differ in ears, muzzle, build, tail and head hue; 0 = not at all")
-    coat: float = opt(COAT, "strength of the fine grain that fur has and nothing else has, 0..1")
-    hue_noise: float = opt(0.03, "standard deviation of head hues within a class; 1 = the full circle")
-    seed: int = opt(0, "a scene depends on (seed, split, index) only")
-
-    SPLITS = ("train", "test")
+    PLACES = tuple(CONTEXTS)
     GROUPS = ("cat(sofa)", "cat(bed)", "dog(bench)", "dog(bike)", "cat(shelf)", "dog(shelf)")
-    PLACES = ("sofa", "bed", "bench", "bike", "shelf")
+    TOPS = ("MetaDatasetCatDog", "segmentations")
 
     def group(self, row):
         return row.place + (row.label if row.place == 4 else 0)
 
     def rows(self):
         """Ids tell neither class nor split. The last row is the first cat on a sofa once more, in the other folder."""
-        n = self.train + self.test
-        ids, rows = np.random.default_rng([self.seed, 9]).permutation(n) * 37 + 2_300_000, []
-        for i in range(n):
-            split, index = (0, i) if i < self.train else (1, i - self.train)
-            label, place = (index % 4 // 2, index % 4) if split == 0 else (index % 2, 4)
-            rows.append(self.at(Row(int(ids[i]), "", label, place, split, index)))
+        examples = [(i % 4 // 2, i % 4, 0, i) for i in range(self.train)] + [(i % 2, 4, 1, i) for i in range(self.test)]
+        ids = np.random.default_rng([self.seed, 9]).permutation(len(examples)) * 37 + 2_300_000
+        rows = [self.at(Row(int(id), "", *example)) for id, example in zip(ids, examples)]
         return [*rows, self.at(rows[0]._replace(place=1))]
 
     def at(self, row):
         """The row with the path that its other fields imply."""
-        animal = ("cat", "dog")[row.label]
-        return row._replace(file=f"{self.SPLITS[row.split]}/{animal}/{self.GROUPS[self.group(row)]}/{row.id}.jpg")
+        context = self.GROUPS[self.group(row)]
+        return row._replace(file=f"{self.SPLITS[row.split]}/{context[:3]}/{context}/{row.id}.jpg")
+
+    def subject(self, rng, label):
+        return creature(pet_look(rng, label, self.cue, self.hue_noise)), pose(rng, self.pet, shift=.1)
+
+    def things_at(self, place, rng):
+        """Two or three of what names the context, twice as large, behind the small things of a room or a street."""
+        context, (low, high) = self.PLACES[place], self.thing_radius
+        large = scatter(rng, (context,), (2, 3), (1.7 * low, 2 * high))
+        return large + scatter(rng, CONTEXTS[context], self.things, self.thing_radius)
 
     def scene(self, row):
-        rng = np.random.default_rng([self.seed, row.split, row.index])
-        place = 0 if row.index == 0 and row.split == 0 else row.place           # the picture that lies in two folders
-        body, frame = creature(pet_look(rng, row.label, self.cue, self.hue_noise)), pose(rng, self.pet, shift=.1)
-        return compose(rng, self.size, body, frame, self.coat, partial(
-            context_things, context=self.PLACES[place], count=self.things, radius=self.thing_radius))
-
-    def prepare(self, root):
-        for group in self.GROUPS:
-            path = f"{'test' if 'shelf' in group else 'train'}/{group[:3]}/{group}"
-            for folder in ("MetaDatasetCatDog", "segmentations"):
-                (root / folder / path).mkdir(parents=True)
-
-    def write(self, row, root):
-        scene = self.scene(row)
-        save_jpeg(scene.image, root / "MetaDatasetCatDog" / row.file)
-        save_mask(scene.mask, (root / "segmentations" / row.file).with_suffix(".png"))
-
-    def finish(self, root, rows, drawn):
-        note(root, self)
+        twice = row.split == row.index == 0                 # the picture that lies in two folders
+        return super().scene(row._replace(place=0) if twice else row)

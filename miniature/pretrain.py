@@ -1,9 +1,10 @@
-"""pretrain.py: the small backbone of the miniatures, from unlabelled scenes: dense bags of visual words.
+"""python -m miniature.pretrain: the small backbone of the miniatures, from unlabelled scenes: bags of visual words.
 
-    OMP_NUM_THREADS=1 python -m miniature.pretrain   # 35 minutes on one core -> runs/pretrain/mini.pt, made miniature/mini.pt
+    OMP_NUM_THREADS=1 python -m miniature.pretrain   # 35 minutes on one core -> runs/pretrain/mini.pt and mini.json
     python -m miniature.pretrain --resume            # go on after a stop
 
-The scenes show one creature of any kind among things of any kind, drawn independently. No class, place or mask is used.
+Floor: commands, though it stays beside the weights that it makes. Read vit.py and scenes.py first. The scenes show one
+creature of any kind among things of any kind, drawn independently. No class, place or mask is used.
 
 Words. A patch's texture is four numbers: how strong its grey levels vary at two fine scales, as the logarithm of a
 mean and as the mean of a logarithm (high where texture is everywhere, low where it is a few edges). k-means of many
@@ -36,7 +37,7 @@ from benchmarks.samples import patch_keep
 from measure.leakage import linear_head
 from miniature.scenes import pretraining_scenes
 from runs import pick_device
-from settings import UsageError, opt, parse, run_script, write_json, write_whole
+from settings import UsageError, flag, opt, parse, progress, run_script, write_json, write_whole
 from train import lr_at
 from vit import attend_all, build_vit
 from weights import read_file
@@ -46,14 +47,12 @@ MEAN, STD = (torch.tensor(x)[:, None, None] for x in transforms.IMAGENET)
 
 @dataclass
 class Config:
-    scenes: int = opt(12000, "scenes to learn from")
+    scenes: int = opt(12000, "scenes to learn from", at_least=1)
     steps: int = opt(4500, "training steps")
     batch: int = opt(24, "scenes a step, two views of each")
-    view: int = opt(64, "side of a view in pixels, a multiple of 8, at most 96")
+    view: int = opt(64, "side of a view in pixels, a multiple of 8", at_least=24, at_most=96)
     words: int = opt(32, "visual words")
     weight_invariance: float = opt(0.6, "loss weight: one scene point says the same in two views")
-    shift: float = opt(0.0, "standard deviation of the distance of the two points, in pixels of a 96-pixel scene")
-    clouds: float = opt(0.0, "strength of smooth noise that is added to views")
     lr: float = opt(2e-3, "learning rate")
     weight_decay: float = opt(0.05, "of matrices")
     warmup: int = opt(40, "steps of linear warm-up before the cosine")
@@ -66,17 +65,13 @@ class Config:
 
 
 # ---------------------------------------------------------------- views
-def uniform(count, low, high):
-    return torch.empty(count).uniform_(low, high)
-
-
 def draw_view(B, view, near=None):
     """View -> scene, both in [-1, 1]: affine maps (B, 2, 3), centres (B, 2); near: rather around these centres."""
-    half = (view / 96 * uniform(B, -.3, .3).exp()).clamp(max=1)
-    aim = torch.stack([uniform(B, -1, 1), uniform(B, -1, 1)], 1)
+    half = (view / 96 * torch.empty(B).uniform_(-.3, .3).exp()).clamp(max=1)
+    aim = torch.empty(B, 2).uniform_(-1, 1)
     centre = aim * (1 - half)[:, None] if near is None else near + .5 * aim
     centre = torch.minimum(torch.maximum(centre, (half - 1)[:, None]), (1 - half)[:, None])
-    angle = uniform(B, -180, 180).deg2rad()
+    angle = torch.empty(B).uniform_(-math.pi, math.pi)
     mirror, over = (torch.randint(2, (B,)) * 2. - 1 for _ in range(2))
     c, s = half * angle.cos(), half * angle.sin()
     linear = torch.stack([torch.stack([c * mirror, -s * over], 1), torch.stack([s * mirror, c * over], 1)], 1)
@@ -89,7 +84,7 @@ def look(scenes, affine, view):
     return F.grid_sample(scenes, grid, padding_mode="reflection", align_corners=False)
 
 
-def recolour(x, clouds=0.0):
+def recolour(x):
     """x (B, 3, V, V) in [0, 1] -> channels mixed, often permuted, or colour space turned; light changed; normalised."""
     B = len(x)
     mix = torch.eye(3) + .2 * torch.randn(B, 3, 3)
@@ -103,19 +98,14 @@ def recolour(x, clouds=0.0):
     grey = x.mean((1, 2, 3), keepdim=True)
     x = (x - grey) * (.3 * torch.randn(B, 1, 1, 1)).exp().clamp(.4, 2) + grey + .12 * torch.randn(B, 1, 1, 1)
     x = x * (.15 * torch.randn(B, 3, 1, 1)).exp()
-    for cells, strength in ((3, 1.3), (6, .8), (12, .5)):
-        noise = .7 * torch.randn(B, 1, cells, cells) + .3 * torch.randn(B, 3, cells, cells)
-        strength = clouds * strength * torch.rand(B, 1, 1, 1)
-        x = x + strength * F.interpolate(noise, size=x.shape[-1], mode="bicubic")
     return ((x + .02 * torch.randn_like(x)).clamp(0, 1) - MEAN) / STD
 
 
-def partners(a, b, g, shift=0.0):
-    """Patch centres of view a, moved a little -> where they lie in view b (B, N, 2), and which lie inside (B, N)."""
+def partners(a, b, g):
+    """Patch centres of view a -> where they lie in view b (B, N, 2), and which lie inside (B, N)."""
     line = (torch.arange(g) + .5) / g * 2 - 1
     centres = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(1, -1, 2)
     scene = centres @ a[:, :, :2].mT + a[:, None, :, 2]
-    scene = scene + shift * 2 / 96 * torch.randn_like(scene)
     there = (scene - b[:, None, :, 2]) @ torch.linalg.inv(b[:, :, :2]).mT
     return there, (there.abs() < 1 - .5 / g).all(-1)
 
@@ -210,8 +200,8 @@ def loss_terms(model, words, scenes, cfg, step, device):
     b, _ = draw_view(len(scenes), cfg.view, near=centre)
     clean = torch.cat([look(scenes, a, cfg.view), look(scenes, b, cfg.view)])
     own, bag = (target * words.weight for target in words(clean))
-    z = model.patches(recolour(clean, cfg.clouds).to(device))
-    there, inside = partners(a, b, cfg.view // 8, cfg.shift)
+    z = model.patches(recolour(clean).to(device))
+    there, inside = partners(a, b, cfg.view // 8)
     own, bag, there, inside = (x.to(device) for x in (own, bag, there, inside))
     cross_entropy = lambda scores, target: -(target * scores.log_softmax(-1)).sum() / target.sum()
     first, second = z.chunk(2)
@@ -287,22 +277,36 @@ def to_images(scenes):
     return torch.from_numpy(scenes).permute(0, 3, 1, 2).float() / 255
 
 
+def earlier(cfg, folder):
+    """The state of a run to go on with, or None; a run is never overwritten, nor continued with other settings."""
+    if not cfg.resume:
+        if (folder / "last.pt").is_file():
+            raise UsageError(f"{folder} holds a run: go on with --resume, or choose another --out")
+        return None
+    state = read_file(folder / "last.pt", "last.pt of a run of miniature.pretrain")
+    free = {"resume", "device", "out", "every", "spread"}      # spread acts at the end
+    for name, value in asdict(cfg).items():
+        if name not in free and value != state["config"][name]:
+            raise UsageError(f"--resume: {folder} was started with {flag(name)} {state['config'][name]}")
+    return state
+
+
+def save_state(folder, record, **state):
+    """Print and log the measures of a moment, and write all that a resumed run needs."""
+    tqdm.write("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+    write_whole(folder / "last.pt", lambda temporary: torch.save(state, temporary))
+
+
 def pretrain(cfg):
-    if cfg.view % 8 or not 24 <= cfg.view <= 96:
-        raise UsageError(f"--view must be a multiple of 8 from 24 to 96, not {cfg.view}")
+    if cfg.view % 8:
+        raise UsageError(f"--view must be a multiple of 8, not {cfg.view}")
     folder, device = Path(cfg.out), pick_device(cfg.device)
-    state = None
-    if cfg.resume:
-        state = read_file(folder / "last.pt", "last.pt of a run of pretrain.py")
-        free = {"resume", "device", "out", "every", "spread"}      # spread acts at the end
-        if odd := [k for k, v in asdict(cfg).items() if k not in free and v != state["config"][k]]:
-            raise UsageError(f"--resume: {folder} was started with --{odd[0].replace('_', '-')} "
-                             f"{state['config'][odd[0]]}")
-    elif (folder / "last.pt").is_file():
-        raise UsageError(f"{folder} holds a run: go on with --resume, or choose another --out")
+    state = earlier(cfg, folder)
     scenes, _ = pretraining_scenes(cfg.scenes, cfg.seed, size=128)
     unseen, masks = pretraining_scenes(min(400, cfg.scenes), cfg.seed + 1, size=96)
-    unseen, objects = (to_images(unseen) - MEAN) / STD, patch_keep(torch.from_numpy(masks > 127), 8).bool()
+    test = (to_images(unseen) - MEAN) / STD, patch_keep(torch.from_numpy(masks > 127), 8).bool()
 
     torch.manual_seed(cfg.seed)
     model = Reader(cfg.words)
@@ -319,7 +323,7 @@ def pretrain(cfg):
         torch.set_rng_state(state["random"])
     folder.mkdir(parents=True, exist_ok=True)
     clock = time.perf_counter()
-    for step in tqdm(range(start, cfg.steps), "pretrain", cfg.steps, initial=start, disable=None):
+    for step in progress(range(start, cfg.steps), "pretrain"):
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * lr_at(step, cfg.steps, cfg.warmup, least=.02)
         terms = loss_terms(model, words, draw_scenes(scenes, cfg.batch), cfg, step, device)
@@ -329,24 +333,25 @@ def pretrain(cfg):
         optimizer.step()
         done = step + 1
         if done % cfg.every == 0 or done == cfg.steps:
-            seconds, clock = seconds + time.perf_counter() - clock, time.perf_counter()
-            record = {"step": done, "seconds": round(seconds), **{name: x.item() for name, x in terms.items()},
-                      **measures(model.vit, unseen, objects)}
-            tqdm.write("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
-            with open(folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
-            saved = dict(config=asdict(cfg), step=done, seconds=seconds, model=model.state_dict(),
-                         optimizer=optimizer.state_dict(), random=torch.get_rng_state())
-            write_whole(folder / "last.pt", lambda temporary: torch.save(saved, temporary))
+            seconds += time.perf_counter() - clock              # measuring and saving do not count
+            record = {"step": done, "seconds": round(seconds), **{name: x.item() for name, x in terms.items()}}
+            save_state(folder, record | measures(model.vit, *test), config=asdict(cfg), step=done, seconds=seconds,
+                       model=model.state_dict(), optimizer=optimizer.state_dict(), random=torch.get_rng_state())
             clock = time.perf_counter()
     centre_features(model.vit, to_images(scenes[:512]), cfg.spread, cfg.seed)
-    weights = {name: x.detach().cpu().half() for name, x in model.vit.state_dict().items()}
+    write_backbone(folder, model.vit, cfg, seconds, measures(model.vit, *test))
+
+
+def write_backbone(folder, vit, cfg, seconds, found):
+    """mini.pt, the weights in half precision, and mini.json: how they were made, and what they measure."""
+    weights = {name: x.detach().cpu().half() for name, x in vit.state_dict().items()}
     write_whole(folder / "mini.pt", lambda temporary: torch.save(weights, temporary))
+    device = vit.pos_embed.device.type
     made = {"command": " ".join(["python", *sys.argv]), "seed": cfg.seed, "seconds": round(seconds),
-            "machine": f"{os.cpu_count()} x {platform.machine()}, {torch.get_num_threads()} threads, {device.type}",
-            "torch": torch.__version__, **measures(model.vit, unseen, objects)}
+            "machine": f"{os.cpu_count()} x {platform.machine()}, {torch.get_num_threads()} threads, {device}",
+            "torch": torch.__version__, **found}
     write_json(folder / "mini.json", made)
-    print(f"wrote {folder / 'mini.pt'} and mini.json; to use it in all runs, copy both to weights/")
+    print(f"wrote {folder / 'mini.pt'} and mini.json; to use it in all runs, copy both to miniature/")
 
 
 def main(argv=None):

@@ -1,155 +1,31 @@
-"""scenes.py: pictures drawn with polygons, each with its exact mask: a creature among things on a backdrop.
+"""scenes.py: pictures with their exact mask: a creature among things on a backdrop. And what all miniatures share.
 
-Floor: data. Every miniature and the pretraining of their backbone (pretrain.py) draw from here.
-Creatures have a coat, a fine grain that nothing else has.
+Floor: data. Read objects.py first. Every miniature is a subclass of Miniature, at the end, and draws with compose();
+so does the pretraining of their backbone (pretrain.py). Creatures have a coat, a fine grain that nothing else has.
 
 Letters: S side of a picture in pixels. Local coordinates: x to the right (creatures face right), y down.
 Mask: 1 = creature, 0 = anything else, between = the covered share of an edge pixel.
 """
-import colorsys
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, make_dataclass
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
-from tqdm import tqdm
+from PIL import Image
 
-from settings import UsageError, write_json
+from miniature.objects import (BLACK, PLACE_KINDS, SCENERY, WHITE, Frame, Shape, bar, ellipse, hsv, paint, poly,
+                               scatter, shade)
+from settings import UsageError, check_bounds, flag, opt, progress, write_json
 
 SUPERSAMPLE = 2         # scenes are drawn twice as large and box-filtered: soft edges, soft masks
 PIXEL_NOISE = 0.02      # standard deviation on a 0..1 scale
 COAT, COAT_CELLS = 0.8, 48      # strength of the grain of feathers and fur; its cells across the picture
 PRETRAIN = 3            # a use of the seed of its own: no benchmark draws the same scene
-
-
-# ---------------------------------------------------------------- shapes
-class Shape(NamedTuple):
-    points: np.ndarray      # (n, 2) corners of a filled polygon, local coordinates
-    colour: tuple           # three whole numbers, 0..255
-
-
-class Frame(NamedTuple):
-    """Where local coordinates lie in the picture; lengths are shares of its side."""
-    centre: tuple           # (x, y)
-    scale: float            # of the local unit
-    mirror: bool            # True: faces left
-    turn: float = 0.0       # radians
-
-    def place(self, points):
-        """Local (n, 2) -> picture (n, 2), 0..1 inside."""
-        c, s = np.cos(self.turn), np.sin(self.turn)
-        flip = -1 if self.mirror else 1
-        return np.asarray(points) @ (self.scale * np.array([(flip * c, flip * s), (-s, c)])) + self.centre
-
-
-def paint(canvas, shapes, frame, colour=None):
-    """Draw shapes on a square PIL image, in order. A mask is the same polygons, all in one colour."""
-    draw = ImageDraw.Draw(canvas)
-    for shape in shapes:
-        corners = frame.place(shape.points) * canvas.width
-        draw.polygon(corners.ravel().tolist(), shape.colour if colour is None else colour)
-
-
-def hsv(hue, saturation, value):
-    """Hue is a circle (1.04 = 0.04); saturation and value 0..1 -> three whole numbers 0..255."""
-    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 1, saturation, value))
-
-
-def shade(colour, factor):
-    return tuple(min(255, round(c * factor)) for c in colour)
-
-
-def poly(*points):
-    return np.array(points, float)
-
-
-def box(x0, y0, x1, y1):
-    return poly((x0, y0), (x1, y0), (x1, y1), (x0, y1))
-
-
-def bar(a, b, width):
-    """A straight line from a to b as a polygon (4, 2)."""
-    a, b = np.array(a), np.array(b)
-    across = np.array([a[1] - b[1], b[0] - a[0]]) * (width / 2 / np.hypot(*(b - a)))
-    return poly(a - across, b - across, b + across, a + across)
-
-
-def wavy(y, half):
-    """A wavy line of the given half length around height y, as a polygon."""
-    x = np.linspace(-half, half, 13)
-    line = np.stack([x, y + .13 * np.sin(9 * x)], 1)
-    return np.concatenate([line - (0, .06), line[::-1] + (0, .06)])
-
-
-def ellipse(x, y, rx, ry, start=0, stop=360, n=24):
-    """Points (n, 2); with angles, in degrees clockwise from the right, the segment between them."""
-    angle = np.radians(np.linspace(start, stop, n))
-    return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], 1)
-
-
-# ---------------------------------------------------------------- things that stand for a place
-BROWN, WHITE = (100, 66, 38), (243, 246, 250)
-# kind: ranges of hue, saturation, value; polygons in radius 1 with a shade of it or their own colour
-KINDS = {
-    "pine": ((.27, .45), (.5, .9), (.3, .7), [
-        (BROWN, box(-.13, .6, .13, 1)), (.8, poly((-.75, .75), (.75, .75), (0, -.1))),
-        (.95, poly((-.6, .3), (.6, .3), (0, -.5))), (1.1, poly((-.42, -.15), (.42, -.15), (0, -1)))]),
-    "tree": ((.15, .42), (.5, .9), (.3, .75), [
-        (BROWN, box(-.13, .3, .13, 1)), (1, ellipse(-.3, .05, .45, .4)), (1, ellipse(.3, .05, .45, .4)),
-        (1, ellipse(0, -.35, .62, .58)), (1.25, ellipse(-.15, -.5, .3, .26))]),
-    "grass": ((.15, .38), (.6, .9), (.4, .8), [
-        (.75 + .05 * (5 * i % 7), poly((x - .09, .7), (x + .09, .7), (2.1 * x, -.2 - .25 * (3 * i % 4))))
-        for i, x in enumerate(np.linspace(-.4, .4, 7))]),
-    "crests": ((.52, .66), (.6, .9), (.45, .85), [
-        (tint, ellipse(x, .25, r, 1.15 * r, 180, 360))
-        for x in (-.66, 0, .66) for r, tint in ((.4, WHITE), (.29, 1))]),
-    "boat": ((0, 1), (.05, .2), (.85, 1), [
-        (.85, poly((-.05, -1), (-.05, .35), (-.65, .35))), (1, poly((.05, -.85), (.05, .35), (.6, .35))),
-        (BROWN, box(-.03, -1, .03, .5)),
-        ((112, 52, 40), poly((-.85, .45), (.85, .45), (.55, .9), (-.55, .9)))]),
-    "ripples": ((.48, .64), (.2, .55), (.8, 1), [(1, wavy(-.4, .9)), (1, wavy(0, 1)), (1, wavy(.4, .7))]),
-    "rock": ((0, .12), (.05, .2), (.35, .65), [
-        (1, poly((-.9, .6), (-.75, -.1), (-.2, -.6), (.4, -.5), (.85, .1), (.9, .6))),
-        (1.25, poly((-.6, 0), (-.15, -.45), (.2, -.35), (-.1, .1)))]),
-    "flower": ((0, 1), (.6, .9), (.75, 1), [
-        ((60, 130, 50), box(-.06, -.2, .06, 1)),
-        *((1, ellipse(.42 * x, .42 * y - .25, .3, .3)) for x, y in ellipse(0, 0, 1, 1, -90, 270, 6)),
-        ((250, 215, 80), ellipse(0, -.25, .22, .22))]),
-    "house": ((0, 1), (.25, .5), (.7, .95), [
-        (1, box(-.65, -.1, .65, .85)), ((142, 58, 48), poly((-.9, -.05), (.9, -.05), (0, -.9))),
-        (BROWN, box(-.4, .25, -.05, .85)), ((70, 80, 110), box(.2, .15, .48, .45))]),
-    "cloud": ((0, 1), (0, .03), (.75, 1), [
-        (1, ellipse(-.45, .15, .5, .32)), (1, ellipse(.45, .15, .5, .32)), (1, ellipse(0, -.1, .5, .45))]),
-    "mushroom": ((0, 1), (.6, .9), (.6, .9), [
-        ((236, 226, 205), box(-.2, 0, .2, .85)), (1, ellipse(0, .1, .85, .95, 180, 360)),
-        (WHITE, ellipse(-.4, -.15, .13, .13)), (WHITE, ellipse(.05, -.5, .13, .13))]),
-    "fence": ((0, 1), (.35, .6), (.45, .75), [
-        (.8, box(-.95, -.3, .95, -.12)), (.8, box(-.95, .25, .95, .43)),
-        *((1, poly((-.15, .8), (-.15, -.5), (0, -.8), (.15, -.5), (.15, .8)) + (x, 0))
-          for x in (-.65, 0, .65))])}
-PLACE_KINDS = (("pine", "tree", "grass"), ("crests", "boat", "ripples"))    # index = place: 0 land, 1 water
-
-
-def draw_thing(rng, kind, table=KINDS):
-    *ranges, parts = table[kind]
-    colour = hsv(*(rng.uniform(*r) for r in ranges))
-    return [Shape(points, tint if isinstance(tint, tuple) else shade(colour, tint)) for tint, points in parts]
-
-
-def scatter(rng, kinds, count, radius, table=KINDS):
-    """[(shapes, frame)]: count[0]..count[1] things on a jittered 5x5 grid, far ones (higher up) first. table: KINDS."""
-    n = rng.integers(count[0], count[1] + 1)
-    cells = rng.choice(25, n, replace=False)
-    centres = (np.stack([cells % 5, cells // 5], 1) + .5 + rng.uniform(-.32, .32, (n, 2))) / 5
-    return [(draw_thing(rng, rng.choice(kinds), table), Frame(centre, rng.uniform(*radius), bool(rng.integers(2))))
-            for centre in centres[centres[:, 1].argsort()]]
 
 
 # ---------------------------------------------------------------- creatures
@@ -214,9 +90,7 @@ def cued(ranges, which, cue):
 
 def bird_look(rng, label, cue=1.0, hue_noise=.07):
     """A landbird (label 0) or waterbird (1). cue scales the difference: at 0 both are the midpoint."""
-    t = {}
-    for name, ranges in CUES.items():
-        t[name] = rng.uniform(*cued(ranges, label, cue))
+    t = {name: rng.uniform(*cued(ranges, label, cue)) for name, ranges in CUES.items()}
     head_skin = hsv(rng.normal(t.pop("head_hue"), hue_noise), rng.uniform(.5, .9), rng.uniform(.45, .95))
     bill = t.pop("bill_length"), t.pop("bill_base"), t.pop("bill_tip")
     return Look(body=(rng.uniform(1.04, 1.2), rng.uniform(.63, .71)), face="bill", bill=bill, tail="feather",
@@ -294,7 +168,7 @@ def head_shapes(look):
     eye = at + (.28 * r, -.2 * r)
     neck = poly(root + (-.27, .08), (x - .2, y), (x + .2, y), root + (.2, .22))
     shapes = [*face, Shape(neck, look.head_skin), Shape(ellipse(x, y, r, r), look.head_skin),
-              Shape(ellipse(*eye, .17, .17), WHITE), Shape(ellipse(*eye, .11, .11), (15, 15, 20))]
+              Shape(ellipse(*eye, .17, .17), WHITE), Shape(ellipse(*eye, .11, .11), BLACK)]
     parts = {"crown": (-.1, -.85), "forehead": (.65, -.55), "nape": (-.8, .1), "throat": (.3, .8)}
     return shapes, {"beak": at + (r + .4 * length, .12 * r), "near eye": eye,
                     **{name: at + np.array(offset) * r for name, offset in parts.items()}}
@@ -313,6 +187,36 @@ def creature(look):
     middle = (corners.min(0) + corners.max(0)) / 2
     shapes = [Shape(s.points - middle, s.colour) for s in shapes]
     return shapes, {name: xy - middle for name, xy in parts.items()}
+
+
+# (cat's range, dog's range); all that is not listed is shared
+PET_CUES = {"head_hue": ((.05, .05), (.25, .25)), "ear": ((0, .15), (.85, 1)), "muzzle": ((0, .15), (.85, 1)),
+            "head": ((.5, .56), (.44, .5)), "neck": ((0, .15), (.2, .4)), "body": ((1.1, 1.25), (1, 1.15)),
+            "height": ((.5, .56), (.58, .66)), "leg": ((.35, .5), (.55, .7)), "tail_length": ((.95, 1.15), (.5, .7)),
+            "tail_lift": ((35, 60), (0, 30))}
+
+
+def mix(a, b, t):
+    """From a to b as t goes from 0 to 1, for numbers or arrays of corners."""
+    return (1 - t) * np.asarray(a, float) + t * np.asarray(b, float)
+
+
+def pet_look(rng, label, cue, hue_noise=0.0):
+    """A cat (label 0) or dog (1). cue scales the difference: at 0 both are the midpoint. hue_noise: of heads."""
+    t = {name: rng.uniform(*cued(ranges, label, cue)) for name, ranges in PET_CUES.items()}
+    ear, muzzle, head_hue = t.pop("ear"), t.pop("muzzle"), t.pop("head_hue")
+    reach = mix(.7, 1.05, muzzle)
+    face = [("head_skin", 1.2, ellipse(reach, .28, mix(.3, .62, muzzle), mix(.3, .36, muzzle))),
+            ("horn", .2, ellipse(reach + mix(.26, .52, muzzle), .14, .15, .13)),
+            ("trim", .8, mix(poly((-.9, -.45), (-.75, -1.55), (-.1, -.8)),
+                             poly((-.75, -.75), (-1.05, .55), (-.35, -.1)), ear)),
+            ("trim", .8, mix(poly((.05, -.8), (.5, -1.55), (.75, -.6)),
+                             poly((-.15, -.85), (.15, -1), (.35, -.7)), ear))]
+    look = colours(rng)
+    head_skin = hsv(rng.normal(head_hue, hue_noise), rng.uniform(.5, .9), rng.uniform(.45, .95))
+    return Look(body=(t.pop("body"), t.pop("height")), face=face, bill=(.45, 0, 0), tail="whip", legs=4, web=0,
+                pattern=str(rng.choice(("plain", "stripes", "spots"))), head_skin=head_skin, **t,
+                **look | {"horn": shade(head_skin, .8)})
 
 
 # ---------------------------------------------------------------- scenes
@@ -348,10 +252,10 @@ def smooth_noise(rng, cells, size):
     return np.asarray(noise.resize((size, size), Image.BICUBIC))[..., None]
 
 
-def compose(rng, size, body, frame, coat, draw_things):
+def compose(rng, size, body=((), {}), frame=Frame((0, 0), 1, False), coat=0, draw_things=lambda rng: ()):
     """Backdrop, things, body. Random numbers for things come last, so that they change nothing else.
 
-    body: (shapes, parts), such as creature(look); draw_things(rng) -> [(shapes, frame)], far ones first.
+    body: (shapes, parts), such as creature(look), or nobody; draw_things(rng) -> [(shapes, frame)], far ones first.
     """
     ground = Image.fromarray(backdrop(rng, size)).resize((SUPERSAMPLE * size,) * 2, Image.NEAREST)
     shapes, parts = body
@@ -371,48 +275,36 @@ def compose(rng, size, body, frame, coat, draw_things):
     return Scene(pictures[1], pictures[0], mask, parts, frame.mirror)
 
 
-def empty(rng, size, draw_things):
-    """(S, S, 3) uint8: a backdrop and things, nobody there."""
-    return compose(rng, size, ([], {}), Frame((0, 0), 1, False), 0, draw_things).image
-
-
-def pretraining_scene(rng, size=96):
-    """One creature of any kind, things independent of it -> image (S, S, 3) uint8, mask (S, S) float 0..1."""
+def pretraining_scene(index, seed, size):
+    """One creature of any kind, things independent of it -> image (S, S, 3), mask (S, S), both uint8."""
+    rng = np.random.default_rng([seed, PRETRAIN, index])
     look = bird_look(rng, rng.integers(2)) if rng.uniform() < 1 / 3 else any_look(rng)
     frame = pose(rng, unit=(.13, .24), shift=.14)
-    kinds = (*PLACE_KINDS, rng.choice([*KINDS], 3, replace=False))[rng.choice(3, p=(.225, .225, .55))]
+    kinds = (*PLACE_KINDS, rng.choice([*SCENERY], 3, replace=False))[rng.choice(3, p=(.225, .225, .55))]
     scene = compose(rng, size, creature(look), frame, COAT,
                     partial(scatter, kinds=kinds, count=(3, 10), radius=(.055, .095)))
-    return scene.image, scene.mask
+    return scene.image, (255 * scene.mask).astype(np.uint8)
 
 
-def _pretraining_scene(index, seed, size):
-    image, mask = pretraining_scene(np.random.default_rng([seed, PRETRAIN, index]), size)
-    return image, (255 * mask).astype(np.uint8)
-
-
-def pretraining_scenes(n, seed, size=96, workers=None):
+def pretraining_scenes(n, seed, size=96):
     """n scenes for self-supervision -> images (n, S, S, 3) uint8, masks (n, S, S) uint8, 255 = creature."""
-    require(n >= 1, "n", "at least 1", n)
-    require(size >= 32 and size % 8 == 0, "size", "a multiple of 8 from 32 on", size)
     images, masks = np.empty((n, size, size, 3), np.uint8), np.empty((n, size, size), np.uint8)
-    draw = partial(_pretraining_scene, seed=seed, size=size)
-    for i, (image, mask) in enumerate(in_parallel(draw, range(n), "pretraining scenes", workers)):
-        images[i], masks[i] = image, mask
+    draw = partial(pretraining_scene, seed=seed, size=size)
+    for i, drawn in enumerate(in_parallel(draw, range(n), "pretraining scenes")):
+        images[i], masks[i] = drawn
     return images, masks
 
 
-# ---------------------------------------------------------------- all cores
 def in_parallel(function, jobs, title, workers=None):
     """Yield function(job) in order, on all cores; small work stays here: a pool starts slowly."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = workers or min(cores, 1 + len(jobs) // 100)
     if workers == 1:
-        yield from progress(map(function, jobs), len(jobs), title)
+        yield from progress(map(function, jobs), title, len(jobs))
         return
     # Not fork: the caller may run torch's threads, and a lock that one holds stays locked in a forked copy.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), follow_parent) as pool:
-        yield from progress(pool.map(function, jobs, chunksize=16), len(jobs), title)
+        yield from progress(pool.map(function, jobs, chunksize=16), title, len(jobs))
 
 
 def follow_parent():
@@ -422,16 +314,35 @@ def follow_parent():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def progress(results, total, title):
-    """Pass results on, with a bar on a terminal and four plain lines elsewhere (none for small work)."""
-    terminal = sys.stderr.isatty()
-    for i, result in enumerate(tqdm(results, title, total, leave=False, disable=not terminal), 1):
-        if not terminal and total >= 100 and i * 4 // total > (i - 1) * 4 // total:
-            print(f"{title}: {i} of {total}", file=sys.stderr, flush=True)
-        yield result
-
-
 # ---------------------------------------------------------------- what all miniatures share
+SHARE, BODY = dict(at_least=0, at_most=1), dict(at_least=.05, at_most=.3)
+KNOBS = {           # all that settings.opt says of a knob but its default; a miniature says which knobs it has
+    "train": dict(help="training examples, as many of each class", at_least=1),
+    "val": dict(help="validation examples, as many of each class", at_least=1),
+    "test": dict(help="test examples, as many of each class", at_least=1),
+    "size": dict(help="side of a picture in pixels, a multiple of 8", at_least=32),
+    "wnids": dict(help="ImageNet classes in each of the nine groups", at_least=1, at_most=2),
+    "agreement": dict(SHARE, help="share of each class whose place (or tube) agrees, where it is not balanced"),
+    "things": dict(help="fewest and most things that mark the place", at_least=0, at_most=25),
+    "thing_radius": dict(help="smallest and largest thing, as a share of the side", at_least=.01, at_most=.3),
+    "bird": dict(BODY, help="smallest and largest bird: half a body, as a share of the side"),
+    "pet": dict(BODY, help="smallest and largest animal: half a body, as a share of the side"),
+    "object": dict(help="smallest and largest object: a third of its length, as a share of the side",
+                   at_least=.05, at_most=.25),
+    "depth": dict(help="least and greatest depth of a pneumothorax, as a share of the side", at_least=.02, at_most=.15),
+    "cue": dict(SHARE, help="how much the classes differ in shape and colours; 0 = not at all"),
+    "coat": dict(SHARE, help="strength of the fine grain that the creature (object, lung) has and nothing else has"),
+    "hue_noise": dict(SHARE, help="standard deviation of hues within a class; 1 = the full circle"),
+    "dicom": dict(help="Kaggle's layout, which needs pydicom; else the prepared one"),
+    "seed": dict(help="a scene depends on (seed, split, index) only", at_least=0)}
+
+
+def with_knobs(base, **defaults):
+    """A frozen dataclass above base whose fields are these knobs, in this order."""
+    knobs = [(name, type(default), opt(default, **KNOBS[name])) for name, default in defaults.items()]
+    return make_dataclass(f"{base.__name__}Knobs", knobs, bases=(base,), frozen=True)
+
+
 class Row(NamedTuple):
     """One example of a miniature."""
     id: int             # 1-based
@@ -443,30 +354,69 @@ class Row(NamedTuple):
 
 
 class Miniature:
-    """Base of the miniatures, dataclasses of knobs: checks knobs by their names, counts, draws a sheet."""
-    SPLITS = ("train", "val", "test")
-    GROUPS = ()             # names; group(row) is an index into them
-    COUNTS = ("train", "val", "test")
-    SHARES = ("agreement", "cue", "hue_noise", "coat")
-    RANGES = {"things": (0, 25), "thing_radius": (.01, .3), "bird": (.05, .3), "pet": (.05, .3), "object": (.05, .25),
-              "depth": (.02, .15)}
+    """Base of the miniatures, dataclasses of knobs: deals out examples, draws and writes one, shows some in a sheet.
+
+    A miniature names its examples in rows() and puts a subject() into the scene of each; the rest is here, but for
+    what its benchmark does differently.
+    """
+    SPLITS = ("train", "test")      # each is also the knob that says how many examples it has
+    EVEN = ()                       # splits where half of each class agree with the place, whatever `agreement` says
+    CLASSES, PLACES = (), ()        # PLACES: the kinds of things that lie there
+    GROUPS = ()                     # names; group(row) is an index into them
+    TOPS = ()                       # folders of the pictures, of their masks
+    FOLDER = ""                     # what the cache is called, if not like the benchmark
+    USE = 0                         # of the seed, where another miniature draws like this one
 
     def __post_init__(self):
+        check_bounds(self)
         for f in fields(self):
-            name, value = f.name, getattr(self, f.name)
-            if name in self.COUNTS:
-                require(value >= 1, name, "at least 1", value)
-            elif name in self.SHARES:
-                require(0 <= value <= 1, name, "between 0 and 1", value)
-            elif name in self.RANGES:
-                (low, high), (floor, top) = value, self.RANGES[name]
-                require(floor <= low <= high <= top, name,
-                        f"a smaller and a larger number between {floor} and {top}", f"{low} {high}")
-        require(self.size >= 32 and self.size % 8 == 0, "size", "a multiple of 8 from 32 on", self.size)
-        require(self.seed >= 0, "seed", "at least 0", self.seed)
+            value = getattr(self, f.name)
+            if isinstance(value, tuple) and value[0] > value[1]:
+                raise UsageError(f"{flag(f.name)} must be a smaller and a larger number, not {value[0]} {value[1]}")
+        if self.size % 8:
+            raise UsageError(f"--size must be a multiple of 8, not {self.size}")
 
     def group(self, row):
-        return 2 * row.label + row.place
+        return row.label
+
+    def examples(self):
+        """[(label, place, split, index)]. Counts are exact, not drawn: in each class, a share of `agreement` agrees."""
+        C, P, found = len(self.CLASSES), len(self.PLACES), []
+        for split, name in enumerate(self.SPLITS):
+            n, rate = getattr(self, name), .5 if name in self.EVEN else self.agreement
+            for index in range(n):
+                label, rank = index % C, index // C
+                agrees = rank < round(rate * ((n + C - 1 - label) // C))            # times the size of this class
+                place = label if agrees else label + 1 + rank % (P - 1)             # or each other place in turn
+                found.append((label, place % P, split, index))
+        return found
+
+    def scene(self, row):
+        """The place decides which things there are and nothing else: subject, backdrop and noise ignore it."""
+        rng = np.random.default_rng([self.seed, self.USE + row.split, row.index])
+        return compose(rng, self.size, *self.subject(rng, row.label), self.coat, partial(self.things_at, row.place))
+
+    def things_at(self, place, rng):
+        """[(shapes, frame)] of what lies at a place."""
+        return scatter(rng, self.PLACES[place], self.things, self.thing_radius)
+
+    def picture(self, row):
+        """(S, S, 3) uint8: what the sheet shows of an example."""
+        return self.scene(row).image
+
+    def folders(self, rows):
+        """The folders that write() needs. It makes none: an orphan of a killed rendering must not bring them back."""
+        return [f"{top}/{folder}" for top in self.TOPS for folder in {row.file.rpartition("/")[0] for row in rows}]
+
+    def write(self, row, root):
+        """Draw one example and save it -> what finish() needs to know of it."""
+        scene = self.scene(row)
+        save(scene.image, root / self.TOPS[0] / row.file)
+        save(scene.mask >= .5, (root / self.TOPS[1] / row.file).with_suffix(".png"))
+
+    def finish(self, root, rows, drawn, **more):
+        """miniature.json beside the benchmark's folders: why counts are not the benchmark's, and what was drawn."""
+        write_json(root / "miniature.json", {"knobs": asdict(self), **more})
 
     def summary(self):
         """Table of examples per split and group; many groups are the lines, few are the columns."""
@@ -476,10 +426,6 @@ class Miniature:
         table = counts if len(self.GROUPS) <= 4 else [*zip(*counts)]
         first, width = (max(len(line[0]) for line in table), max(len(cell) for line in table for cell in line[1:]) + 2)
         return "\n".join(f"{line[0]:{first + 1}}" + "".join(f"{cell:>{width}}" for cell in line[1:]) for line in table)
-
-    def picture(self, row):
-        """(S, S, 3) uint8: what the sheet shows of an example."""
-        return self.scene(row).image
 
     def sheet(self, columns=8):
         """(groups * S, columns * S, 3) uint8: a line of examples per group, white where it has too few."""
@@ -491,29 +437,8 @@ class Miniature:
         return sheet.reshape(len(self.GROUPS) * S, columns * S, 3)
 
 
-def note(root, knobs, **more):
-    """miniature.json beside the benchmark's folders: why counts are not the benchmark's, and what was drawn."""
-    write_json(root / "miniature.json", {"knobs": asdict(knobs), **more})
-
-
-def save(picture, path, **options):
-    Image.fromarray(picture).save(path, **options)
-
-
-# The usual 4:2:0 keeps one colour per 2x2 pixels: the backdrop would smear over the object's edge.
-save_jpeg = partial(save, format="JPEG", quality=95, subsampling=0)
-
-
-def share(rate, rank, n):
-    """True for the first round(rate * n) of n ranks: shares are exact, not drawn."""
-    return rank < round(rate * n)
-
-
-def save_mask(mask, path):
-    """Share of each pixel that is covered -> 0 or 255: object where it covers half of a pixel or more."""
-    save((mask >= .5).astype(np.uint8) * 255, path)
-
-
-def require(ok, name, wanted, value):
-    if not ok:
-        raise UsageError(f"{name} must be {wanted}, not {value}")
+def save(picture, path):
+    """uint8, or bool for black and white, -> an image file in the format of its name."""
+    picture = picture * np.uint8(255) if picture.dtype == bool else picture
+    # JPEG's usual 4:2:0 keeps one colour per 2x2 pixels: the backdrop would smear over the object's edge.
+    Image.fromarray(picture).save(path, quality=95, subsampling=0)

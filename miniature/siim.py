@@ -1,22 +1,90 @@
-"""siim.py: a miniature SIIM-ACR, in the two layouts that benchmarks/siim.py reads. Floor: data."""
+"""siim.py: a miniature SIIM-ACR, in the two layouts that benchmarks/siim.py reads.
+
+Floor: data. Read scenes.py first: what all miniatures share. A chest is not a scene, chest() below draws it.
+"""
 import csv
 import io
-from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from benchmarks.siim import SIDE
-from miniature.objects import chest
-from miniature.scenes import Miniature, Row, note, require, save, save_mask, share
-from settings import UsageError, opt
+from benchmarks.siim import PREPARED, SIDE
+from miniature.objects import Frame, Shape, bar, box, ellipse, paint, poly
+from miniature.scenes import COAT_CELLS, PIXEL_NOISE, SUPERSAMPLE, Miniature, Row, save, smooth_noise, with_knobs
+from settings import UsageError
 
 UID = "1.2.276.0.7230010.3.1"           # .2 study, .3 series, .4 image
 
 
-@dataclass(frozen=True)
-class Siim(Miniature):
+# ---------------------------------------------------------------- the drawing
+class Chest(NamedTuple):
+    image: np.ndarray       # (S, S) uint8, white = dense, as a radiograph
+    mask: np.ndarray        # (S, S) float, share of each pixel that is pneumothorax; all 0 without one
+    lungs: np.ndarray       # (S, S) float, the same of both lungs, pneumothorax included
+
+
+TORSO = poly((-.98, 1.2), (-1.02, .2), (-.97, -.4), (-.8, -.6), (-.3, -.78), (-.2, -1.2), (.2, -1.2), (.3, -.78),
+             (.8, -.6), (.97, -.4), (1.02, .2), (.98, 1.2))
+LUNG = np.concatenate([ellipse(-.42, -.1, .33, .6, 180, 360),
+                       poly((-.12, .3), (-.2, .46), (-.32, .38), (-.47, .36), (-.62, .44), (-.76, .66))])
+TUBE = poly((-1.05, 1.1), (-.98, .7), (-.95, .3), (-.95, 0), (-.93, -.25))
+
+
+def chest(rng, size, pneumothorax, tube, depth, coat):
+    """A frontal chest: ribs, lungs with fine markings, heart; perhaps a pneumothorax, perhaps a tube up the side.
+
+    A pneumothorax is the part of a lung that lies outside the same lung moved down or inwards by depth (a share of
+    the side): a dark crescent at the apex or along the side, without markings, behind a thin bright line. Both
+    are drawn from numbers that do not depend on the other, so that the same chest can be drawn with and without.
+    """
+    frame = Frame(.5 + rng.uniform(-.03, .03, 2), rng.uniform(.44, .5), False, np.radians(rng.uniform(-4, 4)))
+    stretch = rng.uniform(.93, 1.07, (2, 2))
+    side, apex, deep, tube_side = rng.integers(2), rng.integers(2), rng.uniform(*depth) / frame.scale, rng.integers(2)
+    heart = ellipse(.14, .24, rng.uniform(.26, .34), rng.uniform(.24, .3))
+    noise, grain = rng.normal(0, 255 * PIXEL_NOISE, (size, size)), smooth_noise(rng, COAT_CELLS, size)[..., 0]
+    cloud, bend = smooth_noise(rng, 6, size)[..., 0], TUBE + rng.uniform(-.03, .03, TUBE.shape)
+
+    def cover(*outlines, blur=0):
+        """(S, S) share of each pixel inside any of the outlines."""
+        canvas = Image.new("L", (SUPERSAMPLE * size,) * 2)
+        paint(canvas, [Shape(points, 255) for points in outlines], frame)
+        return np.asarray(canvas.reduce(SUPERSAMPLE).filter(ImageFilter.GaussianBlur(blur * size))) / 255
+
+    flip = np.array([(1, 1), (-1, 1)])                                      # image left, image right
+    lungs = [LUNG * stretch[i] * flip[i] for i in range(2)]
+    away = np.array([(0, deep), (.9 * deep, .1 * deep)])[apex] * flip[side]
+    inside = cover(heart)
+    air = cover(*lungs) * (1 - inside)
+    rest = cover(lungs[side] + away, box(-.5, .25, .5, 1.2))                # no gap above the diaphragm
+    mask = (cover(lungs[side]) * (1 - rest) * (1 - inside)) * bool(pneumothorax)
+    line = (cover(lungs[side] + .75 * away) - rest).clip(0) * (mask > 0)
+    ribs = ribs_of(stretch[0], flip[0]) + ribs_of(stretch[1], flip[1])
+    picture = 18 + 110 * cover(TORSO, blur=.015) + 60 * cover(box(-.12, -1.2, .12, 1.2), blur=.02) + 25 * cloud
+    picture = picture + 40 * cover(poly((-1, .5), (1, .5), (1, 1.2), (-1, 1.2)), blur=.05)
+    picture = picture * (1 - air) + (62 + 25 * cloud) * air + 45 * cover(heart, blur=.012) * (1 - air)
+    picture = picture + 34 * cover(*ribs, blur=.004)
+    picture = picture + (air - mask).clip(0) * 255 * coat * grain - 30 * mask + 60 * line
+    if tube:
+        path = bend * flip[tube_side]
+        picture = picture + 105 * cover(*(bar(a, b, .055) for a, b in zip(path, path[1:])))
+    return Chest((picture + noise).round().clip(0, 255).astype(np.uint8), mask, air)
+
+
+def ribs_of(stretch, flip):
+    """Outlines of the ribs of one side, bows from the spine outwards and down, and of a collar bone."""
+    x = np.linspace(-.08, -.84, 9)
+    bows = [np.stack([x, y + .5 * (x + .35) ** 2 - .22 * (x + .1)], 1) * stretch * flip
+            for y in np.linspace(-.75, .45, 8)]
+    collar_bone = np.array([(-.1, -.6), (-.75, -.78)]) * flip
+    return [*(bar(a, b, .05) for bow in bows for a, b in zip(bow, bow[1:])), bar(*collar_bone, .07)]
+
+
+# ---------------------------------------------------------------- the folders
+class Siim(with_knobs(
+        Miniature, train=2200, test=800, size=128, agreement=.95, depth=(.08, .13), coat=.5,
+        dicom=find_spec("pydicom") is not None, seed=0)):
     """Chest radiographs: is there a pneumothorax? A chest tube, the treatment, gives the answer away in training.
 
     Half of the images of each set are positive. In training the tube agrees with the label in 95 % (the benchmark's
@@ -30,36 +98,28 @@ class Siim(Miniature):
     code prepares, but .png where it has .dcm, upright masks, and every region in the mask. Both: the lungs, as the
     mask of the object.
     """
-    train: int = opt(2200, "training examples, half of them positive")
-    test: int = opt(800, "test examples, a quarter of them in each (label, tube) cell")
-    size: int = opt(128, "side of a drawing in pixels; with --dicom a divisor of 1024")
-    agreement: float = opt(0.95, "share of each label's training examples whose tube agrees with the label")
-    depth: tuple = opt((0.08, 0.13), "smallest and largest depth of a pneumothorax, as a share of the side")
-    coat: float = opt(0.5, "strength of the fine grain of a lung, 0..1")
-    dicom: bool = opt(find_spec("pydicom") is not None, "Kaggle's layout, which needs pydicom; else the prepared one")
-    seed: int = opt(0, "a scene depends on (seed, split, index) only")
-
-    SPLITS = ("train", "test")
-    GROUPS = ("healthy/no tube", "healthy/tube", "pneumothorax/no tube", "pneumothorax/tube")       # 2 * label + tube
+    EVEN = ("test",)
+    CLASSES, PLACES = ("healthy", "pneumothorax"), ("no tube", "tube")
+    GROUPS = ("healthy/no tube", "healthy/tube", "pneumothorax/no tube", "pneumothorax/tube")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.dicom:
-            require(SIDE % self.size == 0, "size", f"a divisor of {SIDE} with --dicom", self.size)
-            if find_spec("pydicom") is None:
-                raise UsageError("siim: --dicom needs pydicom: pip install pydicom, or --no-dicom")
+        if self.dicom and SIDE % self.size:
+            raise UsageError(f"--size must be a divisor of {SIDE} with --dicom, not {self.size}")
+        if self.dicom and find_spec("pydicom") is None:
+            raise UsageError("siim: --dicom needs pydicom: pip install pydicom, or --no-dicom")
+
+    def group(self, row):
+        return 2 * row.label + row.place
 
     def rows(self):
         """file is the image's UID; UIDs tell neither label nor split."""
-        order, rows = np.random.default_rng([self.seed, 9]).permutation(self.train + self.test), []
-        for split, n in enumerate((self.train, self.test)):
-            for i in range(n):
-                label, rank = i % 2, i // 2
-                agrees = share(self.agreement if split == 0 else .5, rank, (n + 1 - label) // 2)
-                id = int(order[len(rows)]) + 1
-                uid = f"{UID}.4.8323329.{id}.{1517875160 + id}.{100000 + id * 7919 % 900000}"
-                rows.append(Row(id, uid, label, label if agrees else 1 - label, split, i))
-        return sorted(rows, key=lambda row: row.id)
+        examples, rows = self.examples(), []
+        for i, example in zip(np.random.default_rng([self.seed, 9]).permutation(len(examples)), examples):
+            id = int(i) + 1
+            uid = f"{UID}.4.8323329.{id}.{1517875160 + id}.{100000 + id * 7919 % 900000}"
+            rows.append(Row(id, uid, *example))
+        return sorted(rows)
 
     def scene(self, row):
         rng = np.random.default_rng([self.seed, row.split, row.index])
@@ -68,38 +128,33 @@ class Siim(Miniature):
     def picture(self, row):
         return np.repeat(self.scene(row).image[..., None], 3, axis=2)
 
-    def sets(self, row):
-        """Folders of the prepared layout that hold a row."""
-        return ("train_set",) if row.split == 0 else (
-            "full_test_set", "non_robust_test_set" if row.label == row.place else "robust_test_set")
-
-    def prepare(self, root):
-        names = ["dicom-images-train"] if self.dicom else ["all_masks", *(
-            f"{name}/{label}" for label in "01"
-            for name in ("train_set", "full_test_set", "robust_test_set", "non_robust_test_set"))]
-        for name in (*(f"siim/{name}" for name in names), "segmentations"):
-            (root / name).mkdir(parents=True)
+    def folders(self, rows):
+        sets = ("all_masks", *(f"{name}/{label}" for name in PREPARED for label in (0, 1)))
+        return ["segmentations", *(f"siim/{name}" for name in (("dicom-images-train",) if self.dicom else sets))]
 
     def write(self, row, root):
-        """Draw one chest -> its cells in train-rle.csv, one for each row."""
-        scene, base = self.scene(row), root / "siim"
-        lungs = scene.lungs >= .5
-        save_mask(enlarge(lungs) if self.dicom else lungs, root / f"segmentations/{row.file}.png")
-        if not self.dicom:
-            for name in self.sets(row):
-                save(scene.image, base / f"{name}/{row.label}/{row.file}.png")
-            if row.label:
-                save_mask(scene.mask, base / f"all_masks/{row.file}.png")
-            return
+        """Draw one chest, save it in one of the layouts -> its cells in train-rle.csv, one for each row."""
+        scene, fit = self.scene(row), enlarge if self.dicom else np.asarray
+        image, mask, lungs = fit(scene.image), fit(scene.mask >= .5), fit(scene.lungs >= .5)
+        save(lungs, root / f"segmentations/{row.file}.png")
+        return (self.write_kaggle if self.dicom else self.write_prepared)(row, root / "siim", image, mask)
+
+    def write_prepared(self, row, base, image, mask):
+        half = "non_robust_test_set" if row.label == row.place else "robust_test_set"
+        for name in ("full_test_set", half) if row.split else ("train_set",):
+            save(image, base / f"{name}/{row.label}/{row.file}.png")
+        if row.label:
+            save(mask, base / f"all_masks/{row.file}.png")
+
+    def write_kaggle(self, row, base, image, mask):
         study, series = (row.file.replace(f"{UID}.4", f"{UID}.{level}") for level in (2, 3))
         folder = base / "dicom-images-train" / study / series
         folder.mkdir(parents=True)
-        write_dicom(enlarge(scene.image), folder / f"{row.file}.dcm", (study, series, row.file))
-        mask = enlarge(scene.mask >= .5)
+        write_dicom(image, folder / f"{row.file}.dcm", (study, series, row.file))
         return [run_lengths(region) for region in regions(mask, row.index)] if row.label else ["-1"]
 
     def finish(self, root, rows, drawn):
-        note(root, self)
+        super().finish(root, rows, drawn)
         if self.dicom:
             with open(root / "siim/train-rle.csv", "w", newline="") as file:
                 file.write("ImageId, EncodedPixels\n")                  # with blanks, as the first release

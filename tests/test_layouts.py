@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import data
 import miniature
 from benchmarks import imagenet
 from settings import UsageError
+from tiny import ROOT
 
 TINY = {"cub": dict(train=32, test=16, size=48), "metashift": dict(train=16, test=8, size=48),
         "siim": dict(train=20, test=40, size=64, dicom=False), "imagenet": dict(train=18, val=18, size=48),
@@ -59,6 +59,15 @@ def test_a_killed_rendering_leaves_nothing_that_is_taken_for_whole(name, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         miniature.render(name, tmp_path, **TINY[name])
     assert all(path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, folder", [
+    ("waterbirds", "waterbirds-859fe875d1"), ("cub", "cub-4ad6cd36c8"), ("waterbird200", "cub-4ad6cd36c8"),
+    ("metashift", "metashift-89e57c744c"), ("siim", "siim-6cdc017f26"), ("imagenet", "imagenet-6f901d62df"),
+    ("imagenet9", "imagenet9-d52ddfed21")])
+def test_a_miniature_that_was_drawn_by_an_earlier_version_is_not_drawn_again(name, folder, tmp_path):
+    (tmp_path / folder).mkdir()
+    assert miniature.render(name, tmp_path, **({"dicom": False} if name == "siim" else {})) == tmp_path / folder
 
 
 # ---------------------------------------------------------------- the birds
@@ -249,7 +258,7 @@ def test_the_challenges_layout_has_every_variant_and_a_mask_by_the_stem(folder):
 @pytest.mark.parametrize("name, knobs, word", [
     ("imagenet", dict(wnids=3), "wnids"), ("imagenet", dict(train=10), "train"), ("imagenet9", dict(test=9), "test"),
     ("imagenet9", dict(object=(.2, .4)), "object"), ("siim", dict(dicom=True, size=96), "size"),
-    ("metashift", dict(pet=(.3, .2)), "pet"), ("cub", dict(hue_noise=2), "hue_noise")])
+    ("metashift", dict(pet=(.3, .2)), "pet"), ("cub", dict(hue_noise=2), "hue-noise")])
 def test_a_bad_knob_is_one_clear_line(name, knobs, word, tmp_path):
     with pytest.raises(UsageError, match=word):
         miniature.render(name, tmp_path / "none", **knobs)
@@ -279,6 +288,6 @@ def test_a_reader_that_stops_reading_is_no_traceback(tmp_path):
     flags = ["--data", "imagenet9", "--size", "32", "--test", "18", "--out", str(tmp_path)]
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-m", "miniature", *flags], stdout=writer, stderr=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-m", "miniature", *flags], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -1,4 +1,4 @@
-"""Claims about miniature.py: exact counts, masks and parts, the real layout, a cache whole or absent."""
+"""Claims about the miniatures: exact counts, masks and parts, the real layout, a cache whole or absent."""
 import csv
 import os
 import signal
@@ -15,7 +15,6 @@ import miniature
 from miniature import scenes
 from settings import UsageError
 
-REPOSITORY = Path(miniature.__file__).parent
 TINY = dict(train=40, val=8, test=12, size=48, things=(10, 16))
 WATERBIRDS = "waterbird_complete95_forest2water2"
 
@@ -203,7 +202,7 @@ def test_the_first_of_two_processes_wins_and_the_other_uses_its_copy(tmp_path, m
 # ---------------------------------------------------------------- bad input, command line
 @pytest.mark.parametrize("knobs, word", [
     (dict(train=0), "train"), (dict(agreement=1.2), "agreement"), (dict(agreement=float("nan")), "agreement"),
-    (dict(things=(9, 3)), "things"), (dict(thing_radius=(.1, .05)), "thing_radius"), (dict(size=50), "size"),
+    (dict(things=(9, 3)), "things"), (dict(thing_radius=(.1, .05)), "thing-radius"), (dict(thing_radius=(.1, 1)), "thing-radius"), (dict(size=50), "size"),
     (dict(size=-96), "size"), (dict(cue=2), "cue"), (dict(seed=-1), "seed"),
     (dict(agreemnt=1), "did you mean agreement")])
 def test_bad_knobs_are_one_clear_line(knobs, word, tmp_path):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-import ifam
 from vit import build_vit
 from miniature import pretrain
 from benchmarks import transforms
@@ -120,8 +119,8 @@ def test_a_run_that_was_stopped_resumes_to_the_same_weights_on_one_thread(tmp_pa
 
 
 def test_the_committed_file_is_small_and_measures_as_written_beside_it():
-    path = ROOT / "weights" / "mini.pt"
-    made = json.loads((ROOT / "weights" / "mini.json").read_text())
+    path = ROOT / "miniature" / "mini.pt"
+    made = json.loads((ROOT / "miniature" / "mini.json").read_text())
     assert path.stat().st_size < 4e6 and "python pretrain.py" in made["command"]
     vit = build_vit("mini", 96)
     load_backbone(vit, read_file(path, "weights"))

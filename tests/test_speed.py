@@ -1,18 +1,16 @@
-"""Operations counted from shapes against torch's counter; every way to compute the same gives the same; the report."""
+"""Operations are those of the formula; short cuts give the same; every mode of the command, and what it refuses."""
 import json
+import math
 
 import pytest
 import torch
 from conftest import agrees
 from models import TINY, pictures, tiny
 from tiny import fails
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-import ifam
 import speed
-from ifam import IFAM, Predictor
-from vit import ARCHS, KeepGradient, ViT, attend_packed, build_vit
+from ifam import Predictor
+from vit import ARCHS, KeepGradient, build_vit
 
 RAGGED = torch.zeros(4, 25)
 RAGGED[1, [0, 7, 24]] = 1
@@ -20,47 +18,32 @@ RAGGED[2, 3:17] = 1
 RAGGED[3] = 1
 
 
-def counted(function):
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        function()                                       # the fused kernels of CPUs are not in the counter's table
-    return counter.get_total_flops()
+def formula(vit, patches, class_only=False):
+    """Operations of one image in a ViT that computes this many of its patches, 2 for a multiply-add."""
+    D, T = vit.width, vit.prefix + patches
+    hidden = sum(p.numel() for name, p in vit.blocks[0].mlp.named_parameters() if name.endswith("weight"))
+    block = lambda asked: 2 * (2 * asked + 2 * T) * D * D + 4 * asked * T * D + 2 * asked * hidden
+    return (len(vit.blocks) - 1) * block(T) + block(1 if class_only else T) + 2 * patches * 3 * vit.patch ** 2 * D
 
 
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
-def test_operations_counted_from_shapes_are_those_that_torch_counts(ffn):
+def test_operations_are_those_of_the_formula_and_of_kept_patches_alone(ffn):
     model, x = tiny(arch=dict(TINY, ffn=ffn, depth=3)), pictures(4)
-    assert speed.vit_flops(model.predictor.backbone) * 4 == counted(lambda: model.predictor.backbone(x))
-    assert speed.stage1_flops(model.selector, 3) * 4 == counted(lambda: model.selector(x))
-    assert speed.stage2_flops(model.predictor) * 4 == counted(lambda: model.predictor(x))
-    kept = RAGGED.sum(1).int().tolist()
-    assert sum(speed.stage2_flops(model.predictor, n) for n in kept) == counted(lambda: model.predictor(x, RAGGED))
+    vit, D = model.predictor.backbone, TINY["width"]
+    assert speed.operations(vit, x) == formula(vit, 25)
+    assert speed.operations(model.selector, x) == formula(vit, 25) + 2 * (2 * 5 * 25 * D + 4 * D * 3)    # distances, features and classifier
+    of_kept = [formula(vit, n, class_only=True) + 2 * D * 3 for n in RAGGED.sum(1).int().tolist()]
+    assert speed.operations(model.predictor, x, RAGGED) == sum(of_kept) / 4
+    assert speed.operations(model.predictor, x) == of_kept[3]
 
 
 def test_operations_of_a_late_mask_are_those_of_all_patches():
     model, x = Predictor(build_vit(TINY, 70), 3, masking="late", pooling="mean"), pictures(4)
-    assert speed.stage2_flops(model, 3) * 4 == counted(lambda: model(x, RAGGED))
+    assert speed.operations(model, x, RAGGED) >= formula(model.backbone, 25)
 
 
 def test_operations_of_a_smaller_stage_1_are_its_own():
-    model, x = tiny(selector_size=42), pictures(2)
-    assert speed.stage1_flops(model.selector, 3) * 2 == counted(lambda: model.selector(x))
-    assert speed.stage1_flops(model.selector, 3) < 0.5 * speed.stage1_flops(tiny().selector, 3)
-
-
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-@pytest.mark.parametrize("keep", [RAGGED, RAGGED[[0, 0, 0, 0]], RAGGED[[3, 3, 3, 3]]], ids=["ragged", "none", "all"])
-@pytest.mark.parametrize("other", speed.OTHERS)
-def test_every_way_to_attend_within_packed_images_gives_the_same_logits(other, keep, pooling):
-    model, x = tiny(pooling=pooling), pictures(4)
-    with torch.no_grad():
-        expected = model(x, keep).logits
-        with speed.replaced(ifam, "attend_packed", speed.OTHERS[other]):
-            agrees(model(x, keep).logits, expected)
-        with speed.replaced(ViT, "_run_packed", speed.not_packed):
-            agrees(model(x, keep).logits, expected)
-            asked = counted(lambda: model.predictor(x, keep))
-    assert asked == 4 * speed.stage2_flops(model.predictor)                      # it does compute every token
-    assert attend_packed is not speed.OTHERS[other]
+    assert speed.operations(tiny(selector_size=42).selector, pictures(2)) < 0.5 * speed.operations(tiny().selector, pictures(2))
 
 
 @torch.no_grad()
@@ -92,10 +75,8 @@ def test_some_patches_are_embedded_as_all_of_them_are():
 
 
 def test_forced_masks_keep_as_many_patches_as_they_are_told():
-    counts = speed.counts_of(0.05, 0.6, 8, 256)
-    keep = speed.forced(counts, 256, torch.Generator().manual_seed(0))
-    assert keep.sum(1).tolist() == counts and counts[0] == 13 and counts[-1] == 154
-    assert sum(counts) / 8 / 256 == pytest.approx(0.325, abs=0.002)
+    counts = speed.forced(0.05, 0.6, 8, 256).sum(1).tolist()
+    assert counts[0] == 13 and counts[-1] == 154 and sum(counts) / 8 / 256 == pytest.approx(0.325, abs=0.002)
 
 
 def test_the_peak_is_what_is_held_at_once():
@@ -105,11 +86,6 @@ def test_the_peak_is_what_is_held_at_once():
         del a
         return b * 2
     assert speed.peak_memory(call, torch.device("cpu")) == pytest.approx(8e6, rel=0.01)
-
-
-def test_the_exponent_of_a_power_law_is_its_power():
-    x = [5, 20, 300]
-    assert speed.exponent(x, [3 * v ** 1.7 for v in x]) == pytest.approx(1.7)
 
 
 @pytest.mark.parametrize("hard", [True, False])
@@ -128,34 +104,78 @@ def test_the_memory_of_a_masked_step_does_not_grow_with_queries_times_keys(hard,
 @torch.no_grad()
 def test_a_measured_model_is_described_in_full():
     found = speed.measure(tiny(), pictures(2), rounds=1)
-    assert found["gflops"]["dense"] * 1e9 == speed.vit_flops(tiny().predictor.backbone)
+    assert found["gflops"]["dense"] * 1e9 == formula(tiny().predictor.backbone, 25)
     assert found["share_of_time"]["stage1"] > 0 and sum(found["share_of_time"][n] for n in ("attention", "feed_forward")) < 1
     assert found["latency_ms"] > 0 and found["peak_bytes"]["model"] > 0 and found["relative_to_dense"] > 0
+    assert "images/s" in speed.summary(found)
     json.dumps(found)
 
 
-def test_the_command_prints_every_case_and_the_growth_comes_with_its_figure(monkeypatch, tmp_path, capsys):
+# ---------------------------------------------------------------- the command
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Run the command with tiny settings -> its numbers, what it printed."""
     monkeypatch.setitem(ARCHS, "mini", dict(TINY, depth=2))
-    common = ("--arch", "mini", "--rounds", "1", "--device", "cpu")
-    speed.main([*common, "--size", "70", "--batch", "2", "--k", "2", "--compare", "--profile", "--out", str(tmp_path / "rows.json")])
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    text = capsys.readouterr().out
-    assert all(name in text for name in rows) and "attention" in text
-    assert {*speed.CASES, *(f"20 % kept, {other}" for other in (*speed.OTHERS, "not packed"))} < rows.keys() and rows["dense"]["relative_to_dense"] == 1
-    assert rows["5 % kept"]["relative_operations"] < rows["20 % kept"]["relative_operations"] < rows["100 % kept"]["relative_operations"]
-    monkeypatch.setattr(speed, "STEPS", {"tokens": ("size", (70, 140)), "K": ("k", (1, 2)), "batch": ("batch", (1, 2))})
-    speed.main([*common, "--scale", "--out", str(tmp_path / "scale.json")])
-    found = json.loads((tmp_path / "scale.json").read_text())["growth"]
-    assert found["tokens"]["x"] == [30, 105] and (tmp_path / "scale.png").stat().st_size > 10_000
+
+    def call(*flags):
+        speed.main([*map(str, flags), "--rounds", "1", "--out", str(tmp_path / "found.json")])
+        return json.loads((tmp_path / "found.json").read_text()), capsys.readouterr().out
+    return call
+
+
+MODEL = ("--arch", "mini", "--device", "cpu")
+
+
+def test_prediction_is_measured_in_every_case(run):
+    found, text = run(*MODEL, "--size", 70, "--batch", 2, "--k", 2)
+    rows = found["rows"]
+    assert all(name in text for name in rows) and set(speed.CASES) < set(rows) and rows["dense"]["relative_to_dense"] == 1
+    assert rows["5 % kept"]["gflops"] < rows["20 % kept"]["gflops"] < rows["100 % kept"]["gflops"]
+    assert all(x > 0 for row in rows.values() for x in row.values())
+
+
+def test_growth_comes_with_its_figure(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(speed, "STEPS", {"tokens": ("size", (70, 140), {}), "K": ("k", (1, 2), dict(batch=2)), "batch": ("batch", (1, 2), {})})
+    found = run(*MODEL, "--scale")[0]["growth"]
+    assert found["tokens"]["x"] == [30, 105] and (tmp_path / "found.png").stat().st_size > 10_000
     for what in ("prediction", "training"):
         x, y = found["tokens"]["x"], found["tokens"][what]["bytes"]
-        assert found["tokens"]["exponents"][what]["bytes"] == pytest.approx(speed.exponent(x, y))
+        assert found["tokens"]["exponents"][what]["bytes"] == pytest.approx(math.log(y[1] / y[0]) / math.log(x[1] / x[0]))
+
+
+def test_a_step_of_every_variant_is_measured(run):
+    rows = run(*MODEL, "--training", "--size", 70, "--batch", 2)[0]["rows"]
+    assert list(rows) == list(speed.VARIANTS) and all(math.isfinite(x) and x > 0 for row in rows.values() for x in row.values())
+    assert rows["two stages"]["peak_bytes"] > rows["one dense ViT, everything trains"]["peak_bytes"]
+
+
+def test_reading_is_measured_at_both_sizes(run):
+    found, text = run("--reading")
+    assert len(found["rows"]) == 4 and "518 px" in text and "224 px" in text
+
+
+def test_a_mode_has_its_own_defaults_and_what_is_typed_replaces_them():
+    of = lambda *flags: speed.parse(speed.Config, "", flags, speed.preset)
+    assert (of().batch, of().rounds) == (8, 7) and (of("--training").batch, of("--training").rounds) == (4, 10)
+    assert of("--training", "--batch", "3").batch == 3 and of("--scale").out == "docs/scale.json"
+
+
+@pytest.mark.parametrize("share", [0.2, 1.0])
+def test_a_forced_mask_keeps_the_same_share_of_every_image_and_has_the_gradient_of_the_mask_that_was_found(share):
+    model, images = tiny(), pictures(3)
+    weight = torch.rand(3, 25, generator=torch.Generator().manual_seed(3))
+    found = torch.autograd.grad((model.mask(model.selector(images)) * weight).sum(), model.selector.prototypes)
+    speed.force(model, share)
+    keep = model.mask(model.selector(images))
+    assert keep.sum(1).tolist() == [round(25 * share)] * 3 and set(keep.flatten().tolist()) <= {0.0, 1.0}
+    torch.testing.assert_close(torch.autograd.grad((keep * weight).sum(), model.selector.prototypes), found)
 
 
 @pytest.mark.parametrize("flags, words", [
     (("--arch", "x"), ("'x' is no architecture", "b/6")), (("--arch", "s/13"), ("s has 12 blocks",)), (("--size", 100), ("multiple of the patch",)),
-    (("--rounds", 0), ("--rounds",)), (("--amp", "bf61"), ("did you mean bf16?",)),
-    (("--scale", "--size", 70), ("--scale", "leave out --size"))], ids=str)
+    (("--rounds", 0), ("--rounds",)), (("--amp", "bf61"), ("did you mean bf16?",)), (("--scale", "--size", 70), ("--size means nothing to scale",)),
+    (("--keep", 0.5), ("--keep", "only to training")), (("--training", "--keep", 1.5), ("--keep", "at most 1")), (("--reading", "--arch", "s"), ("--arch",)),
+    (("--training", "--keep", -1), ("--keep", "at least 0")), (("--scale", "--training"), ("--scale and --training",))], ids=str)
 def test_bad_flags_are_one_line(flags, words, capsys):
-    line = fails(speed.main, *flags, "--device", "cpu")(capsys)
+    line = fails(speed.main, *flags)(capsys)
     assert all(w in line for w in words), line
