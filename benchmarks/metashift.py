@@ -4,7 +4,8 @@ from pathlib import Path
 from benchmarks.files import PHOTOS, drawn_masks, files, there
 from benchmarks.samples import Samples, stratified
 
-METASHIFT = {"train": ("cat(sofa)", "cat(bed)", "dog(bench)", "dog(bike)"), "test_and_val": ("cat(shelf)", "dog(shelf)")}
+METASHIFT = {"train": ("cat(sofa)", "cat(bed)", "dog(bench)", "dog(bike)"),
+             "test_and_val": ("cat(shelf)", "dog(shelf)")}
 OUTDOORS = ("dog(bench)", "dog(bike)")
 
 

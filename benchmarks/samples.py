@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.files import read_image
+from benchmarks.files import exists, read_image
 from benchmarks.transforms import FINE_GRAINED, View, to_tensor
 from settings import UsageError
 
@@ -70,6 +70,8 @@ class Samples(torch.utils.data.Dataset):
     """
     train_masks = False
     masks_tell = False          # True: masks mark what makes the label, so that no model may be given them
+    partial = False             # True: some of the classes are not there on purpose
+    differs = ""                # how this split is not the published one; data.load says it
 
     def __init__(self, name, split, size, classes, ids, paths, labels, places=(), groups=None, masks=None,
                  points=None, boxes=None, pipeline=FINE_GRAINED, seed=0, merge=None):
@@ -118,7 +120,7 @@ class Samples(torch.utils.data.Dataset):
 
     def on_disk(self):
         """Are all images there? Names come from listing the folder, so they are."""
-        return isinstance(self.paths, Names) or all(path.is_file() for path in self.paths)
+        return isinstance(self.paths, Names) or all(exists(path) for path in self.paths)
 
     def check(self):
         """Every image is there and is one, and so is every mask; or a UsageError names the first that is not.
@@ -129,7 +131,7 @@ class Samples(torch.utils.data.Dataset):
         for what, paths in (("image", self.paths), ("mask", self.masks or ())):
             for name, path in zip(self.ids, () if isinstance(paths, Names) else paths):
                 path = getattr(path, "path", path)       # None: runs of a csv that has been read
-                if path and not path.is_file():
+                if path and not exists(path):
                     raise UsageError(f"{self.name}: {what} of sample {name} ({self.split}) is missing: {path}; "
                                      "unpack the archive again or remove its row")
                 path and read_image(path)
@@ -153,13 +155,13 @@ class Samples(torch.utils.data.Dataset):
             raise UsageError(f"mask {self.masks[i]} is {view.mask.size}, its image {view.image.size}; unpack both "
                              "again")
         if epoch is not None:
-            rng = np.random.default_rng([self.seed, epoch, zlib.crc32(self.ids[i].encode())])
+            rng = np.random.default_rng([self.seed, epoch, zlib.crc32(os.fsencode(self.ids[i]))])
             self.pipeline.train(view, self.size, rng)
         else:
             try:
                 self.pipeline.evaluate(view, self.size)
             except ValueError as error:
-                raise UsageError(f"cannot use image {self.paths[i]}: {error}; unpack the archive again") from None
+                raise UsageError(f"cannot use image {self.paths[i]}: {error}") from None
         sample = {"label": int(self.labels[i]), "group": int(self.groups[i]), "id": self.ids[i],
                   "image": to_tensor(view.image, self.normalisation)}
         if view.mask:

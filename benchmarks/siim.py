@@ -2,15 +2,17 @@
 
 Unique identifiers (UIDs) hold dots and share prefixes: they are compared whole. Read samples.py first.
 """
-import os
+import io
 import pickle
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.files import drawn_masks, files, is_miniature, read_csv, read_image, there
+from benchmarks.files import (WORD, Kind, drawn_masks, exists, files, folders, is_miniature, one_of, read_bytes,
+                              read_image, read_keyed, read_rows, say, there)
 from benchmarks.samples import Samples
 from benchmarks.transforms import RADIOGRAPHS
 from settings import UsageError
@@ -31,12 +33,9 @@ class Runs(NamedTuple):
         """The union of all rows -> PIL mask, 0 or 255. Runs go down columns, so the flat array is the transpose."""
         mask = np.zeros(SIDE * SIDE, np.uint8)
         for row in self.rows:
-            numbers, end = [int(x) for x in row.split()], 0
-            for offset, length in zip(numbers[::2], numbers[1::2], strict=True):
-                mask[end + offset:end + offset + length] = 255
-                end += offset + length
-            if end > len(mask):
-                raise ValueError(f"its runs end at pixel {end} of {len(mask)}")
+            edges = np.cumsum([int(x) for x in row.split()])
+            for start, end in edges.reshape(-1, 2):
+                mask[start:end] = 255
         return Image.fromarray(mask.reshape(SIDE, SIDE).T.copy())
 
 
@@ -59,18 +58,31 @@ class Row(NamedTuple):
     mask: object                                           # Runs, Mask or None
 
 
+def runs_or_none(text):
+    """A cell of the csv -> its runs as they are written, "" for -1, which some tools write as -1.0."""
+    if re.fullmatch(r"-1(\.0*)?", text):
+        return ""
+    numbers = [int(x) for x in text.split()]
+    if not numbers or len(numbers) % 2 or min(numbers) < 0 or 0 in numbers[1::2] or sum(numbers) > SIDE * SIDE:
+        raise ValueError
+    return text
+
+
+CELL = Kind(f"-1, or pairs of an offset and a length above 0 that end within {SIDE} x {SIDE} pixels", runs_or_none)
+
+
 def read_runs(path):
     """train-rle.csv -> {uid: Runs}, no rows for a negative. Both releases: names and values are stripped.
 
-    An image has a row for each region, or one row "-1"; UsageError for both, or for a file without the columns.
+    An image has a row for each region, or one row "-1"; UsageError for both, or for a cell that is neither.
     """
     found = {}
-    for _, row in read_csv(path, "ImageId", "EncodedPixels"):
-        found.setdefault(row["ImageId"], []).append(row["EncodedPixels"])
-    for uid, rows in found.items():
-        if "-1" in rows and set(rows) != {"-1"}:
-            raise UsageError(f"{path}: image {uid} has both -1 and a mask; download the file again")
-    return {uid: Runs(() if "-1" in rows else tuple(rows)) for uid, rows in found.items()}
+    for line, uid, runs in read_rows(path, {"ImageId": WORD, "EncodedPixels": CELL}, commas=True):
+        rows = found.setdefault(uid, [])
+        if rows and "" in (runs, rows[0]) and runs != rows[0]:
+            raise UsageError(f"{path}, line {line}: image {uid} has both -1 and a mask; download the file again")
+        rows.append(runs)
+    return {uid: Runs(tuple(filter(None, rows))) for uid, rows in found.items()}
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -82,13 +94,12 @@ class PlainUnpickler(pickle.Unpickler):
 
 def read_tubes(path):
     """Chest tubes -> {uid: bool}, from cxr_tube_dict.pkl or from a csv with the columns ImageId,chest_tube."""
+    if path.suffix == ".csv":
+        tube = one_of({"0": False, "1": True, "false": False, "true": True, "False": False, "True": True})
+        return read_keyed(path, {"ImageId": WORD, "chest_tube": tube}, commas=True)
+    content = read_bytes(path)
     try:
-        if path.suffix == ".csv":
-            known = {"0": False, "1": True, "false": False, "true": True}
-            return {row["ImageId"]: known[row["chest_tube"].lower()]
-                    for _, row in read_csv(path, "ImageId", "chest_tube")}
-        with open(path, "rb") as file:
-            tubes = PlainUnpickler(file).load()
+        tubes = PlainUnpickler(io.BytesIO(content)).load()
         plain = isinstance(tubes, dict) and all(isinstance(k, str) and isinstance(v, bool) for k, v in tubes.items())
         if not plain:
             raise ValueError("it is no dict of str -> bool")
@@ -129,12 +140,13 @@ def siim_raw(base):
     """Kaggle's layout -> Rows. What has no label is left out, and counted."""
     runs, paths = read_runs(base / "train-rle.csv"), {}
     tubes = read_tubes(there(base / "cxr_tube_dict.pkl", base / "cxr_tube_dict.csv"))
-    for path in sorted((base / "dicom-images-train").glob("*/*/*.dcm")):
+    images = base / "dicom-images-train"
+    for path in (images / study / series / file for study in folders(images) for series in folders(images / study)
+                 for file in files(images / study / series, ".dcm")):
         if paths.setdefault(path.name[:-len(".dcm")], path) != path:              # a UID has dots: no stem but this
             raise UsageError(f"siim: {path} and {paths[path.name[:-4]]} have the same UID; unpack the archive again")
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"siim: {len(paths)} images; left out: {len(paths.keys() - runs)} without a row in train-rle.csv, "
-              f"{len(runs.keys() - paths)} rows and {len(tubes.keys() - paths)} tube labels without an image")
+    say(f"siim: {len(paths)} images; left out: {len(paths.keys() - runs)} without a row in train-rle.csv, "
+        f"{len(runs.keys() - paths)} rows and {len(tubes.keys() - paths)} tube labels without an image")
     return [Row(uid, path, int(bool(runs[uid].rows)), tubes.get(uid), runs[uid]) for uid, path in paths.items()
             if uid in runs]
 
@@ -154,6 +166,6 @@ def siim_prepared(base, upright):
             if s == "full_test_set" and robust == easy:
                 raise UsageError(f"siim: {path} is in {'both' if robust else 'neither'} of robust_test_set and "
                                  "non_robust_test_set; prepare the folders again")
-            mask = Runs(()) if not y else Mask(masks / f"{uid}.png", not upright) if masks.is_dir() else None
+            mask = Runs(()) if not y else Mask(masks / f"{uid}.png", not upright) if exists(masks) else None
             rows.append(Row(uid, path, y, None if s == "train_set" else int(robust != bool(y)), mask))
     return sorted(rows, key=lambda row: row.uid)
