@@ -32,8 +32,8 @@ def load(name, root="data", size=None, seed=0, limit=0, splits=(), check=True, v
     """
     benchmark, root = BENCHMARKS[name], Path(root)
     found = read(name, root, size or benchmark.size, seed)
-    for samples in found.values():
-        judge(benchmark, samples, root, limit)
+    for split, samples in found.items():
+        judge(benchmark, split, samples, root, limit)
     if differs := "; ".join(f"{split}: {samples.differs}" for split, samples in found.items() if samples.differs):
         if strict:
             raise UsageError(f"{name} is not as published: {differs}; unpack {benchmark.source}, or leave out "
@@ -68,12 +68,12 @@ def read(name, root, size, seed):
         raise UsageError(f"{name}: {error}. Unpack {BENCHMARKS[name].source} under --root{offline}") from None
 
 
-def judge(benchmark, samples, root, limit):
+def judge(benchmark, split, samples, root, limit):
     """UsageError for a split without images of a class; how it differs from the published one goes to its `differs`.
 
     A miniature and a limit differ on purpose.
     """
-    what, where = f"{samples.name} {samples.split}", f"under {root.resolve()}"
+    what, where = f"{samples.name} {split}", f"under {root.resolve()}"
     if not len(samples):
         raise UsageError(f"{what}: no images {where}; expected {benchmark.layout}")
     if is_miniature(root):
@@ -85,8 +85,8 @@ def judge(benchmark, samples, root, limit):
     if empty and not samples.partial:
         raise UsageError(f"{what}: no images of {', '.join(empty[:3])} {where} ({len(empty)} of {known} classes have "
                          f"none); unpack {benchmark.source} again")
-    if not limit and samples.split in benchmark.counts:
-        differs = samples.differs, difference(samples, benchmark.counts[samples.split])
+    if not limit and split in benchmark.counts:
+        differs = samples.differs, difference(samples, benchmark.counts[split])
         samples.differs = "; ".join(filter(None, differs))
 
 

@@ -313,6 +313,8 @@ def read_dicom(path, pixels=True):
     """
     import pydicom
     file = pydicom.dcmread(path, stop_before_pixels=not pixels)
+    if absent := {"BitsStored", "SamplesPerPixel", "PhotometricInterpretation"} - set(file.dir()):
+        raise ValueError(f"it is cut off, or no picture: it has no {min(absent)}")
     bits, samples = int(file.BitsStored), int(file.SamplesPerPixel)
     inverted = file.PhotometricInterpretation == "MONOCHROME1"                  # there 0 is white
     if (bits, samples) != (8, 1):
