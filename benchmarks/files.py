@@ -83,7 +83,7 @@ def files(path, *suffixes):
 
 def is_miniature(root):
     """A miniature's counts are not its benchmark's. It has a miniature.json, or (Waterbirds) the name of one alone."""
-    return exists(root / "miniature.json") or bool(re.fullmatch(r"waterbirds-[0-9a-f]{10}", root.name))
+    return exists(root / "miniature.json") or bool(re.fullmatch(r"waterbirds-[0-9a-f]{10}", root.resolve().name))
 
 
 def drawn_masks(root, names):
@@ -239,7 +239,7 @@ def read_image(path, mode=None, upright=False):
                     return None
                 image = ImageOps.exif_transpose(image) if upright else image
                 return eight_bits(image, mode, white)
-    except UsageError:
+    except (UsageError, MemoryError):
         raise
     except ImportError:
         raise UsageError(f"{path} is a DICOM file and pydicom is not installed: pip install pydicom") from None
