@@ -19,6 +19,7 @@ import torch
 
 import data
 import speed
+from benchmarks.files import is_our_picture
 from measure import figures
 from measure.leakage import Seen, measure_leakage, place_of_mask, stage1_classifier, stage2_classifier
 from measure.metrics import accuracies, ari, foreground_ious, keypoint_error, landmarks, nmi
@@ -106,8 +107,8 @@ def stages_of(model):
 
 
 def only(metrics, numbers):
-    """What the benchmark reports, and the groups."""
-    return {name: value for name, value in numbers.items() if name in (*metrics, "groups")}
+    """What the benchmark reports, with its intervals, and the groups."""
+    return {name: value for name, value in numbers.items() if name.removesuffix("_interval") in (*metrics, "groups")}
 
 
 def background_gap(found, stage):
@@ -208,9 +209,14 @@ def table(report, second="early, hard"):
         columns[name] = {**report["stage2"], "leak": report["leakage"]}
 
     def value(numbers, path):
-        for key in path.split("."):
-            numbers = numbers.get(key) if isinstance(numbers, dict) else None
-        return "-" if numbers is None else "0" if numbers == 0 else f"{numbers:.{3 if numbers >= 5e-4 else 5}f}"
+        *above, key = path.split(".")
+        for step in above:
+            numbers = numbers.get(step) or {}
+        if (number := numbers.get(key)) is None:
+            return "-"
+        text = "0" if number == 0 else f"{number:.{3 if number >= 5e-4 else 5}f}"
+        low, high = numbers.get(f"{key}_interval") or (numbers.get("low"), numbers.get("high"))
+        return text if low is None else f"{text} ({low:.2f}-{high:.2f})"
 
     line = lambda name, values: f"  {name:<46}" + "".join(f"{v:>23}" for v in values)
     rows = {name: [value(c, path) for c in columns.values()] for name, path in ROWS}
@@ -269,7 +275,7 @@ def outputs(cfg, name, trained_on, with_parts):
     if not with_parts:
         return [report]
     picture = report.with_name(f"{report.stem}-parts.png" if cfg.out else f"parts{suffix}.png")
-    may_write(picture, figures.is_ours, cfg.force)
+    may_write(picture, is_our_picture, cfg.force)
     return [report, picture]
 
 

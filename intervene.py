@@ -13,10 +13,9 @@ section 3.4). --drop and a single --q are done as told; --loo and several --q ar
     a removal is accepted if the worst group rises, and the average stays within --tolerance of the untouched model's.
 
 Where a benchmark has no groups its classes are the groups; of many, the worst is the mean of the worst tenth. SIIM-ACR
-is decided by its own measure, AUROC: of all images, and of those whose tube misleads (without tube labels, of all).
-
---loo takes the accepted part with the best worst group (then average, then number) and looks again among the rest. An
-image that loses all its patches is classified from class token and registers alone, and counted as empty.
+is decided by AUROC: of all images, and of those whose tube misleads (without tube labels, of all). --loo takes the
+accepted part with the best worst group (then average, then number) and looks again among the rest. An image that loses
+all its patches is classified from class token and registers alone, and counted as empty.
 
 Writes one contact sheet per part and, if anything was asked for, intervention.json, which holds for this checkpoint
 only, and a picture of what --q removed.
@@ -26,16 +25,18 @@ Floor: commands. Read ifam.refuse (what an intervention does to a model) first. 
 import copy
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 
 import data
 from ifam import limits_of
 from measure import figures
-from measure.metrics import accuracies, auroc
+from measure.metrics import auroc
 from predict import OnCheckpoint, open_split
 from runs import describe_intervention, hash_of, load_model, pick_device
 from settings import UsageError, opt, parse, progress, run_script, write_json
@@ -47,13 +48,15 @@ class Config(OnCheckpoint):
     loo: bool = opt(False, "leave one out: remove the parts that the rule accepts, beside those of --drop")
     q: list[float] = opt((), "remove patches beyond this quantile of the distances in the training set; of several, "
                              "the rule chooses one or none", above=0, below=1)
-    tolerance: float = opt(0.01, "what a removal that the rule accepts may cost the average: 0.01 is one point", at_least=0)
+    tolerance: float = opt(0.01, "what a removal that the rule accepts may cost the average: 0.01 is one point",
+                           at_least=0)
     split: str = opt("val", "images that effects are measured on and the rule decides by; test only if you mean it",
                      choices=("val", "test"))
     out: str = opt("", "file to write; pictures lie beside it (default intervention.json beside the checkpoint)")
 
     def __post_init__(self):
         super().__post_init__()
+        self.drop, self.q = (tuple(sorted(set(given))) for given in (self.drop, self.q))
         self.out = self.out or str(Path(self.ckpt).with_name("intervention.json"))
 
 
@@ -71,22 +74,20 @@ class Quantiles:
     BITS = 12
 
     def __init__(self, parts):
-        self.bins = 1 << (8 + self.BITS)
-        self.counts = torch.zeros(parts * self.bins, dtype=torch.int64)
+        self.counts = torch.zeros(parts, 1 << 8 + self.BITS, dtype=torch.int64)
 
     def add(self, part, values):
         """part (n,) whole numbers, values (n,) >= 0."""
         tiny = torch.finfo(torch.float32).tiny           # distances come from a difference: -0.0 is possible, and less
         bits = values.float().clamp_min(tiny).view(torch.int32) >> (23 - self.BITS)
-        self.counts.index_add_(0, part * self.bins + bits, torch.ones_like(part))
+        self.counts.view(-1).index_add_(0, part * self.counts.shape[1] + bits, torch.ones_like(part))
 
     def at(self, q):
-        """The least bin edge that at least a share q of a part's numbers do not exceed. -> (parts,), inf for a part
-        without any.
+        """-> (parts,): the least bin edge that a share q of a part's numbers do not exceed, inf for a part without any.
 
         It is never below the exact quantile, and above it by 2**-BITS of it at most.
         """
-        counts = self.counts.view(-1, self.bins).cumsum(1)
+        counts = self.counts.cumsum(1)
         rank = (q * counts[:, -1:].double() - 1e-6).ceil().clamp_min(1).long()   # 0.07 * 100 is 7.000000000000001
         bin = torch.searchsorted(counts, rank)[:, 0]
         edge = ((bin + 1 << 23 - self.BITS) - 1).int().view(torch.float32)
@@ -94,7 +95,7 @@ class Quantiles:
 
     def seen(self):
         """-> how many numbers of each part came in (parts,)."""
-        return self.counts.view(-1, self.bins).sum(1)
+        return self.counts.sum(1)
 
 
 @torch.no_grad()
@@ -166,7 +167,7 @@ class Trials:
         if "auroc" in data.BENCHMARKS[samples.name].metrics:
             self.average, self.worst = "auroc", "auroc_rare"
         self.thresholds = {None: None}                   # {q: (K,) squared distances}
-        self.rows, self.census = {}, None
+        self.rows, self.census, self.calibration = {}, None, None
 
     def measure(self, *options):
         """Rows of these (parts removed, q); those not yet known are measured, in one pass."""
@@ -178,24 +179,34 @@ class Trials:
                 self.rows[option] = self.row(*option, *result)
         return [self.rows[option] for option in options]
 
+    def calibrate(self, train, quantiles, name):
+        """Learn the thresholds of these quantiles from the training split, `name` for the file."""
+        train.check()
+        distances = calibrate(self.model, train, **self.loading)
+        self.thresholds |= {q: distances.at(q) for q in quantiles}
+        listed = {str(q): [None if t == math.inf else t for t in self.thresholds[q].tolist()] for q in quantiles}
+        self.calibration = {"data": name, "split": train.split, "images": len(train), "view": "evaluation",
+                            "patches": distances.seen().tolist(), "squared_distances": listed}
+
     def row(self, drop, q, logits, kept):
         """The numbers of one intervention, and its effect: their difference from the untouched model's."""
-        numbers = accuracies({"logits": logits}, self.samples)
-        row = {"drop": list(drop), "q": q, "aa": numbers["aa"],
-               "groups": {name: group["accuracy"] for name, group in numbers["groups"].items() if group["n"]},
+        some = self.samples
+        right = (some.answers(logits) == some.labels).double()
+        shares = lambda kind, names: {name: right[kind == i].mean().item() for i, name in enumerate(names)
+                                      if (kind == i).any()}
+        row = {"drop": list(drop), "q": q, "aa": right.mean().item(), "groups": shares(some.groups, some.group_names),
                "kept_share": kept.mean().item() / self.patches, "empty": int((kept == 0).sum())}
         lowest = sorted(row["groups"], key=row["groups"].get)[:max(1, len(row["groups"]) // 10)]
         row["worst_group"] = sum(row["groups"][name] for name in lowest) / len(lowest)
         row["worst_group_name"] = lowest[0] + f" and {len(lowest) - 1} more" * (len(lowest) > 1)
         if self.average == "auroc":
             row |= self.aurocs(logits)
-        if self.samples.places:                          # else the classes are the groups
-            by_class = copy.copy(self.samples)
-            by_class.groups, by_class.group_names = by_class.labels, by_class.classes
-            of_class = accuracies({"logits": logits}, by_class)["groups"]
-            row["classes"] = {name: c["accuracy"] for name, c in of_class.items() if c["n"]}
+        if some.places:                                  # else the classes are the groups
+            row["classes"] = shares(some.labels, some.classes)
         base = self.rows.get(UNTOUCHED, row)
-        row["effect"] = {key: difference(row[key], base[key]) for key in EFFECTS if key in row}
+        row["effect"] = {key: row[key] - base[key] for key in EFFECTS if key in row}
+        row["effect"] |= {kind: {name: share - base[kind][name] for name, share in row[kind].items()}
+                          for kind in ("groups", "classes") if kind in row}
         return row
 
     def aurocs(self, logits):
@@ -217,13 +228,8 @@ class Trials:
         return max(good, key=lambda option: (rows[option][self.worst], rows[option][self.average]), default=old)
 
 
-def difference(now, before):
-    """now - before, of numbers or of dicts of them."""
-    return {n: x - before[n] for n, x in now.items()} if isinstance(now, dict) else now - before
-
-
 UNTOUCHED = ((), None)
-EFFECTS = ("aa", "worst_group", "auroc", "auroc_rare", "groups", "classes")
+EFFECTS = ("aa", "worst_group", "auroc", "auroc_rare")
 
 
 def leave_one_out(trials, drop, tolerance):
@@ -238,45 +244,51 @@ def leave_one_out(trials, drop, tolerance):
 
 
 # ---------------------------------------------------------------- what a person reads
+def one_line(name):
+    """The name of a class or group, often that of a folder, without line breaks or what a terminal cannot show."""
+    return " ".join("".join(c if c.isprintable() else " " for c in name).split())
+
+
 def most_changed(row):
     """The group or class that loses most by an intervention and the one that gains most, as text; "-" for none."""
     changes = {**row["effect"].get("classes", {}), **row["effect"]["groups"]}
     low, high = min(changes, key=changes.get), max(changes, key=changes.get)
-    return (f"{low} {changes[low]:+.3f}" if changes[low] < 0 else "-",
-            f"{high} {changes[high]:+.3f}" if changes[high] > 0 else "-")
+    return (f"{one_line(low)} {changes[low]:+.3f}" if changes[low] < 0 else "-",
+            f"{one_line(high)} {changes[high]:+.3f}" if changes[high] > 0 else "-")
 
 
 def table(trials, chosen):
     """The rows as text: each intervention, what it does on average, to the worst group and to the most changed ones."""
     names = {"aa": ("average", "worst group"), "auroc": ("AUROC", "of rare groups")}[trials.average]
     cells = [("", *names, "worst group" * (trials.average == "auroc"), "loses most", "gains most", "kept", "empty")]
-    for option, row in trials.rows.items():
-        drop, q = option
+    for (drop, q), row in trials.rows.items():
         title = " and ".join(["without part " + ", ".join(map(str, drop))] * bool(drop) + [f"q {q}"] * (q is not None))
-        cells.append(((title or "untouched") + " *" * (option == chosen), f"{row[trials.average]:.3f}",
-                      f"{row[trials.worst]:.3f}", row["worst_group_name"], *most_changed(row),
+        cells.append(((title or "untouched") + " *" * ((drop, q) == chosen), f"{row[trials.average]:.3f}",
+                      f"{row[trials.worst]:.3f}", one_line(row["worst_group_name"]), *most_changed(row),
                       f"{row['kept_share']:.1%}", str(row["empty"])))
     widths = [max(map(len, column)) for column in zip(*cells)]
-    align = "<>><<<>>"
-    return "\n".join("  " + "  ".join(f"{x:{a}{w}}" for x, a, w in zip(row, align, widths)).rstrip() for row in cells)
+    return "\n".join("  " + "  ".join(map("{:{}{}}".format, row, "<>><<<>>", widths)).rstrip() for row in cells)
 
 
-def sheets(trials, stem, where, device):
-    """One contact sheet per part, titled with what the part is and what its removal does -> paths."""
-    before, paths = trials.rows[UNTOUCHED], []
+def pictures(trials, out, name, drop, device):
+    """A contact sheet per part: what it is, what its removal does; and what the quantiles remove beside it -> paths."""
+    model, samples, before, paths = trials.model, trials.samples, trials.rows[UNTOUCHED], []
     kept = trials.census.count.sum().clamp_min(1)
-    for part in range(trials.model.selector.k):
-        count = trials.census.count[:, part]
-        title = (f"part {part}: {count.sum() / kept:.0%} of the foreground patches, in "
-                 f"{(count > 0).double().mean():.0%} of {len(count)} images ({where})\n")
+    for part, count in enumerate(trials.census.count.T):
+        effect = "the only part: it cannot be removed"
         if after := trials.rows.get(((part,), None)):
             average, worst = (f"{before[key]:.3f} → {after[key]:.3f}" for key in (trials.average, trials.worst))
-            title += "removed: average {}, worst group {}\nloses most: {}; gains most: {}".format(
+            effect = "removed: average {}, worst group {}\nloses most: {}; gains most: {}".format(
                 average, worst, *most_changed(after))
-        else:
-            title += "the only part: it cannot be removed"
-        paths.append(stem.with_name(f"{stem.name}-part-{part}.png"))
-        figures.part_sheet(trials.model, trials.samples, part, trials.census, title, paths[-1], device)
+        title = (f"part {part}: {count.sum() / kept:.0%} of the foreground patches, in "
+                 f"{(count > 0).double().mean():.0%} of {len(count)} images ({name} {samples.split})\n{effect}")
+        paths.append(beside(out, f"part-{part}"))
+        title = title.replace("$", r"\$")                # a name may have one, and two would be a formula
+        figures.part_sheet(model, samples, part, trials.census, title, paths[-1], device)
+    if trials.calibration:
+        paths.append(beside(out, "patches"))
+        steps = [(f"q {q}", limits_of(model.selector.k, drop, limits)) for q, limits in trials.thresholds.items() if q]
+        figures.removals(model, samples, limits_of(model.selector.k, drop), steps[::-1], paths[-1], device)
     return paths
 
 
@@ -287,36 +299,84 @@ def check(cfg, model, method):
         raise UsageError(f"{cfg.ckpt} is of the method {method}, which has no parts: there is nothing to remove; name "
                          "a checkpoint of ifam or pdiscoformer")
     k = model.selector.k
-    for part in cfg.drop:
-        if not 0 <= part < k:
-            raise UsageError(f"--drop {part}: this model has no such part; its parts are 0 to {k - 1}")
-    if len(set(cfg.drop)) == k:
+    if cfg.drop and cfg.drop[-1] >= k:
+        raise UsageError(f"--drop {cfg.drop[-1]}: this model has no such part; its parts are 0 to {k - 1}")
+    if len(cfg.drop) == k:
         raise UsageError(f"--drop removes all {k} parts, and nothing would be left to see; leave at least one")
     out = Path(cfg.out)
     if out.suffix != ".json" or not out.parent.is_dir() or out.is_dir():
         raise UsageError(f"--out {out}: name a .json file in a folder that exists")
-    if out.stem in (*data.SPLITS, *data.BENCHMARKS) or not replaceable(out):
-        raise UsageError(f"--out {out} would take the place of another file or of its report; choose another name")
+    if out.stem in (*data.SPLITS, *data.BENCHMARKS):
+        raise UsageError(f"--out {out} would take the place of the report on {out.stem}; choose another name")
+    may_write(out, is_intervention)
+    for part in range(k):
+        may_write(beside(out, f"part-{part}"), is_figure)
+    if cfg.q:
+        may_write(beside(out, "patches"), is_figure)
 
 
-def replaceable(path):
-    """Is there nothing here, or an earlier intervention?"""
+def beside(out, what):
+    """The path of a picture: intervention.json -> intervention-part-3.png."""
+    return out.with_name(f"{out.stem}-{what}.png")
+
+
+def may_write(path, is_ours):
+    """UsageError unless nothing is at path yet, or is_ours(path) says that this program wrote what is there."""
+    if os.path.lexists(path) and not is_ours(path):
+        raise UsageError(f"{path} was not written by this program and stays as it is: move it away, or choose another "
+                         "--out")
+
+
+def is_intervention(path):
+    """Is a file one of intervene.py?"""
     try:
-        return not path.exists() or "decision" in json.loads(path.read_text())
-    except ValueError:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"checkpoint", "decision", "rows"} <= content.keys()
+
+
+def is_figure(path):
+    """Is a file a picture that Matplotlib wrote, as measure/figures.py does?"""
+    try:
+        with Image.open(path) as picture:
+            return picture.format == "PNG" and picture.info.get("Software", "").startswith("Matplotlib")
+    except (OSError, ValueError, SyntaxError):           # Pillow raises all of these for what is no picture
         return False
 
 
 def decide(trials, cfg):
     """Everything that is measured, and what comes out -> the option (parts removed, q)."""
-    k, by_hand = trials.model.selector.k, tuple(sorted(set(cfg.drop)))
-    trials.measure(UNTOUCHED, *[((p,), None) for p in range(k) if k > 1], (by_hand, None))
-    drop = leave_one_out(trials, by_hand, cfg.tolerance) if cfg.loo else by_hand
-    options = [(drop, q) for q in sorted(set(cfg.q))]
+    k = trials.model.selector.k
+    trials.measure(UNTOUCHED, *[((p,), None) for p in range(k) if k > 1], (cfg.drop, None))
+    drop = leave_one_out(trials, cfg.drop, cfg.tolerance) if cfg.loo else cfg.drop
+    options = [(drop, q) for q in cfg.q]
     if len(options) == 1:
         trials.measure(*options)
         return options[0]
-    return trials.best((drop, None), options, cfg.tolerance) if options else (drop, None)
+    return trials.best((drop, None), options, cfg.tolerance)
+
+
+def record(cfg, trials, chosen, name):
+    """What was decided, on what grounds and for which checkpoint -> the content of intervention.json."""
+    drop, q = chosen
+    decision = {"data": name, "split": trials.samples.split, "images": len(trials.samples),
+                "tolerance": cfg.tolerance, "rule": RULE, "parts_by_hand": list(cfg.drop),
+                "parts_by_rule": [p for p in drop if p not in cfg.drop],
+                "q_by": None if q is None else "hand" if len(cfg.q) == 1 else "rule"}
+    return {"checkpoint": {"path": str(cfg.ckpt), "sha256": hash_of(cfg.ckpt)}, "drop": list(drop), "q": q,
+            "thresholds": None if q is None else trials.calibration["squared_distances"][str(q)],
+            "calibration": trials.calibration, "decision": decision, "rows": list(trials.rows.values())}
+
+
+def explain(cfg, content):
+    """What was asked for and what came out, as lines of text."""
+    seen, split = (content["calibration"] or {}).get("patches", ()), content["decision"]["split"]
+    lines = [f"part {p} has no patch in the training set, so it gets no threshold" for p, n in enumerate(seen) if not n]
+    if cfg.loo or len(cfg.q) > 1:
+        on_test = "; it saw the test set, so test numbers are too good" * (split == "test")
+        lines.append(f"rule, on {split}: {RULE} (tolerance {cfg.tolerance:g}){on_test}")
+    return [*lines, f"* {describe_intervention(content)}"]
 
 
 def main(argv=None):
@@ -326,47 +386,24 @@ def main(argv=None):
     trained = state["config"]
     check(cfg, model, trained["method"])
     name, samples, train, _ = open_split(cfg, trained, model)
-    loading = dict(device=device, batch=cfg.batch, workers=cfg.workers)
-    trials, calibration = Trials(model, samples, **loading), None
-    listed = lambda limits: [None if t == math.inf else t for t in limits.tolist()]
+    trials = Trials(model, samples, device=device, batch=cfg.batch, workers=cfg.workers)
+    if cfg.q and train is None:
+        raise UsageError(f"--q is calibrated on training images, and {name} has none; make the intervention on "
+                         f"{trained['data']}, it can be evaluated on {name} too")
     if cfg.q:
-        if train is None:
-            raise UsageError(f"--q is calibrated on training images, and {name} has none; make the intervention on "
-                             f"{trained['data']}, it can be evaluated on {name} too")
-        train.check()
-        distances = calibrate(model, train, **loading)
-        trials.thresholds |= {q: distances.at(q) for q in cfg.q}
-        calibration = {"data": train.name + "-mini" * trained["mini"], "split": train.split, "images": len(train),
-                       "view": "evaluation", "patches": distances.seen().tolist(),
-                       "squared_distances": {str(q): listed(trials.thresholds[q]) for q in sorted(set(cfg.q))}}
-    drop, q = chosen = decide(trials, cfg)
-    decision = {"data": name, "split": samples.split, "images": len(samples), "tolerance": cfg.tolerance, "rule": RULE,
-                "parts_by_hand": sorted(set(cfg.drop)), "parts_by_rule": [p for p in drop if p not in cfg.drop],
-                "q_by": None if q is None else "hand" if len(set(cfg.q)) == 1 else "rule"}
-    content = {"checkpoint": {"path": str(cfg.ckpt), "sha256": hash_of(cfg.ckpt)}, "drop": list(drop), "q": q,
-               "thresholds": None if q is None else listed(trials.thresholds[q]), "calibration": calibration,
-               "decision": decision, "rows": list(trials.rows.values())}
-
+        trials.calibrate(train, cfg.q, train.name + "-mini" * trained["mini"])
+    chosen = decide(trials, cfg)
     print(f"{cfg.ckpt}: {trained['method']}, {model.selector.k} parts; {name} {samples.split}, {len(samples)} images")
     print(table(trials, chosen))
-    for part in [p for p, n in enumerate(calibration["patches"]) if n == 0] if calibration else ():
-        print(f"  part {part} has no patch in the training set, so it gets no threshold")
-    stem, asked = Path(cfg.out).with_suffix(""), bool(cfg.drop or cfg.loo or cfg.q)
-    written = sheets(trials, stem, f"{name} {samples.split}", device)
-    if cfg.q:
-        written.append(stem.with_name(f"{stem.name}-patches.png"))
-        steps = [(f"q {x}", limits_of(model.selector.k, drop, trials.thresholds[x])) for x in sorted(set(cfg.q))[::-1]]
-        figures.removals(model, samples, limits_of(model.selector.k, drop), steps, written[-1], device)
-    if asked:
-        if cfg.loo or len(set(cfg.q)) > 1:
-            on_test = "; it saw the test set, so test numbers are too good" * (samples.split == "test")
-            print(f"  rule, on {samples.split}: {RULE} (tolerance {cfg.tolerance:g}){on_test}")
-        print(f"  * {describe_intervention(content)}")
+    written, then = pictures(trials, Path(cfg.out), name, chosen[0], device), ""
+    if cfg.drop or cfg.loo or cfg.q:
+        content = record(cfg, trials, chosen, name)
+        print("  " + "\n  ".join(explain(cfg, content)))
         write_json(Path(cfg.out), content)
         written.append(Path(cfg.out))
-    where = f" --data {cfg.data}" * bool(cfg.data) + f" --root {cfg.root}" * bool(cfg.root)
-    print(f"  wrote {written[0]}" + f" and {len(written) - 1} more beside it" * (len(written) > 1)
-          + f"; apply with: python evaluate.py --ckpt {cfg.ckpt}{where} --intervention {cfg.out}" * asked)
+        where = f" --data {cfg.data}" * bool(cfg.data) + f" --root {cfg.root}" * bool(cfg.root)
+        then = f"; apply with: python evaluate.py --ckpt {cfg.ckpt}{where} --intervention {cfg.out}"
+    print(f"  wrote {written[0]}" + f" and {len(written) - 1} more beside it" * (len(written) > 1) + then)
 
 
 if __name__ == "__main__":

@@ -454,33 +454,88 @@ def hash_of(path):
 def apply_intervention(model, path, ckpt):
     """Set a model to the intervention in a file, if it was made for this checkpoint -> its content, for the report.
 
-    UsageError for a file that is not there, not an intervention, or made for another checkpoint.
+    UsageError for a file that is not there, not as intervene.py writes it, or made for another checkpoint.
     """
     if model.selector is None:
         raise UsageError(f"--intervention: {ckpt} is of a method without parts; leave it out")
     k = model.selector.k
     try:
         content = json.loads(Path(path).read_text())
-        made_for, thresholds = content["checkpoint"], content["thresholds"]
-        rest = {key: content[key] for key in ("drop", "q", "thresholds", "calibration", "decision")}
-        other = made_for["sha256"] != hash_of(ckpt)
-        if thresholds is not None:
-            thresholds = torch.tensor([math.inf if t is None else t for t in thresholds])
-        sound = set(content["drop"]) < set(range(k)) and (thresholds is None or thresholds.shape == (k,))
-        describe_intervention(rest)                                    # what it needs is there
-        if not (other or sound):
-            raise ValueError("its parts are not those of the checkpoint")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; make it with intervene.py --ckpt {ckpt}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is damaged, or not a file of intervene.py ({type(error).__name__}); make it "
-                         "again") from None
-    if other:
-        raise UsageError(f"{path} is an intervention on another checkpoint ({made_for.get('path')}, sha256 "
-                         f"{str(made_for['sha256'])[:12]}), not on {ckpt}: its parts are not these; make one with "
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is damaged, or not a file of intervene.py ({error}); make it again") from None
+    fault = wrong_field(content, [("checkpoint.sha256", lambda x: isinstance(x, str) and len(x) == 64, "64 digits")])
+    if not fault and content["checkpoint"]["sha256"] != hash_of(ckpt):
+        made_for = content["checkpoint"]
+        raise UsageError(f"{path} is an intervention on another checkpoint ({str(made_for.get('path'))[:200]}, sha256 "
+                         f"{made_for['sha256'][:12]}), not on {ckpt}: its parts are not these; make one with "
                          f"intervene.py --ckpt {ckpt}")
-    model.selector.limits = limits_of(k, rest["drop"], thresholds).to(model.selector.prototypes.device)
-    return {"file": str(path), **rest}
+    if fault := fault or wrong_field(content, fields_of_intervention(content, k)):
+        raise UsageError(f"{path} is not as intervene.py writes it: {fault}; make it again")
+    thresholds = content["thresholds"]
+    if thresholds is not None:
+        thresholds = torch.tensor([math.inf if t is None else t for t in thresholds])
+    model.selector.limits = limits_of(k, content["drop"], thresholds).to(model.selector.prototypes.device)
+    return {"file": str(path), **{key: content[key] for key in ("drop", "q", "thresholds", "calibration", "decision")}}
+
+
+def wrong_field(content, fields):
+    """The first field of a JSON file that is not as expected, as text, or "". fields: [("a.b", test, expected)]."""
+    for field, holds, expected in fields:
+        value = content
+        for key in field.split("."):
+            if not isinstance(value, dict) or key not in value:
+                return f"{field} is missing, expected {expected}"
+            value = value[key]
+        if not holds(value):
+            return f"{field} is {json.dumps(value)[:60]}, expected {expected}"
+    return ""
+
+
+def fields_of_intervention(content, k):
+    """What holds of an intervention.json for a model of k parts, for wrong_field: types and bounds, then what agrees.
+
+    A test may read the fields before its own. content: what is in the file, a dict.
+    """
+    whole = lambda x, least=0: type(x) is int and x >= least
+    number = lambda x: type(x) in (int, float) and 0 <= x < math.inf
+    of_parts = lambda x, holds: isinstance(x, list) and len(x) == k and all(map(holds, x))
+    limits = lambda x: of_parts(x, lambda t: t is None or number(t))
+    parts = lambda x: isinstance(x, list) and all(whole(p) and p < k for p in x) and len(set(x)) == len(x)
+    known = lambda x: isinstance(x, str) and x.removesuffix("-mini") in data.BENCHMARKS
+    some, q = f"numbers of parts, 0 to {k - 1}, each once", content.get("q")
+    measured_on = lambda where: [
+        (f"{where}.data", known, "the name of a benchmark"),
+        (f"{where}.split", lambda x: isinstance(x, str) and x in data.SPLITS, "the name of a split"),
+        (f"{where}.images", lambda x: whole(x, 1), "a number of images")]
+    fields = [
+        ("drop", lambda x: parts(x) and len(x) < k, f"{some}, and not all of them"),
+        ("q", lambda x: x is None or number(x) and 0 < x < 1, "null or a number between 0 and 1"),
+        *measured_on("decision"),
+        ("decision.tolerance", number, "a number of at least 0"),
+        ("decision.parts_by_hand", parts, some), ("decision.parts_by_rule", parts, some),
+        ("drop", lambda x: x == sorted(content["decision"]["parts_by_hand"] + content["decision"]["parts_by_rule"]),
+         "those of decision"),
+        ("decision.q_by", lambda x: x is None if q is None else x in ("hand", "rule"),
+         "null if q is, else hand or rule"),
+        ("rows", lambda x: isinstance(x, list) and [content["drop"], q] in [
+            [row.get("drop"), row.get("q")] for row in x if isinstance(row, dict)], "a row of what was decided")]
+    if q is None:
+        return [*fields, ("thresholds", lambda x: x is None, "null without q")]
+    return [
+        *fields, *measured_on("calibration"),
+        ("calibration.patches", lambda x: of_parts(x, whole), f"{k} numbers of patches"),
+        ("calibration.squared_distances", lambda x: isinstance(x, dict) and all(map(limits, x.values())),
+         f"{k} numbers or nulls for each q"),
+        ("thresholds", lambda x: x == content["calibration"]["squared_distances"].get(str(q)),
+         f"calibration.squared_distances at {q}"),
+        ("calibration.patches", lambda x: [n == 0 for n in x] == [t is None for t in content["thresholds"]],
+         "0 where, and only where, there is no threshold"),
+        ("decision.q_by", lambda x: (x == "hand") == (len(content["calibration"]["squared_distances"]) == 1),
+         "hand for one quantile, rule for several")]
 
 
 def chosen_on(decision):

@@ -6,13 +6,16 @@
 
 Runs lie in runs/<data>-sweep/<name>-<seed> (-mini-sweep for miniatures), which all sets share: ifam is trained once.
 The same command again skips what is finished and resumes what is not. The table is <set>.md and <set>.json beside the
-runs. A run that fails stops no other; the exit status then is 1.
+runs. A flag that only some of the methods have is left out for the others. A run that fails stops no other; the exit
+status then is 1. SIGTERM and Ctrl-C are passed on to the run, which saves where it is, and end the sweep.
 
 Floor: commands, the highest: it starts train.py and evaluate.py, and reads nothing but their files.
 """
+import functools
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +23,10 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import data
+from baselines import TAKES
 from measure import tables
 from runs import Config as RunConfig
-from runs import check, differences, pick_device, preset
+from runs import check, differences, hash_of, pick_device, preset
 from settings import RunError, UsageError, flag, nearest, opt, parse, run_script
 
 
@@ -46,16 +50,12 @@ SETS = {        # {name of a set: {name of a run: flags of train.py}}
         "ifam": METHODS["ifam"],
         "pdiscoformer": METHODS["pdiscoformer"],         # no second stage
         "soft": ["--hardness", "soft"],
-        "no-shaping": ["--no-shaping"],
-        "no-stage1-class": ["--no-stage1-class"],
-        "freeze-stage2": ["--freeze-stage2"],
-        "no-joint": ["--no-joint"],
+        **{name: [f"--{name}"] for name in ("no-shaping", "no-stage1-class", "freeze-stage2", "no-joint")},
         "frozen-tokens": ["--no-train-tokens"],
         "mean": ["--pooling", "mean"],                   # what the late mask is compared with
         "late": ["--masking", "late", "--pooling", "mean"],
         **{f"k{k}": ["--k", str(k)] for k in (1, 2, 4, 8, 16)},
-        "no-part-dropout1": ["--part-dropout1", "0"],
-        "no-part-dropout2": ["--part-dropout2", "0"]},
+        **{f"no-{name}": [f"--{name}", "0"] for name in ("part-dropout1", "part-dropout2")}},
     "losses": {                                          # stage 1 alone, because that is where parts come from
         "pdiscoformer": METHODS["pdiscoformer"],
         **{f"without-{loss}": [*METHODS["pdiscoformer"], f"--weight-{loss}", "0"] for loss in
@@ -71,13 +71,36 @@ SETS = {        # {name of a set: {name of a run: flags of train.py}}
 def choose(names):
     """Names of sets or of single runs -> {name of a run: flags}. UsageError for a name that is neither."""
     single = {name: flags for runs in SETS.values() for name, flags in runs.items()}
-    chosen = {}
-    for name in names:
-        if name not in SETS and name not in single:
-            raise UsageError(f"no set or run is called {name!r}{nearest(name, [*SETS, *single])} "
-                             f"(sets: {', '.join(SETS)}; runs: {', '.join(single)}; the names come before the flags)")
-        chosen.update(SETS.get(name) or {name: single[name]})
-    return chosen
+    known = {name: {name: flags} for name, flags in single.items()} | SETS
+    if odd := [name for name in names if name not in known]:
+        raise UsageError(f"no set or run is called {odd[0]!r}{nearest(odd[0], known)} (sets: {', '.join(SETS)}; runs: "
+                         f"{', '.join(single)}; the names come before the flags)")
+    return {run: flags for name in names for run, flags in known[name].items()}
+
+
+def method_of(own):
+    """The method of a run of SETS."""
+    return own[own.index("--method") + 1] if "--method" in own else RunConfig.method
+
+
+def share_out(chosen, flags):
+    """Flags of train.py for each of the chosen runs, {name: flags} -> {name: those of the flags that its method has}.
+
+    A flag that some methods of the sweep have is left out for the others, and a line says so. One that none has stays,
+    so that train.py's settings refuse it.
+    """
+    starts = [i for i, word in enumerate(flags) if word.startswith("--")]
+    words = [flags[start:end] for start, end in zip(starts, [*starts[1:], len(flags)])]
+    given = {name: flags[:starts[0]] if starts else flags for name in chosen}
+    for flag in words:
+        setting = flag[0].split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+        without = [name for name, own in chosen.items() if method_of(own) not in TAKES.get(setting, (method_of(own),))]
+        if 0 < len(without) < len(chosen):
+            print(f"{' '.join(flag)}: left out for {', '.join(without)}, which have no such setting")
+        for name in chosen:
+            if name not in without or len(without) == len(chosen):
+                given[name] = [*given[name], *flag]
+    return given
 
 
 def plan(names, seeds, flags, folder="sweep"):
@@ -87,52 +110,117 @@ def plan(names, seeds, flags, folder="sweep"):
     first run. A run that equals its method as it is (--k 8 where 8 is the default) is the run of that name. UsageError
     if a folder holds a run with other settings.
     """
-    parsed = lambda own, seed: parse(RunConfig, __doc__, [*flags, *own, "--seed", str(seed)], preset)
-    runs = {}
-    for seed in range(seeds):
-        for name, own in choose(names).items():
-            cfg = parsed(own, seed)
-            if cfg == parsed(METHODS[cfg.method], seed):
-                name, own = cfg.method, METHODS[cfg.method]
-            cfg.out = str(Path("runs") / (cfg.data + "-mini" * cfg.mini + f"-{folder}") / f"{name}-{seed}")
+    parsed = lambda typed: parse(RunConfig, __doc__, typed, preset)
+    chosen, runs = choose(names), {}
+    given = share_out(chosen, flags)
+    for seed in map(str, range(seeds)):
+        for name, own in chosen.items():
+            cfg = parsed(typed := [*given[name], *own, "--seed", seed])
+            if cfg == parsed(plain := [*given[name], *METHODS[cfg.method], "--seed", seed]):
+                name, typed = cfg.method, plain
+            cfg.out = f"runs/{cfg.data}{'-mini' * cfg.mini}-{folder}/{name}-{seed}"
             check(cfg)
             refuse_other_settings(cfg)
-            runs[cfg.out] = cfg, [*flags, *own, "--seed", str(seed), "--out", cfg.out]
+            runs[cfg.out] = cfg, [*typed, "--out", cfg.out]
     return list(runs.values())
 
 
 def refuse_other_settings(cfg):
+    """UsageError if the folder of a run holds a run with other settings, or what is none."""
     path = Path(cfg.out) / "config.json"
-    try:
-        there = json.loads(path.read_text()) if path.is_file() else None
-    except ValueError:
-        raise UsageError(f"{path} is damaged: move {cfg.out} away") from None
-    for name, (then, now) in (differences(there, cfg) if there else {}).items():
+    if not path.is_file():
+        return
+    there = read_dict(path)
+    if not there:
+        raise UsageError(f"{path} is damaged: move {cfg.out} away")
+    for name, (then, now) in differences(there, cfg).items():
         raise UsageError(f"{cfg.out} was made with {flag(name)} {then}, not {now}: give the old value, "
                          f"or move {Path(cfg.out).parent} away")
+
+
+def read_dict(path):
+    """The dict in a JSON file, {} if it holds none."""
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def commands(cfg, flags, processes=1, measure=(), also=()):
     """What is left to do for a run, as command lines: none if it is finished. A run that was begun is resumed.
 
     measure: flags of evaluate.py; also: other benchmarks to evaluate on. Reports of a run that is not trained to its
-    end are made again.
+    end, or of another best.pt than the present one, are made again.
     """
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                     f"--nproc_per_node={processes}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
     folder, here = Path(cfg.out), Path(__file__).parent
-    training = [*start, str(here / "train.py"), *flags, *["--resume"] * (folder / "config.json").is_file()]
+    training = [sys.executable, *torchrun, str(here / "train.py"), *flags,
+                *["--resume"] * (folder / "config.json").is_file()]
     measure = [sys.executable, str(here / "evaluate.py"), "--ckpt", str(folder / "best.pt"), "--device", cfg.device,
                *measure]
     left = {"report.json": measure, **{f"report-{name}.json": [*measure, "--data", name] for name in also}}
     if not trained(folder / "log.jsonl"):
         return [training, *left.values()]
-    return [command for name, command in left.items() if not (folder / name).is_file()]
+    present = functools.cache(lambda: hash_of(folder / "best.pt"))
+    return [command for name, command in left.items() if not is_current(folder / name, present)]
 
 
 def trained(log):
     """Did training reach its end? It writes one last line then."""
-    return log.is_file() and '"finished": true' in log.read_text().rpartition("\n{")[2]
+    return log.is_file() and b'"finished": true' in log.read_bytes().rpartition(b"\n{")[2]
+
+
+def report_of(path):
+    """The content of a report of evaluate.py -> dict, empty where there is no report."""
+    return read_dict(path) if path.is_file() else {}
+
+
+def is_current(path, present):
+    """Is a report of the best.pt beside it? present: a function, its SHA-256. Without best.pt nothing can be newer.
+
+    A report from before reports named their checkpoint is current if it was written after training ended.
+    """
+    report, folder = report_of(path), path.parent
+    if not report or not (folder / "best.pt").is_file():
+        return bool(report)
+    checkpoint = report.get("checkpoint")
+    if isinstance(checkpoint, dict):
+        return checkpoint.get("sha256") == present()
+    return (folder / "log.jsonl").stat().st_mtime <= path.stat().st_mtime
+
+
+def run(command):
+    """Run a command to its end -> its exit status. What would end the sweep goes to the command, and then ends both.
+
+    SIGTERM, SIGHUP and Ctrl-C are passed on, and the command is waited for: training saves last.pt. The sweep's exit
+    status is 128 + the signal's number then. The command has a session of its own, so that Ctrl-C reaches it once, from
+    here, and not from the terminal as well: a second one would end it at once.
+    """
+    process, got, waiting = None, [], []
+
+    def pass_on(number=None, frame=None):
+        if number:
+            got.append(number)
+            waiting.append(number)
+        while process and waiting:
+            process.send_signal(waiting.pop(0))
+
+    numbers = signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)
+    before = {number: signal.signal(number, pass_on) for number in set(numbers)
+              if signal.getsignal(number) != signal.SIG_IGN}                     # as nohup has it
+    try:
+        process = subprocess.Popen(command, start_new_session=True)
+        pass_on()                                        # what came before there was a process
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if got:
+        print(f"{signal.Signals(got[0]).name}: the run was told, and has ended; the same command goes on from there",
+              file=sys.stderr)
+        sys.exit(128 + got[0])
+    return status
 
 
 def finished(names, flags, folder="sweep", measure=("--leakage", "100"), also=()):
@@ -175,7 +263,7 @@ def main(argv=None):
         for command in todo:
             if given.list:
                 print("  " + shlex.join(command))
-            elif subprocess.run(command).returncode:
+            elif run(command):
                 failed.append(cfg.out)
                 break
     done = [Path(cfg.out) for cfg, typed in runs if not left(cfg, typed)]

@@ -4,11 +4,16 @@
     load_backbone(vit, read_file("model.safetensors", "weights"))        # official, timm or Hugging Face
     names, sizes = rename_published(find_published(read_file("snapshot_best.pt", "a snapshot")))
 
-Floor: the ground. Our names are those of the official DINOv2 files. A file of another family is renamed by the small table of its family
-and must then fit exactly: what is missing, unexpected or of another shape is an error that names it. Letters: ifam.py.
+Floor: the ground. Our names are those of the official DINOv2 files. A file of another family is renamed by the small
+table of its family and must then fit exactly: what does not is an error that names it. Letters: ifam.py.
 """
+import argparse
+import functools
 import math
+import os
 import re
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -23,27 +28,55 @@ MINI = Path(__file__).resolve().parent / "miniature" / "mini.pt"                
 
 
 # ---------------------------------------------------------------- files
-# Snapshots of the published code may hold scores as numpy scalars, which torch.load refuses unless it is told of them;
-# they are numbers and cannot run anything. Before numpy 2 their module had another name.
-NUMPY_SCALARS = [np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i8")),
-                 *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+# torch.load refuses every class that it is not told of. These are data and cannot run anything: scores as numpy scalars
+# (in snapshots of the published code; before numpy 2 their module had another name), and the settings of a script.
+INERT = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i8")),
+         *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 
 
-def read_file(path, what):
+def read_file(path, what, again="make it again"):
     """The content of a file of torch.save, plain types and tensors only, or of a .safetensors file.
 
-    what: what it should be, for the error. UsageError if the file is not there or damaged.
+    what: what it should be, for the error; again: how to get another. UsageError, which says why, if the file is not
+    there, cannot be read, is damaged (a bit that flipped shows in a checksum), or holds what could run code.
     """
-    if not Path(path).is_file():
-        raise UsageError(f"{path}: {'a folder, not a' if Path(path).is_dir() else 'no such'} file; expected {what}")
-    read_safetensors = import_safetensors(path) if Path(path).suffix == ".safetensors" else None
     try:
+        if not Path(path).is_file():
+            raise UsageError(f"{path}: {'a folder, not a' if Path(path).is_dir() else 'no such'} file; expected {what}")
+        read_safetensors = import_safetensors(path) if Path(path).suffix == ".safetensors" else None
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"       # as torch tells its files from those before version 1.6
+        if zipped and (record := first_damaged(path)):
+            raise UsageError(f"{path} is damaged, {record} is not what its checksum says; {again}")
         if read_safetensors:
             return read_safetensors(path)
-        with torch.serialization.safe_globals(NUMPY_SCALARS):
+        with torch.serialization.safe_globals(INERT), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                           # a damaged file can fail in many ways
-        raise UsageError(f"{path} is damaged, or not {what} ({type(error).__name__}); make it again") from None
+    except UsageError:
+        raise
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:                           # what is no such file can fail in many ways
+        kind = type(error).__name__
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UsageError(f"{path} holds a {refused[1]}, which could run code: only tensors, numbers and containers "
+                             "of them are read; save those alone") from None
+        if zipped:                                       # its records are what their checksums say
+            raise UsageError(f"{path} is not {what}, or the directory in it is damaged ({kind})") from None
+        raise UsageError(f"{path} is damaged, or not {what} ({kind}); {again}") from None
+
+
+def first_damaged(path):
+    """The first record of a zip file, which torch.save writes, that its checksum does not fit; "" if all do."""
+    try:
+        with zipfile.ZipFile(path) as records:
+            for record in records.infolist():
+                if record.external_attr & 0x10 and record.file_size:             # torch takes it for a folder: no bytes
+                    return record.filename
+            checked = any(record.CRC for record in records.infolist())           # set_crc32_options(False) writes none
+            return checked and records.testzip() or ""
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
+        return f"its directory ({error})"
 
 
 def import_safetensors(path):
@@ -65,12 +98,7 @@ def fetch(url, cached):
             torch.hub.download_url_to_file(url, str(cached), progress=False)
     except Exception as error:                           # urllib, torch and the file system raise many kinds here
         raise UsageError(f"cannot get {cached.name} from {url} ({error}); download it by hand to {cached}") from None
-    return read_file(cached, f"the file at {url}")
-
-
-def dinov2_url(arch, registers=4):
-    """Where the official weights of a named size are: dinov2_url("b") -> ".../dinov2_vitb14_reg4_pretrain.pth"."""
-    return DINOV2_URL.format(name=f"dinov2_vit{arch}14", registers="_reg4" if registers else "")
+    return read_file(cached, f"the file at {url}", "delete it, and it is downloaded again")
 
 
 # ---------------------------------------------------------------- a pretrained backbone
@@ -82,16 +110,16 @@ def load_pretrained(model, name, arch, registers=4, selector_arch=""):
     """
     if name == "none":
         return
-    states = {}
+    read = functools.cache(lambda size: read_weights(name, size, registers))     # once, and its line is printed once
     for stage, whole in ((model.selector, selector_arch or arch), (model.predictor, arch)):
         if stage is not None:
             size, _, blocks = whole.partition("/")
-            if size not in states:
-                states[size] = read_weights(name, size, registers)
+            state = read(size)
             try:
-                load_backbone(stage.backbone, states[size], int(blocks) if blocks else None)
+                load_backbone(stage.backbone, state, int(blocks) if blocks else None)
             except ValueError as error:
-                raise UsageError(f"--weights {name} with --arch {whole}: {error}") from None
+                reason = other_size(state, stage.backbone, blocks) or error
+                raise UsageError(f"--weights {name} with --arch {whole}: {reason}") from None
 
 
 def read_weights(name, arch, registers):
@@ -102,8 +130,8 @@ def read_weights(name, arch, registers):
             raise UsageError("--weights dinov2 has no mini architecture: choose another --arch, or --weights none")
         if registers not in (0, 4):
             raise UsageError(f"--weights dinov2 has 4 registers or none: --registers {registers} fits neither")
-        url = dinov2_url(arch, registers)
-        state = fetch(url, cache / url.rsplit("/", 1)[1])
+        url = DINOV2_URL.format(name=f"dinov2_vit{arch}14", registers="_reg4" if registers else "")
+        state = fetch(url, cache / Path(url).name)
     elif name == "rad-dino":
         if arch != "b" or registers:
             raise UsageError("--weights rad-dino is a ViT-B without registers: add --arch b --registers 0")
@@ -114,9 +142,35 @@ def read_weights(name, arch, registers):
     if find_published(state):
         raise UsageError(f"--weights {name} is a snapshot of the published two-stage code, not a backbone; "
                          "evaluate it with evaluate.py --ckpt")
-    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+    if isinstance(state, dict) and {"config", "step", "best", "model"} <= state.keys():
+        raise UsageError(f"--weights {name} is a checkpoint of train.py, a whole model and not a backbone; evaluate it "
+                         "with evaluate.py --ckpt, or go on with train.py --resume")
+    state, taken_off = unwrap(state)
+    if not named_tensors(state):
         raise UsageError(f"--weights {name}: expected a dict of tensors, named as by DINOv2, timm or Hugging Face")
+    if taken_off and int(os.environ.get("RANK", 0)) == 0:
+        print(f"--weights {name}: {taken_off}")
     return state
+
+
+def named_tensors(content):
+    """Is it a dict of tensors by name?"""
+    return isinstance(content, dict) and all(isinstance(name, str) and isinstance(x, torch.Tensor)
+                                             for name, x in content.items())
+
+
+def unwrap(content):
+    """What people save around a backbone's weights, taken off -> (what is inside, a line that says what, or "").
+
+    One level, an entry of WRAPPERS; then each of PREFIXES that all names share, and those below it.
+    """
+    inner = next((key for key in WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)), "")
+    content, prefix = content[inner] if inner else content, ""
+    shared = lambda p: all(name.startswith(p) for name in content)
+    while content and named_tensors(content) and (more := next(filter(shared, PREFIXES), "")):
+        content, prefix = {name[len(more):]: x for name, x in content.items()}, prefix + more
+    said = f"read what is under {inner!r}" if inner else "read"
+    return content, (said + f", names without {prefix!r}" * bool(prefix)) * bool(inner or prefix)
 
 
 def load_backbone(vit, state_dict, blocks=None):
@@ -128,14 +182,34 @@ def load_backbone(vit, state_dict, blocks=None):
     """
     try:
         state = official_names(state_dict)
+        if blocks is not None:
+            state = {name: x for name, x in state.items() if block_of(name) < blocks}
+        if "pos_embed" in state and state["pos_embed"].shape[1] != vit.pos_embed.shape[1]:
+            state["pos_embed"] = resample_positions(state["pos_embed"], vit.grid, *how_resampled(state_dict))
     except KeyError as error:
         raise ValueError(f"weights do not fit the model: missing {error.args[0]}") from None
-    if blocks is not None:
-        of_block = lambda name: int(name.split(".")[1]) if name.startswith("blocks.") else -1
-        state = {name: x for name, x in state.items() if of_block(name) < blocks}
-    if "pos_embed" in state and state["pos_embed"].shape[1] != vit.pos_embed.shape[1]:
-        state["pos_embed"] = resample_positions(state["pos_embed"], vit.grid, *how_resampled(state_dict))
+    except (IndexError, RuntimeError) as error:          # a tensor has another number of dimensions
+        raise ValueError(f"weights do not fit the model: {error}") from None
     load_strictly(vit, state)
+
+
+def other_size(state_dict, vit, blocks=""):
+    """"this is a ViT-S/14 with 4 registers: --arch s --registers 4" if a file is of another size than vit, else ""."""
+    try:
+        file, own = (describe(official_names(state), heads=1)[0] for state in (state_dict, vit.state_dict()))
+    except (KeyError, IndexError, ValueError):           # too little of it is there
+        return ""
+    if blocks and file["depth"] >= int(blocks):
+        own["depth"] = file["depth"]
+    size_of = lambda arch: SIZES.get((arch["patch"], arch["width"], arch["depth"]))
+    if (size_of(file) or file, file["registers"]) == (size_of(own) or own, own["registers"]):
+        return ""
+    registers = f"with {file['registers']} registers" if file["registers"] else "without registers"
+    if size := size_of(file):
+        return (f"this is a ViT-{size.title()}/{file['patch']} {registers}: --arch {size} "
+                f"--registers {file['registers']}")
+    return (f"this is a ViT/{file['patch']} of width {file['width']} with {file['depth']} blocks, {registers}, which "
+            "no --arch is")
 
 
 def how_resampled(state_dict):
@@ -173,8 +247,8 @@ def load_strictly(module, state_dict):
     own = module.state_dict()
     odd = [f"missing {name}" for name in own if name not in state_dict]
     odd += [f"unexpected {name}" for name in state_dict if name not in own]
-    odd += [f"{name} is {tuple(state_dict[name].shape)}, the model has {tuple(own[name].shape)}"
-            for name in own if name in state_dict and state_dict[name].shape != own[name].shape]
+    odd += [f"{name} is {tuple(x.shape)}, the model has {tuple(own[name].shape)}"
+            for name, x in state_dict.items() if name in own and x.shape != own[name].shape]
     if odd:
         more = f" (and {len(odd) - 3} more)" if odd[3:] else ""
         raise ValueError(f"weights do not fit the model: {'; '.join(odd[:3])}{more}")
@@ -182,6 +256,10 @@ def load_strictly(module, state_dict):
 
 
 # ---------------------------------------------------------------- names
+WRAPPERS = ("teacher", "model", "state_dict")            # entries that hold the weights: DINO, MAE, Lightning
+PREFIXES = ("module.", "_orig_mod.", "backbone.", "dinov2.", "model.", "encoder.")       # DDP, torch.compile, a parent
+# (patch, width, depth): --arch
+SIZES = {(8, 128, 4): "mini", (14, 384, 12): "s", (14, 768, 12): "b", (14, 1024, 24): "l", (14, 1536, 40): "g"}
 HUGGING_FACE = (  # how Dinov2Model and Dinov2WithRegistersModel name what we name otherwise; every line is applied
     ("embeddings.position_embeddings", "pos_embed"),
     ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
@@ -211,6 +289,11 @@ def is_hugging_face(state_dict):
     return any(name.startswith(("embeddings.", "encoder.layer.")) for name in state_dict)
 
 
+def block_of(name):
+    """"blocks.3.norm1.bias" -> 3; -1 for what is in no block."""
+    return int(name.split(".")[1]) if name.startswith("blocks.") else -1
+
+
 def rename(state, table):
     """Apply every (old, new) of a table to every name."""
     for old, new in table:
@@ -230,7 +313,7 @@ def official_names(state_dict):
         for qkv in {apart.sub(".attn.qkv.", name) for name in state if apart.search(name)}:
             state[qkv] = torch.cat([state.pop(qkv.replace(".qkv.", f".{one}.")) for one in ("query", "key", "value")])
     if "reg_token" in state:
-        # timm's register models keep no position for the class token: it is already added to the token
+        # timm's register models have added the class token's position to the token
         state["register_tokens"], state["pos_embed"] = state.pop("reg_token"), F.pad(state["pos_embed"], (0, 0, 1, 0))
     first, second = (state.get(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2))
     if first is not None and second is not None and len(first) != second.shape[1]:
@@ -241,10 +324,7 @@ def official_names(state_dict):
 
 # ---------------------------------------------------------------- snapshots of the published two-stage code
 def find_published(content):
-    """The state dict of a two-stage model in what a snapshot file holds: the content itself or one of its entries.
-
-    None if there is none.
-    """
+    """The state dict of a two-stage model in a snapshot's content: it itself, or one of its entries, or None."""
     entries = [content, *content.values()] if isinstance(content, dict) else []
     is_one = lambda x: isinstance(x, dict) and any(str(name).startswith(("stage_1.", "stage_2.")) for name in x)
     return next(filter(is_one, entries), None)
@@ -257,22 +337,26 @@ def rename_published(state_dict, heads=None):
     they do not tell: heads (default: 64 channels each, as in all DINOv2 sizes) and the shape of the patch grid
     (size: images whose grid is nearest to square). ValueError for a tensor that is missing.
     """
-    state, vits = {}, {"selector.backbone.": {}, "predictor.backbone.": {}}
+    if not named_tensors(state_dict):
+        raise ValueError("not a snapshot of the published two-stage code: not all of it are tensors by name")
+    state = {}
     for name, tensor in state_dict.items():
         old, new = next((pair for pair in PUBLISHED if name.startswith(pair[0])), ("", ""))
-        vits.get(new, state)[("" if new in vits else new) + name[len(old):]] = tensor
-    vits["predictor.backbone."].pop("prefix_attn_mask", None)                    # a buffer of ones
+        state[new + name[len(old):]] = tensor
+    state.pop("predictor.backbone.prefix_attn_mask", None)                       # a buffer of ones
     try:
-        for stage, vit in vits.items():
-            vits[stage] = official_names(vit)
-            state |= {stage + name: tensor for name, tensor in vits[stage].items()}
+        for stage in ("predictor.backbone.", "selector.backbone."):
+            vit = official_names({name[len(stage):]: state.pop(name) for name in [*state] if name.startswith(stage)})
+            state |= {stage + name: tensor for name, tensor in vit.items()}
         state["selector.prototypes"] = state["selector.prototypes"].flatten(1)   # a 1x1 convolution there
         for name in ("selector.modulation.weight", "selector.modulation.bias"):
             state[name] = state[name].mT                                         # (D, K+1) there
-        arch, size = describe(vits["selector.backbone."], heads)
+        arch, size = describe(vit, heads)                                        # both stages are alike
         classes, k = len(state["predictor.head.weight"]), len(state["selector.prototypes"]) - 1
     except KeyError as error:
         raise ValueError(f"not a snapshot of the published two-stage code: missing {error.args[0]}") from None
+    except (IndexError, RuntimeError) as error:          # a tensor has another number of dimensions
+        raise ValueError(f"not a snapshot of the published two-stage code: {error}") from None
     return state, dict(classes=classes, k=k, arch=arch, size=size)
 
 
@@ -282,10 +366,11 @@ def describe(vit, heads):
     if heads is None and width % 64:
         raise ValueError(f"the number of heads cannot be read from the tensors at width {width}: pass heads=")
     patches = vit["pos_embed"].shape[1] - 1
+    if patches < 1:
+        raise ValueError("its position embedding has no patches")
     rows = next(n for n in range(math.isqrt(patches), 0, -1) if patches % n == 0)
     ffn, last = ("swiglu", "w3") if "blocks.0.mlp.w12.weight" in vit else ("mlp", "fc2")
     hidden = vit[f"blocks.0.mlp.{last}.weight"].shape[1]
-    depth = 1 + max(int(name.split(".")[1]) for name in vit if name.startswith("blocks."))
-    arch = dict(patch=patch, width=width, depth=depth, heads=heads or width // 64, ffn=ffn, hidden=hidden,
-                registers=vit["register_tokens"].shape[1] if "register_tokens" in vit else 0)
+    arch = dict(patch=patch, width=width, depth=1 + max(map(block_of, vit)), heads=heads or width // 64, ffn=ffn,
+                hidden=hidden, registers=vit["register_tokens"].shape[1] if "register_tokens" in vit else 0)
     return arch, (rows * patch, patches // rows * patch)

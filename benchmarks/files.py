@@ -15,6 +15,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from settings import UsageError, rank
 
@@ -321,3 +322,13 @@ def read_dicom(path, pixels=True):
         raise Unusable(f"{bits} bits and {samples} samples a pixel, expected 8 and 1 as in SIIM-ACR; convert it")
     grey = file.pixel_array if pixels else None
     return Image.fromarray(255 - grey if inverted else grey) if pixels else None
+
+
+SIGNATURE = PngInfo()           # in every picture that this program draws
+SIGNATURE.add_text("Software", "iFAM")
+
+
+def is_our_picture(path):
+    """Did this program draw the picture at path? Earlier versions left matplotlib's name in it."""
+    with Image.open(path) as picture:
+        return str(picture.info.get("Software", "")).startswith(("iFAM", "Matplotlib"))

@@ -1,1 +1,1 @@
-"""measure/: what models can do and what they leak, as numbers, tables and figures. Floor: measuring. metrics.py first."""
+"""measure/: what models can do and what they leak, in numbers, tables and figures. Floor: measuring. First: metrics."""

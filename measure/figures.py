@@ -1,13 +1,18 @@
 """figures.py: the pictures that reports and notebooks share.
 
+    python -m measure.figures --ckpt runs/waterbirds-mini/best.pt      # docs/schematic.png and docs/late_early.png
+
+Floor: measuring. Read ifam.py before (what maps and masks are) and leakage.py (what it is to hold a mask fixed).
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart; a part has the same one everywhere, and
-so has a kind of mask, whose bars differ in hatching too. With a path a figure is written to it; without, it is left
-open, and a notebook shows it under its cell.
+so has a kind of mask, whose bars differ in hatching too. With a path, which may be a string, a figure is written in the
+format of its suffix (.png, .pdf, .svg); without, it is left open, and a notebook shows it under its cell.
 """
 import json
 import os
 import re
 import textwrap
+from dataclasses import MISSING, dataclass
+from pathlib import Path
 
 import matplotlib
 
@@ -17,11 +22,16 @@ if not NOTEBOOK:
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 
+import data
+from benchmarks.files import SIGNATURE
 from benchmarks.samples import patch_keep
 from ifam import refuse
-from measure.leakage import pixel_gradient, pixels
-from settings import write_whole
+from measure.leakage import pixel_gradient, pixels, stage1_classifier, stage2_classifier
+from measure.metrics import wilson
+from runs import load_model
+from settings import UsageError, opt, parse, run_script, write_whole
 
 if NOTEBOOK:                                             # PNG files of grain are four times as large
     from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -32,12 +42,7 @@ MASKS = {"none": ("#999999", ""), "late, soft": ("#E69F00", "//"), "late, hard":
          "early, soft": ("#56B4E9", ".."), "early, hard": ("#0072B2", ""), "true": ("#009E73", "xx")}
 
 
-def bar_style(name):
-    """Colour and hatching of a kind of mask: that of the first key of MASKS that its name contains, else black."""
-    colour, hatch = next((style for mask, style in MASKS.items() if mask in name), ("#000000", ""))
-    return dict(color=colour, hatch=hatch, edgecolor="white", linewidth=0)
-
-
+# ---------------------------------------------------------------- an image as a picture
 def part_colour(k):
     """Colour of part k, RGB in [0, 1]; after eight parts the same hues come again, darker."""
     return np.array(matplotlib.colors.to_rgb(OKABE_ITO[k % 8])) * 0.6 ** (k // 8)
@@ -60,15 +65,18 @@ def spread(patches, size):
     return patches[rows][:, columns]
 
 
+def grey(picture):
+    """The picture (S, S, 3) without its colours."""
+    return picture.mean(2, keepdims=True).repeat(3, 2)
+
+
 def overlay(picture, parts, k, opacity=0.6):
-    """Colour patches by their part: picture (S, S, 3), parts (h, w) with k for the background, which is darkened."""
+    """Colour patches by their part: picture (S, S, 3), parts (h, w) with k for the background, which is darkened.
+
+    The picture is greyed first, so that a part has one colour on every animal.
+    """
     colours = np.stack([part_colour(p) for p in range(k)] + [np.zeros(3)])
-    return (1 - opacity) * picture + opacity * spread(colours[parts], len(picture))
-
-
-def short(name):
-    """A class or group as a title: "012.Yellow_Warbler" -> "Yellow Warbler", a place on its own line."""
-    return re.sub(r" (on|with|without) ", r"\n\1 ", re.sub(r"^\d+\.", "", name).replace("_", " "))
+    return (1 - opacity) * grey(picture) + opacity * spread(colours[parts], len(picture))
 
 
 def only_kept(picture, keep):
@@ -77,86 +85,19 @@ def only_kept(picture, keep):
     return picture * keep + 0.93 * (1 - keep)
 
 
-def spread_over_groups(samples, count):
-    """`count` samples spread evenly over a split that is sorted by group -> list of samples."""
-    order = torch.argsort(samples.groups, stable=True)
-    chosen = order[torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()].tolist()
-    return [samples[i] for i in chosen]
-
-
-@torch.no_grad()
-def parts(model, samples, path=None, device="cpu", count=8):
-    """Images, their parts, and what stage 2 sees, for `count` images spread over the split and its groups."""
-    batch = spread_over_groups(samples, count)
-    out = model(torch.stack([b["image"] for b in batch]).to(device))
-    guesses = samples.answers(out.logits.cpu()).tolist()
-    (h, w), k = out.maps.shape[2:], out.maps.shape[1] - 1
-    figure, axes = plt.subplots(3, len(batch), figsize=(1.6 * len(batch), 5.4), squeeze=False)
-    for column, sample in enumerate(batch):
-        picture = to_picture(sample["image"], samples.normalisation)
-        keep = out.keep[column].clamp(0, 1).view(model.grid).cpu()
-        assigned = out.part_logits[column].argmax(0).view(h, w).cpu().numpy()
-        for row, shown in enumerate((picture, overlay(picture, assigned, k), only_kept(picture, keep))):
-            axes[row, column].imshow(shown, interpolation="nearest")
-            axes[row, column].set(xticks=[], yticks=[])
-        axes[0, column].set_title(short(samples.group_names[sample["group"]]), fontsize=8)
-        sign = "✓" if guesses[column] == sample["label"] else "✗"
-        guess = short(samples.classes[guesses[column]]) if guesses[column] >= 0 else "another class"
-        axes[2, column].set_xlabel(f"{sign} {guess}", fontsize=8)
-    for row, name in enumerate(("image", "parts", "what stage 2 sees" if model.predictor else "patches of parts")):
-        axes[row, 0].set_ylabel(name, fontsize=9)
-    legend(figure, k)
-    save(figure, path)
-
-
-# ---------------------------------------------------------------- pictures side by side
-def grid(rows, titles=(), path=None, side=1.6, k=0):
-    """{name: [picture (S, S, 3), ...]} -> a row of pictures for each name. titles: of the columns; k: legend of parts.
-
-    A picture may come with a line of text: (picture, text), written under it. None leaves its place empty.
-    """
-    columns = max(map(len, rows.values()))
-    texts = any(isinstance(picture, tuple) for pictures in rows.values() for picture in pictures)
-    figure, axes = plt.subplots(len(rows), columns, squeeze=False, layout="constrained" if not k else None,
-                                figsize=(side * columns, (side + 0.25 * texts) * len(rows) + 0.3 + 0.3 * bool(k)))
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.set_frame_on(False)
-    for line, (name, pictures) in zip(axes, rows.items()):
-        for axis, picture in zip(line, pictures):
-            picture, text = picture if isinstance(picture, tuple) else (picture, "")
-            if picture is not None:
-                axis.imshow(picture, interpolation="nearest", cmap="magma", vmin=0)
-            axis.set_xlabel(text, fontsize=8)
-        line[0].set_ylabel(name, fontsize=9)
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=9)
-    if k:
-        legend(figure, k)
-    save(figure, path)
-
-
-def examples(samples, path=None, count=6):
-    """The first `count` images of each group, a row each: is the shortcut visible?"""
-    rows = {}
-    for g, name in enumerate(samples.group_names):
-        mine = (samples.groups == g).nonzero()[:, 0]
-        if len(mine):
-            rows[f"{short(name)}\n(n = {len(mine)})"] = [
-                to_picture(samples[i]["image"], samples.normalisation) for i in mine[:count].tolist()]
-    grid(rows, path=path, side=1.3)
+def framed(picture, left, top, side, colour, width):
+    """A copy of picture (S, S, 3) with a square frame just inside left, top, left + side, top + side."""
+    frame = np.zeros((*picture.shape[:2], 1), bool)
+    frame[top:top + side, left:left + side] = True
+    frame[top + width:top + side - width, left + width:left + side - width] = False
+    return np.where(frame, colour, picture)
 
 
 def outlined(picture, keep):
     """Picture (S, S, 3), three times as large, with a white line around the patches that keep (h, w) keeps."""
-    large, shown = picture.repeat(3, 0).repeat(3, 1), spread(keep > 0, 3 * len(picture))
-    edge = np.zeros_like(shown)
-    edge[1:] |= shown[1:] != shown[:-1]
-    edge[:, 1:] |= shown[:, 1:] != shown[:, :-1]
-    for thin in (edge, edge.T):                          # four pixels wide: a figure shows every second or so
-        thin[1:] |= thin[:-1].copy()
-        thin[:-2] |= thin[2:].copy()
-    large[edge] = 1
+    large, kept = picture.repeat(3, 0).repeat(3, 1), torch.from_numpy(spread(keep > 0, 3 * len(picture)))[None].float()
+    around = lambda x: torch.nn.functional.max_pool2d(x, 5, 1, 2)                        # two pixels on either side
+    large[(around(kept) != -around(-kept))[0].numpy()] = 1
     return large
 
 
@@ -173,28 +114,137 @@ def heat(picture, values, keep=None, largest=None):
     """
     values = np.asarray(values)
     strength = np.sqrt(np.clip(values / max(largest or values.max(), 1e-12), 0, 1))[..., None]   # sqrt: faint is seen
-    grey = 0.5 * picture.mean(2, keepdims=True).repeat(3, 2)
-    shown = (1 - strength) * grey + strength * matplotlib.colormaps["plasma"](0.35 + 0.65 * strength[..., 0])[..., :3]
+    colours = matplotlib.colormaps["plasma"](0.35 + 0.65 * strength[..., 0])[..., :3]
+    shown = (1 - strength) * 0.5 * grey(picture) + strength * colours
     return shown if keep is None else outlined(shown, keep)
+
+
+def coarse(values, cell):
+    """(S, S) -> (S, S): means over square cells, so that a noisy gradient can be read."""
+    return spread(torch.nn.functional.avg_pool2d(values[None], cell)[0].numpy(), len(values))
+
+
+def mosaic(tiles, columns, gap=0.04):
+    """Square tiles (s, s, 3) of one size -> one picture, `columns` to a row, white between and after the last."""
+    space = max(1, round(gap * len(tiles[0])))
+    tiles = [np.pad(tile, ((0, space), (0, space), (0, 0)), constant_values=1) for tile in tiles]
+    tiles += [np.ones_like(tiles[0])] * (-len(tiles) % columns)
+    return np.concatenate([np.concatenate(tiles[i:i + columns], 1) for i in range(0, len(tiles), columns)])
+
+
+def neighbourhood(picture, patch, row, column, colour, around=2, least=160):
+    """The patch at (row, column) of a picture with `around` patches on each side, framed; grey outside the picture."""
+    padded = np.pad(picture, ((around * patch,) * 2, (around * patch,) * 2, (0, 0)), constant_values=0.8)
+    side = (2 * around + 1) * patch
+    zoom = -(-least // side)
+    tile = padded[row * patch:row * patch + side, column * patch:column * patch + side].repeat(zoom, 0).repeat(zoom, 1)
+    return framed(tile, around * patch * zoom, around * patch * zoom, patch * zoom, colour, max(2, len(tile) // 60))
+
+
+# ---------------------------------------------------------------- pictures side by side
+def short(name):
+    """A class or group as a title: "012.Yellow_Warbler" -> "Yellow Warbler", a place on its own line, $ as a dollar."""
+    name = re.sub(r"^\d+\.", "", name).replace("_", " ").replace("$", r"\$")
+    return re.sub(r" (on|with|without) ", r"\n\1 ", name)
+
+
+def answer(samples, guess, sample):
+    """A guess (class, -1 for another one) as text, with a tick where it is the sample's label."""
+    said = short(samples.classes[guess]) if guess >= 0 else "another class"
+    return f"{'✓' if guess == sample['label'] else '✗'} {said}"
+
+
+def evenly(indices, count):
+    """`count` of these indices, spread evenly; all of them if there are fewer. -> list"""
+    return indices[torch.linspace(0, len(indices) - 1, min(count, len(indices))).round().long()].tolist()
+
+
+def spread_over_groups(samples, count):
+    """`count` samples spread evenly over a split that is sorted by group -> list of samples."""
+    return [samples[i] for i in evenly(torch.argsort(samples.groups, stable=True), count)]
+
+
+def opened(samples, batch):
+    """A list of samples -> (images (B, 3, S, S), their pictures, their groups as titles)."""
+    images = torch.stack([b["image"] for b in batch])
+    return (images, [to_picture(x, samples.normalisation) for x in images],
+            [short(samples.group_names[b["group"]]) for b in batch])
+
+
+def grid(rows, titles=(), path=None, side=1.6, parts=(), heading="", largest=1.0):
+    """{name: [picture (S, S, 3), ...]} -> a row of pictures for each name. titles: of the columns; parts: a legend.
+
+    A picture may come with text: (picture, text), written under it. None leaves its place empty. A map (h, w) is drawn
+    from 0, black, to `largest`, for all maps alike: ValueError for one with values outside.
+    """
+    cells = {name: [x if isinstance(x, tuple) else (x, "") for x in pictures] for name, pictures in rows.items()}
+    for x in (np.asarray(x) for line in cells.values() for x, _ in line if x is not None):
+        if x.ndim == 2 and not (x.min() >= -1e-4 and x.max() <= largest + 1e-4):
+            raise ValueError(f"a map from {x.min():.3g} to {x.max():.3g} does not fit 0 to {largest:g}: pass largest=")
+    columns = max(map(len, cells.values()))
+    lines = sum(max((text.count("\n") + bool(text) for _, text in line), default=0) for line in cells.values())
+    extra = 0.17 * (lines + heading.count("\n") + bool(heading)) + 0.3 * bool(parts) + 0.3
+    figure, axes = plt.subplots(len(cells), columns, squeeze=False, layout="constrained",
+                                figsize=(side * columns + 0.3, side * len(cells) + extra))
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[], frame_on=False)
+    for line, (name, pictures) in zip(axes, cells.items()):
+        for axis, (picture, text) in zip(line, pictures):
+            if picture is not None:
+                axis.imshow(picture, interpolation="nearest", cmap="magma", vmin=0, vmax=largest)
+            axis.set_xlabel(text, fontsize=8)
+        line[0].set_ylabel(name, fontsize=9)
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=9)
+    if len(parts):
+        handles = [plt.Rectangle((0, 0), 1, 1, color=part_colour(p)) for p in parts]
+        figure.legend(handles, [f"part {p}" for p in parts], loc="outside lower center", ncols=min(len(parts), 8),
+                      fontsize=9, frameon=False)
+    if heading:
+        figure.suptitle(heading, fontsize=10)
+    save(figure, path, grain=True)
+
+
+def occurring(assigned, k):
+    """The parts, 0 to k - 1, that some patch of these arrays is assigned to, in order."""
+    return [int(p) for p in np.unique(np.concatenate([np.ravel(x) for x in assigned])) if p < k]
+
+
+@torch.no_grad()
+def parts(model, samples, path=None, device="cpu", count=8):
+    """Images, their parts, and what stage 2 sees, for `count` images spread over the split and its groups."""
+    images, pictures, titles = opened(samples, batch := spread_over_groups(samples, count))
+    out, k = model(images.to(device)), model.selector.k
+    assigned = out.part_logits.argmax(1).unflatten(1, out.maps.shape[2:]).cpu().numpy()
+    keep = out.keep.clamp(0, 1).unflatten(1, model.grid).cpu()
+    guesses = samples.answers(out.logits.cpu()).tolist()
+    grid({"image": pictures, "parts": [overlay(*both, k) for both in zip(pictures, assigned)],
+          "what stage 2 sees" if model.predictor else "patches of parts": [
+              (only_kept(p, m), answer(samples, *x)) for p, m, *x in zip(pictures, keep, guesses, batch)]},
+         titles, path, side=1.35, parts=occurring(assigned, k))
 
 
 @torch.no_grad()
 def compare_parts(models, samples, path=None, device="cpu", count=8):
     """The parts of several models on the same images, a row each. models: {name: model with a selector}."""
-    batch = spread_over_groups(samples, count)
-    images = torch.stack([b["image"] for b in batch])
-    pictures = [to_picture(x, samples.normalisation) for x in images]
-    rows, most = {"image": pictures}, max(model.selector.k for model in models.values())
+    images, pictures, _ = opened(samples, spread_over_groups(samples, count))
+    rows, found = {"image": pictures}, set()
     for name, model in models.items():
-        assigned = model.selector(images.to(device)).part_logits.argmax(1).unflatten(1, model.selector.backbone.grid)
-        rows[name] = [overlay(*both, model.selector.k) for both in zip(pictures, assigned.cpu().numpy())]
-    grid(rows, path=path, side=1.2, k=most)
+        selector = model.selector
+        assigned = selector(images.to(device)).part_logits.argmax(1).unflatten(1, selector.backbone.grid).cpu().numpy()
+        rows[name] = [overlay(*both, selector.k) for both in zip(pictures, assigned)]
+        found |= {*occurring(assigned, selector.k)}
+    grid(rows, path=path, side=1.2, parts=sorted(found))
 
 
-def coarse(values, cell):
-    """(S, S) -> (S, S): means over square cells, so that a noisy gradient can be read."""
-    means = torch.nn.functional.avg_pool2d(values[None], cell)[0]
-    return spread(means.numpy(), len(values))
+def examples(samples, path=None, count=6):
+    """The first `count` images of each group, a row each: is the shortcut visible?"""
+    rows = {}
+    for g, name in enumerate(samples.group_names):
+        mine = (samples.groups == g).nonzero()[:, 0].tolist()
+        if mine:
+            rows[f"{short(name)}\n(n = {len(mine)})"] = opened(samples, [samples[i] for i in mine[:count]])[1]
+    grid(rows, path=path, side=1.3)
 
 
 def gradients(classifiers, samples, backbone, path=None, device="cpu", count=5, indices=None):
@@ -205,28 +255,128 @@ def gradients(classifiers, samples, backbone, path=None, device="cpu", count=5, 
     spread over the groups.
     """
     batch = [samples[i] for i in indices] if indices else spread_over_groups(samples, count)
-    images = torch.stack([b["image"] for b in batch]).to(device)
+    images, pictures, titles = opened(samples, batch)
+    images, rows = images.to(device), {"image": pictures}
     truth = patch_keep(torch.stack([b["mask"] for b in batch]), backbone.patch).to(device) if samples.masks else None
-    pictures = [to_picture(x, samples.normalisation) for x in images]
-    rows = {"image": pictures}
     for name, classifier in classifiers.items():
         with torch.no_grad():
             keep, held = classifier.find(images, truth)
         looks = pixel_gradient(lambda x: classifier.head(classifier.features(x, held)).amax(1, keepdim=True), images)
-        shown = [coarse(x, backbone.patch // 2) for x in looks.cpu()]
         hidden = pixels(keep, backbone.grid, backbone.patch)[:, 0] == 0
         outside = (looks * hidden).sum((1, 2)) / looks.sum((1, 2)).clamp_min(1e-12)
         rows[name.replace(" (", "\n(")] = [
-            (heat(*what), f"{share:.0%} outside") for *what, share in
-            zip(pictures, shown, keep.cpu().unflatten(1, backbone.grid).numpy(), outside.tolist())]
-    grid(rows, [short(samples.group_names[b["group"]]) for b in batch], path, side=1.5)
+            (heat(picture, coarse(look, backbone.patch // 2), mask), f"{share:.0%} outside")
+            for picture, look, mask, share in
+            zip(pictures, looks.cpu(), keep.cpu().unflatten(1, backbone.grid).numpy(), outside.tolist())]
+    grid(rows, titles, path, side=1.5)
+
+
+# ---------------------------------------------------------------- late against early
+@torch.no_grad()
+def late_against_early(model, samples, path=None, device="cpu", count=6):
+    """The same images through a late mask (stage 1) and an early one (stage 2), then repainted outside the mask.
+
+    Which images: `count` of the groups that are rare in training (of all, where none is), in the order of the groups,
+    as many of each, spread evenly over its files. Nothing looks at the answers, so wrong ones are in it too. Repainted:
+    every pixel outside the mask is noise, the first paint of leakage.repaint (of its three the one that moves late
+    answers most, on the miniature); part maps and mask are held fixed. The number is the largest change of a logit.
+    """
+    groups = data.BENCHMARKS[samples.name].rare or range(len(samples.group_names))
+    share = [count // len(groups) + (i < count % len(groups)) for i in range(len(groups))]
+    chosen = [i for g, n in zip(groups, share) for i in evenly((samples.groups == g).nonzero()[:, 0], n)]
+    images, pictures, titles = opened(samples, batch := [samples[i] for i in chosen])
+    images, late, early = images.to(device), stage1_classifier(model), stage2_classifier(model)
+    (_, maps), (keep, held) = late.find(images, None), early.find(images, None)
+    hidden = pixels(keep, model.grid, model.predictor.backbone.patch) == 0
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
+    shown = torch.where(hidden, noise, images)
+    said, again = ([late.head(late.features(x, maps)).cpu(), early.head(early.features(x, held)).cpu()]
+                   for x in (images, shown))
+    says = [[answer(samples, *x) for x in zip(samples.answers(logits).tolist(), batch)] for logits in said + again]
+    moved = [[f"{x:.2f}" if x else "0" for x in (a - b).abs().amax(1).tolist()] for a, b in zip(said, again)]
+    texts = [f"late {a} ({x})\nearly {b} ({y})" for a, b, x, y in zip(*says[2:], *moved)]
+    foreground, masks = 1 - maps[:, -1].cpu().numpy(), keep.unflatten(1, model.grid).cpu().numpy()
+    painted = opened(samples, [{**b, "image": x} for b, x in zip(batch, shown.cpu())])[1]
+    grid({"image": pictures,
+          "late: stage 1\nsees all, pools\nunder its maps": [
+              (p * (0.3 + 0.7 * spread(m, len(p))[..., None]), x) for p, m, x in zip(pictures, foreground, says[0])],
+          "early: stage 2\nsees this alone": [
+              (only_kept(p, m), text) for p, m, text in zip(pictures, masks, says[1])],
+          "repainted\noutside the mask\n(change of a logit)": [*zip(painted, texts)]}, titles, path, side=1.45)
+
+
+ART = ("ssssssss", "sssshhss", "sssshhhs", "tsssbbss", "ttbbbbss", "gtbbbbgg", "ggbbbggg", "gggggggg")
+TINTS = {"s": "#BFE0F2", "g": "#A9CBA4", "h": OKABE_ITO[5], "b": OKABE_ITO[0], "t": OKABE_ITO[6]}    # sky, ground, bird
+INK = "#444444"
+
+
+def schematic(path=None):
+    """The two stages of iFAM as a drawing: what goes forward, what the gradient goes back through, where losses act."""
+    figure, axis = plt.subplots(figsize=(10, 4))
+    figure.subplots_adjust(0, 0, 1, 1)
+
+    def box(x, y, width, height, text, face, edge=INK, size=11):
+        axis.add_patch(matplotlib.patches.FancyBboxPatch((x, y), width, height, facecolor=face, edgecolor=edge, lw=1.2,
+                                                         boxstyle="round,pad=0,rounding_size=2"))
+        write(x + width / 2, y + height / 2, text, size=size, va="center")
+
+    def write(x, y, text, size=10, va="top", **how):
+        axis.text(x, y, text, ha="center", va=va, fontsize=size, linespacing=1.25, **how)
+
+    def arrow(*points, colour=INK, line="-"):
+        axis.plot(*zip(*points[:-1]), color=colour, lw=1.6, linestyle=line)
+        axis.annotate("", points[-1], points[-2], arrowprops=dict(arrowstyle="-|>", color=colour, lw=1.6, shrinkA=0,
+                                                                  shrinkB=0, linestyle=line))
+
+    def picture(x, y, side, tint):
+        shown = np.array([[matplotlib.colors.to_rgb(tint(cell)) for cell in row] for row in ART])
+        axis.imshow(shown, extent=(x, x + side, y, y + side), interpolation="nearest", zorder=3)
+        axis.add_patch(plt.Rectangle((x, y), side, side, fill=False, edgecolor=INK, zorder=4))
+
+    box(117, 2, 71, 60, "", "#EAF4FB", "none")           # what the guarantee is about
+    write(152.5, 8, "nothing outside the mask\ncan reach the prediction", 11, "center", color=OKABE_ITO[4],
+          weight="bold")
+    picture(3, 30, 22, TINTS.get)
+    box(34, 30, 22, 22, "stage 1\nViT,\nsees all", "#F6E3C0")
+    for i, part in enumerate(("h", "b", "t", "sg")):
+        picture(65 + 11.5 * (i % 2), 41.5 - 11.5 * (i // 2), 10.5,
+                lambda cell: TINTS[cell] if cell in part else "white")
+    picture(96, 34, 14, lambda cell: "white" if cell in "hbt" else INK)
+    for i, cell in enumerate(cell for row in ART for cell in row if cell in "hbt"):
+        axis.add_patch(plt.Rectangle((121 + 3 * (i % 3), 49.3 - 2.8 * (i // 3)), 2.4, 2.2, facecolor=TINTS[cell],
+                                     edgecolor=INK, lw=0.6))
+    box(140, 30, 22, 22, "stage 2\nViT", "#CFE3F3")
+    box(171, 34, 14, 14, "logits", "white")
+    for x, text in ((14, "image"), (76, "part maps:\nK parts, background"), (103, "binary mask\n(white: kept)"),
+                    (125, "kept\ntokens")):
+        write(x, 27.5, text)
+    for start, end in ((25, 34), (56, 65), (87, 96), (110, 121), (130, 140), (162, 171)):
+        arrow((start + 1, 41), (end - 1, 41))
+    for x, y, text in ((45, 52, "class loss"), (76, 52, "part losses"), (178, 48, "class loss")):
+        box(x - 11, 66, 22, 8, text, "#FBE3EE", OKABE_ITO[6], 10)
+        arrow((x, y + 1), (x, 65.5), colour=OKABE_ITO[6])
+    arrow((151, 29), (151, 15.5), (45, 15.5), (45, 29), colour=OKABE_ITO[5], line="--")
+    write(80, 12.5, "gradient of the mask (straight through)", color=OKABE_ITO[5])
+    axis.set(xlim=(0, 190), ylim=(0, 76), aspect="equal")
+    axis.axis("off")
+    save(figure, path)
 
 
 # ---------------------------------------------------------------- charts
-def wilson(share, n, z=1.96):
-    """95 % interval of a share of n (Wilson, 1927): it stays in [0, 1] and has a width at 0 and 1 too."""
-    middle, half = (share + z * z / (2 * n)), z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+def bar_style(name):
+    """Colour and hatching of a kind of mask: that of the first key of MASKS that its name contains, else black."""
+    colour, hatch = next((style for mask, style in MASKS.items() if mask in name), ("#000000", ""))
+    return dict(color=colour, hatch=hatch, edgecolor="white", linewidth=0)
+
+
+def chart(axis, legend=True, chance=None, **settings):
+    """What all charts share: no frame at the top and right, a dotted line at chance, a legend without a frame."""
+    axis.set(**settings)
+    axis.spines[["top", "right"]].set_visible(False)
+    if chance is not None:
+        axis.axhline(chance, color="black", lw=0.8, ls=":", label="chance")
+    if legend and axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8, frameon=False, **(legend if isinstance(legend, dict) else {}))
 
 
 def group_bars(groups, path=None, chance=None):
@@ -238,19 +388,15 @@ def group_bars(groups, path=None, chance=None):
     figure, axis = plt.subplots(figsize=(min(max(6, 1.9 * len(names)), 10), 3.2), layout="constrained")
     width = 0.8 / len(groups)
     for i, (model, found) in enumerate(groups.items()):
-        share, n = (np.array([found[g][key] for g in names], float) for key in ("accuracy", "n"))
-        low, high = wilson(share, n)
+        share = np.array([found[g]["accuracy"] for g in names])
+        low, high = np.transpose([wilson(found[g]["accuracy"], found[g]["n"]) for g in names])
         axis.bar(np.arange(len(names)) + (i - (len(groups) - 1) / 2) * width, share, width * 0.92, label=model,
-                 yerr=(np.maximum(share - low, 0), np.maximum(high - share, 0)), capsize=2, error_kw=dict(lw=1),
-                 **bar_style(model))
-    if chance is not None:
-        axis.axhline(chance, color="black", lw=0.8, ls=":")
+                 yerr=np.maximum([share - low, high - share], 0), capsize=2, error_kw=dict(lw=1), **bar_style(model))
     few = len(names) < 5
-    axis.set_xticks(range(len(names)), [g.replace(" ", "\n", 1) if few else g for g in names], fontsize=9,
+    axis.set_xticks(range(len(names)), [short(g) if few else short(g).replace("\n", "") for g in names], fontsize=9,
                     **({} if few else dict(rotation=20, ha="right")))
-    axis.set(ylabel="accuracy", ylim=(0, 1.02))
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False, ncols=len(groups), loc="lower center", bbox_to_anchor=(0.5, 1))
+    above = dict(ncols=len(groups) + (chance is not None), loc="lower center", bbox_to_anchor=(0.5, 1))
+    chart(axis, above, chance, ylabel="accuracy", ylim=(0, 1.02))
     save(figure, path)
 
 
@@ -265,8 +411,8 @@ def ladder(measures, path=None):
             digits = "0" if value == 0 else f"{value:.3g}" if value >= 10 else f"{value:.2g}"
             axis.text(value + 0.03 * largest, name, digits, va="center", fontsize=8)
         axis.set_title(textwrap.fill(measure, 22), fontsize=9)
-        axis.set(xlim=(0, 1.3 * largest), xticks=[])
-        axis.spines[["top", "right", "bottom"]].set_visible(False)
+        axis.spines["bottom"].set_visible(False)
+        chart(axis, False, xlim=(0, 1.3 * largest), xticks=[])
     axes[0, 0].invert_yaxis()                            # the first at the top
     save(figure, path)
 
@@ -276,121 +422,7 @@ def curves(series, x, y, path=None, chance=None):
     figure, axis = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
     for (name, values), marker in zip(series.items(), "os^Dvx"):
         axis.plot(values, marker + "-", ms=5, color=bar_style(name)["color"], label=name)
-    if chance is not None:
-        axis.axhline(chance, color="black", lw=0.8, ls=":", label="chance")
-    axis.set(xlabel=x, ylabel=y, xticks=range(max(map(len, series.values()))))
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False)
-    save(figure, path)
-
-
-# ---------------------------------------------------------------- interventions
-def framed(picture, left, top, side, colour, width):
-    """A copy of picture (S, S, 3) with a square frame just inside left, top, left + side, top + side."""
-    picture = picture.copy()
-    inner = picture[top + width:top + side - width, left + width:left + side - width].copy()
-    picture[top:top + side, left:left + side] = colour
-    picture[top + width:top + side - width, left + width:left + side - width] = inner
-    return picture
-
-
-def mosaic(tiles, columns, gap=0.04):
-    """Square tiles (s, s, 3) of one size -> one picture, `columns` to a row, white between and after the last."""
-    side, rows = len(tiles[0]), -(-len(tiles) // columns)
-    step = side + max(1, round(gap * side))
-    canvas = np.ones((rows * step, columns * step, 3))
-    for i, tile in enumerate(tiles):
-        row, column = divmod(i, columns)
-        canvas[row * step:row * step + side, column * step:column * step + side] = tile
-    return canvas
-
-
-def neighbourhood(picture, patch, row, column, colour, around=2, least=160):
-    """The patch at (row, column) of a picture with `around` patches on each side, framed; grey outside the picture."""
-    padded = np.pad(picture, ((around * patch,) * 2, (around * patch,) * 2, (0, 0)), constant_values=0.8)
-    side = (2 * around + 1) * patch
-    tile = padded[row * patch:row * patch + side, column * patch:column * patch + side]
-    zoom = -(-least // side)
-    tile = tile.repeat(zoom, 0).repeat(zoom, 1)
-    return framed(tile, around * patch * zoom, around * patch * zoom, patch * zoom, colour, max(2, len(tile) // 60))
-
-
-@torch.no_grad()
-def part_sheet(model, samples, part, census, title, path=None, device="cpu", columns=8):
-    """What a part is: its strongest patch in each of up to 32 images, closest to the prototype first, and 8 images.
-
-    census: closest, where and count, each (n, K), for the n samples. The 8 are spread over the images with this part.
-    """
-    colour, k, patch = part_colour(part), model.selector.k, model.selector.backbone.patch
-    h, w = model.selector.backbone.grid
-    have = (census.count[:, part] > 0).nonzero()[:, 0]
-    rows = min(4, -(-len(have) // columns))              # of strongest patches
-    figure, axes = plt.subplots(2, 1, figsize=(11, 3.2 + 1.6 * rows), height_ratios=(max(rows, 0.1), 2))
-    if len(have):
-        strongest = have[census.closest[have, part].argsort(stable=True)][:rows * columns].tolist()
-        picture = {i: as_seen(model.selector, samples[i]["image"], samples.normalisation) for i in strongest}
-        axes[0].imshow(mosaic([neighbourhood(picture[i], patch, *divmod(census.where[i, part].item(), w), colour)
-                               for i in strongest], columns), interpolation="nearest")
-        spread_out = have[torch.linspace(0, len(have) - 1, min(columns, len(have))).round().long()].tolist()
-        images = torch.stack([samples[i]["image"] for i in spread_out])
-        assigned = model.selector(images.to(device)).part_logits.argmax(1).view(-1, h, w).cpu().numpy()
-        scenes = [as_seen(model.selector, x, samples.normalisation) for x in images]
-        shown = [overlay(x, np.where(a == part, part, k), k) for x, a in zip(scenes, assigned)]
-        blank = [np.ones_like(scenes[0])] * (columns - len(scenes))
-        axes[1].imshow(mosaic([*scenes, *blank, *shown], columns), interpolation="nearest")
-        axes[0].set_title("its strongest patch (framed) in each of these images, strongest first", fontsize=9,
-                          loc="left")
-        axes[1].set_title("images with this part, spread over the split; below, its patches", fontsize=9, loc="left")
-    else:
-        axes[1].text(0.5, 0.5, "no patch of any image goes to this part", ha="center", fontsize=11)
-    for axis in axes:
-        axis.axis("off")
-    figure.suptitle(title, fontsize=11)
-    figure.add_artist(plt.Rectangle((0, 0.985), 1, 0.015, color=colour))                 # the part's colour
-    figure.tight_layout(rect=(0, 0, 1, 0.985))
-    save(figure, path)
-
-
-@torch.no_grad()
-def removals(model, samples, before, steps, path=None, device="cpu", count=8):
-    """Images, their parts, and the parts after each step; patches that a step refuses are framed in white.
-
-    before: limits (K,); steps: [(name, limits (K,))], mildest first. Half of the images lose most in the last step,
-    half are spread over the split.
-    """
-    h, w = model.selector.backbone.grid
-    k, patch, n = model.selector.k, model.selector.backbone.patch, len(samples)
-    pick = torch.linspace(0, n - 1, min(n, 256)).round().long().unique().tolist()         # enough to find such images
-    raw = torch.cat([model.selector(samples[i]["image"][None].to(device)).part_logits.cpu() for i in pick])
-    parts_of = lambda limits: refuse(raw, limits).argmax(1)                              # (n, N)
-    start = parts_of(before)
-    lost = (parts_of(steps[-1][1]) != start).sum(1)
-    most = lost.argsort(descending=True, stable=True)[:count // 2].tolist()
-    others = torch.tensor([i for i in range(len(pick)) if i not in most])
-    chosen = most + others[torch.linspace(0, len(others) - 1, min(len(others), count // 2)).round().long()].tolist()
-    figure, axes = plt.subplots(2 + len(steps), len(chosen), figsize=(1.6 * len(chosen), 1.7 * (2 + len(steps)) + 0.6),
-                                squeeze=False)
-    rows = [("parts", start), *[(name, parts_of(limits)) for name, limits in steps]]
-    for column, i in enumerate(chosen):
-        sample = samples[pick[i]]
-        picture = as_seen(model.selector, sample["image"], samples.normalisation)
-        axes[0, column].imshow(picture, interpolation="nearest")
-        axes[0, column].set_title(short(samples.group_names[sample["group"]]), fontsize=8)
-        for row, (name, assigned) in enumerate(rows, 1):
-            shown = overlay(picture, assigned[i].view(h, w).numpy(), k)
-            refused = (assigned[i] != start[i]).nonzero()[:, 0].tolist()
-            for token in refused:
-                shown = framed(shown, token % w * patch, token // w * patch, patch, 1.0, max(1, patch // 8))
-            axes[row, column].imshow(shown, interpolation="nearest")
-            if row > 1:
-                axes[row, column].set_xlabel(f"{len(refused)} removed", fontsize=8)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    for row, name in enumerate(("image", *[name for name, _ in rows])):
-        axes[row, 0].set_ylabel(name, fontsize=9)
-    figure.suptitle(f"left: the {len(most)} of {len(pick)} images that lose most; right: others, spread over the split",
-                    fontsize=9)
-    legend(figure, k)
+    chart(axis, chance=chance, xlabel=x, ylabel=y, xticks=range(max(map(len, series.values()))))
     save(figure, path)
 
 
@@ -430,35 +462,127 @@ def growth(found, path=None):
 
 def training_curves(log, path=None):
     """What a run's log.jsonl tells: loss terms, accuracy and worst group of validation, learning rates, over steps."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
     steps, scores = [x for x in lines if "loss" in x], [x for x in lines if "val" in x]
-    known = ("step", "epoch", "lr", "accuracy", "gradient_norm", "images_per_second", "waiting")
-    figure, (losses, accuracy, rates) = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
+    known = ("step", "epoch", "lr", "loss", "accuracy", "gradient_norm", "images_per_second", "waiting")
+    figure, axes = plt.subplots(2, 2, figsize=(11, 6), layout="constrained", sharex=True)
+    (total, accuracy), (terms, rates) = axes
+    for axis in axes.flat:
+        axis.set_prop_cycle(plt.cycler(linestyle=["-", "--"]) * plt.cycler(color=OKABE_ITO))
     at = [x["step"] for x in steps]
-    for name in steps[0].keys() - {*known} if steps else ():
-        losses.plot(at, [x[name] for x in steps], lw=2.5 if name == "loss" else 1, label=name)
-    accuracy.plot(at, [x["accuracy"] for x in steps], lw=1, color="0.7", label="training, this step")
-    for name, label in (("aa", "validation"), ("worst_group", "validation, worst group")):
-        accuracy.plot([x["step"] for x in scores], [x["val"][name] for x in scores], "o-", label=label)
+    total.plot(at, [x["loss"] for x in steps], color="black")
+    for name in [x for x in (steps[0] if steps else ()) if x not in known]:
+        terms.plot(at, [x[name] for x in steps], label=name)
+    accuracy.plot(at, [x["accuracy"] for x in steps], ".", color="0.75", label="training,\none batch")
+    for name, label, colour in (("aa", "validation", 4), ("worst_group", "validation,\nworst group", 5)):
+        accuracy.plot([x["step"] for x in scores], [x["val"][name] for x in scores], "o-", color=OKABE_ITO[colour],
+                      label=label)
     for name in steps[0]["lr"] if steps else ():
-        rates.semilogy(at, [max(x["lr"][name], 1e-12) for x in steps], label=name)
-    for axis, title in ((losses, "loss and its terms, unweighted"), (accuracy, "accuracy"), (rates, "learning rate")):
-        axis.set(title=title, xlabel="step")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7, frameon=False)
+        rates.semilogy(at, [x["lr"][name] or None for x in steps], label=name)
+    beside = dict(loc="center left", bbox_to_anchor=(1, 0.5))
+    chart(total, False, title="loss, the weighted sum", ylim=(0, None))
+    chart(accuracy, beside, title="accuracy", ylim=(0, 1.02))
+    chart(terms, beside, title="its terms, before weighting", xlabel="step", ylim=(0, None))
+    chart(rates, beside, title="learning rate", xlabel="step", ylim=(1e-8, None))
     save(figure, path)
 
 
-def legend(figure, k):
-    """The colours of k parts along the bottom; everything else moves up."""
-    handles = [plt.Rectangle((0, 0), 1, 1, color=part_colour(p)) for p in range(k)]
-    names = [f"part {p}" for p in range(k)]
-    figure.legend(handles, names, loc="lower center", ncols=min(k, 8), fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.05 + 0.03 * ((k - 1) // 8), 1, 1))
+# ---------------------------------------------------------------- interventions
+@torch.no_grad()
+def part_sheet(model, samples, part, census, title, path=None, device="cpu", columns=8):
+    """What a part is: its strongest patch in each of up to 32 images, closest to the prototype first, and 8 images.
+
+    census: closest, where and count, each (n, K), for the n samples. The 8 are spread over the images with this part.
+    """
+    k, patch, (h, w) = model.selector.k, model.selector.backbone.patch, model.selector.backbone.grid
+    have = (census.count[:, part] > 0).nonzero()[:, 0]
+    if not len(have):
+        return grid({"": [None] * columns}, path=path, side=0.9,
+                    heading=f"{title}\nno patch of any image goes to this part")
+    strongest = have[census.closest[have, part].argsort(stable=True)][:4 * columns].tolist()
+    seen = lambda images: [as_seen(model.selector, x, samples.normalisation) for x in images]
+    tiles = [neighbourhood(picture, patch, *divmod(census.where[i, part].item(), w), part_colour(part))
+             for i, picture in zip(strongest, seen(samples[i]["image"] for i in strongest))]
+    rows = {f"strongest patch,\n{i + 1} to {min(i + columns, len(tiles))}": tiles[i:i + columns]
+            for i in range(0, len(tiles), columns)}
+    images = torch.stack([samples[i]["image"] for i in evenly(have, columns)])
+    assigned = model.selector(images.to(device)).part_logits.argmax(1).view(-1, h, w).cpu().numpy()
+    rows["images with\nthis part"] = scenes = seen(images)
+    rows["its patches"] = [overlay(x, np.where(a == part, part, k), k) for x, a in zip(scenes, assigned)]
+    grid(rows, path=path, side=1.4, parts=[part], heading=title)
 
 
-def save(figure, path):
-    """Write a figure as PNG, whole or not at all. path None: leave it open, for a notebook."""
+@torch.no_grad()
+def removals(model, samples, before, steps, path=None, device="cpu", count=8):
+    """Images, their parts, and the parts after each step; patches that a step refuses are framed in white.
+
+    before: limits (K,); steps: [(name, limits (K,))], mildest first. Half of the images lose most in the last step,
+    half are spread over the split.
+    """
+    selector, k, patch = model.selector, model.selector.k, model.selector.backbone.patch
+    h, w = selector.backbone.grid
+    pick = evenly(torch.arange(len(samples)), 256)       # enough to find such images
+    raw = torch.cat([selector(samples[i]["image"][None].to(device)).part_logits.cpu() for i in pick])
+    parts_of = lambda limits: refuse(raw, limits).argmax(1)                              # (n, N)
+    start = parts_of(before)
+    most = (parts_of(steps[-1][1]) != start).sum(1).argsort(descending=True, stable=True)[:count // 2].tolist()
+    chosen = most + evenly(torch.tensor([i for i in range(len(pick)) if i not in most]), count // 2)
+    batch = [samples[pick[i]] for i in chosen]
+    pictures = [as_seen(selector, b["image"], samples.normalisation) for b in batch]
+
+    def look(picture, i, assigned):
+        shown, refused = overlay(picture, assigned[i].view(h, w).numpy(), k), (assigned[i] != start[i]).nonzero()[:, 0]
+        for token in refused.tolist():
+            shown = framed(shown, token % w * patch, token // w * patch, patch, 1.0, max(1, patch // 8))
+        return shown, "" if assigned is start else f"{len(refused)} removed"
+    rows = {name: [look(*x, assigned) for x in zip(pictures, chosen)]
+            for name, assigned in (("parts", start), *((name, parts_of(limits)) for name, limits in steps))}
+    grid({"image": pictures, **rows}, [short(samples.group_names[b["group"]]) for b in batch], path,
+         parts=occurring([start[chosen]], k),
+         heading=f"left: the {len(most)} of {len(pick)} images that lose most; right: others, spread over the split")
+
+
+# ---------------------------------------------------------------- files
+def save(figure, path, grain=False):
+    """Write a figure in the format of path's suffix, whole or not at all. path None: leave it open, for a notebook.
+
+    grain: it shows images, which take a third of the bytes as a PNG of the 256 colours that suit them best.
+    """
+    def write(temporary):
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:])
+        if path.suffix == ".png":
+            shown = Image.open(temporary).convert("RGB")
+            if grain:
+                colours = shown.resize((shown.width // 3, shown.height // 3), Image.NEAREST).quantize(256, kmeans=1)
+                shown = shown.quantize(palette=colours, dither=Image.Dither.NONE)
+            shown.save(temporary, "PNG", pnginfo=SIGNATURE)
     if path is not None:
-        write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+        path = Path(path)
+        write_whole(path, write)
         plt.close(figure)
+
+
+@dataclass
+class Config:
+    ckpt: str = opt(MISSING, "checkpoint of a model of two stages, of train.py")
+    out: Path = opt(Path("docs"), "folder that schematic.png and late_early.png are written to")
+
+
+def main(argv=None):
+    given = parse(Config, __doc__, argv)
+    model, state = load_model(given.ckpt)
+    trained = state["config"]
+    if not (model.selector and model.predictor):
+        raise UsageError(f"{given.ckpt} is of the method {trained['method']}, which has no two stages to compare; name "
+                         "a checkpoint of ifam")
+    root = data.find_root(trained["data"], trained["root"], trained["mini"])
+    samples = data.load(trained["data"], root, trained["size"], limit=trained["limit"], splits=("test",))["test"]
+    given.out.mkdir(parents=True, exist_ok=True)
+    drawing, pictures = given.out / "schematic.png", given.out / "late_early.png"
+    schematic(drawing)
+    late_against_early(model, samples, pictures)
+    print(f"  wrote {drawing} and {pictures}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -3,11 +3,13 @@
     measure_leakage([stage2_classifier(model)], samples, model.selector.backbone)   # repaint, gradient, swap, ...
     place_of_mask(model, train, samples)                 # the clean contrast: only the place of the mask moves
 
-For an early, hard mask repaint and gradient are exactly 0, whatever the image. Nothing is drawn at random that a second
-run would draw otherwise. Letters: ifam.py.
+Floor: measuring. Read ifam.py before (Predictor: where a mask acts), and README's glossary (repaint, swap, admitted).
+For an early, hard mask repaint and gradient are exactly 0, whatever the image. A second run draws the same noise.
+Letters: ifam.py.
 """
 import math
 from collections import deque
+from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from baselines import FoundMask
 from benchmarks.samples import patch_keep
 from ifam import Predictor, discretize, masked_mean
-from measure.metrics import accuracies
+from measure.metrics import accuracies, over
 from settings import progress
 
 
@@ -34,10 +36,9 @@ class Classifier(NamedTuple):
 
 
 class Seen:
-    """What a selector makes of images, remembered for the last two batches.
+    """What a selector makes of images, remembered for the last two batches, which are compared by value.
 
-    Both stages are measured on the same images and on the same swapped ones, and stage 1 is most of the cost. Images
-    are compared by value.
+    Both stages are measured on the same images and on the same swapped ones, and stage 1 is most of the cost.
     """
 
     def __init__(self, selector):
@@ -45,10 +46,8 @@ class Seen:
 
     def known(self, images):
         """The Selection of these images if it was asked for lately and has no gradient to give; else None."""
-        for known, first in self.last:
-            if not images.requires_grad and known.shape == images.shape and torch.equal(known, images):
-                return first
-        return None
+        same = lambda known: not images.requires_grad and torch.equal(known, images)
+        return next((first for known, first in self.last if same(known)), None)
 
     def __call__(self, images):
         first = self.known(images)
@@ -63,21 +62,20 @@ def stage2_classifier(model, seen=None):
 
     seen: a Seen of the model's selector, shared with the other stage.
     """
+    features, head = model.predictor.features, model.predictor.head
     if model.needs_truth:
-        return Classifier(lambda images, truth: (truth, truth), model.predictor.features, model.predictor.head, "truth")
+        return Classifier(lambda images, truth: (truth, truth), features, head, "truth")
     if isinstance(model, FoundMask):
-        return Classifier(lambda images, truth: (model.find(images),) * 2, model.predictor.features,
-                          model.predictor.head, "found")
+        return Classifier(lambda images, truth: (model.find(images),) * 2, features, head, "found")
     if model.selector is None:
-        return Classifier(lambda images, truth: (truth, None), lambda images, held: model.predictor.features(images),
-                          model.predictor.head, "truth, the model has none")
-
+        return Classifier(lambda images, truth: (truth, None), lambda images, held: features(images), head,
+                          "truth, the model has none")
     seen = seen or Seen(model.selector)
 
     def find(images, truth):                             # a soft mask hides what a hard one would drop
         first = seen(images)
         return model.mask(first), model.mask(first, hard=model.predictor.hardness == "hard")
-    return Classifier(find, model.predictor.features, model.predictor.head, "found")
+    return Classifier(find, features, head, "found")
 
 
 def stage1_classifier(model, seen=None):
@@ -125,12 +123,11 @@ def hidden_gradient(classifier, images, held, hidden):
     images = images.detach().requires_grad_()
     values, mixture = classifier.features(images, held), None
     logits = classifier.head(values)
-    if logits.shape[1] <= values.shape[1]:
-        values = logits
-    else:
+    if logits.shape[1] > values.shape[1]:
         axes = torch.eye(values.shape[1]).to(values)
         mixture = (classifier.head(axes) - classifier.head(0 * axes)).detach().T
-    return (largest_gradient(values, images, mixture) * hidden[:, 0]).flatten(1).amax(1)
+    largest = largest_gradient(logits if mixture is None else values, images, mixture)
+    return (largest * hidden[:, 0]).flatten(1).amax(1)
 
 
 def pixel_gradient(outputs, images):
@@ -146,7 +143,7 @@ def largest_gradient(values, images, mixture=None, chunk=32):
     """pixel_gradient of values (B, n) that were computed from the images; mixture (m, n): of m sums of them instead."""
     blocks = (torch.autograd.grad(column.sum(), images, retain_graph=True)[0][None] for column in values.unbind(1))
     if mixture is not None:
-        each = torch.cat(list(blocks))                       # (n, B, 3, S, S)
+        each = torch.cat(list(blocks))                   # (n, B, 3, S, S)
         blocks = (torch.tensordot(weights, each, 1) for weights in mixture.split(chunk))
     largest = torch.zeros_like(images[:, 0])
     for block in blocks:
@@ -192,13 +189,15 @@ def linear_head(x, y, classes, penalty=0.1):
     return lambda other: (other.double() - mean) / std @ w + centre
 
 
+FEW = 10                   # fewer images fit no linear classifier
+
+
 def linear_probe(x, y, folds=5):
-    """Cross-validated accuracy of linear_head at reading y (n,) from x (n, d); None if n < 10: too few."""
-    if len(y) < 2 * folds:
+    """Cross-validated accuracy of linear_head at reading y (n,) from x (n, d); None for fewer than FEW."""
+    if len(y) < FEW:
         return None
     fold, right = torch.arange(len(y)) % folds, 0
-    for f in range(folds):
-        fit, test = fold != f, fold == f
+    for fit, test in ((fold != f, fold == f) for f in range(folds)):
         scores = linear_head(x[fit], y[fit], int(y.max()) + 1)(x[test])
         right += (scores.argmax(1) == y[test]).sum().item()
     return right / len(y)
@@ -221,12 +220,12 @@ def measure_leakage(classifiers, samples, backbone, device="cpu", count=0):
     indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]     # mixed groups
     groups = [g.tolist() for g in indices.tensor_split(math.ceil(len(indices) / LEAKAGE_GROUP))]
     rows, budget = [{} for _ in classifiers], max(1, GRADIENTS // min(samples.outputs, backbone.width))
-    for number, images in enumerate(torch.utils.data.DataLoader(samples, batch_sampler=groups)):
-        truth = images["mask"].to(device) if "mask" in images else None
-        gradients = max(0, budget - number * LEAKAGE_GROUP)
-        shown = images["image"].to(device)
+    loader = torch.utils.data.DataLoader(samples, batch_sampler=groups)
+    for number, part in enumerate(progress(loader, "leakage")):
+        images, truth = part["image"].to(device), part["mask"].to(device) if "mask" in part else None
         for classifier, mine in zip(classifiers, rows):
-            for name, x in leakage_of_group(classifier, shown, truth, backbone, number, gradients).items():
+            found = leakage_of_group(classifier, images, truth, backbone, number, budget - number * LEAKAGE_GROUP)
+            for name, x in found.items():
                 mine.setdefault(name, []).append(x.cpu())
     return [summary(classifier, mine, samples, indices) for classifier, mine in zip(classifiers, rows)]
 
@@ -254,7 +253,7 @@ def summary(classifier, rows, samples, indices):
 def leakage_of_group(classifier, images, truth, backbone, number, gradients):
     """Per image: what measure_leakage averages. truth: true masks (B, S, S) or None; number seeds the noise.
 
-    gradients: how many of these images the gradient is taken of.
+    gradients: how many of these images the gradient is taken of, at most.
     """
     with torch.no_grad():
         keep, held = classifier.find(images, None if truth is None else patch_keep(truth, backbone.patch))
@@ -274,7 +273,7 @@ def leakage_of_group(classifier, images, truth, backbone, number, gradients):
             row["swap"], row["iou"] = (guess != logits.argmax(1)).float(), mask_iou(keep, keep2)
         if truth is not None:
             row["admitted"] = admitted(shown, objects)[shown.any((1, 2, 3))]
-    if gradients:
+    if gradients > 0:
         first = None if held is None else held[:gradients]
         row["gradient"] = hidden_gradient(classifier, images[:gradients], first, shown[:gradients] == 0)
     return row
@@ -293,26 +292,18 @@ def ladder(selector, train, batch=32):
     features are the mean of the patches, and the head is linear_head, fitted on the split `train`. "none" has no mask;
     what the others hide is what is repainted there too.
     """
-    readers = {name: Predictor(selector.backbone, 1, masking or "late", hardness, "mean")
-               for name, (masking, hardness) in RUNGS.items()}
-    seen = Seen(selector)
+    seen, readers = Seen(selector), {name: Predictor(selector.backbone, 1, masking or "late", hardness, "mean")
+                                     for name, (masking, hardness) in RUNGS.items()}
 
-    def held(name, part_logits):
-        masking, hardness = RUNGS[name]
-        return discretize(part_logits, hard=hardness == "hard") if masking else None
-    rows = {name: [] for name in RUNGS}
-    for part in torch.utils.data.DataLoader(train, batch):
-        part_logits = selector(part["image"]).part_logits
-        for name, reader in readers.items():
-            rows[name].append(reader.features(part["image"], held(name, part_logits)))
+    def find(name, images, truth=None):
+        part_logits, (masking, hardness) = seen(images).part_logits, RUNGS[name]
+        return discretize(part_logits), discretize(part_logits, hard=hardness == "hard") if masking else None
 
-    def classifier(name):
-        def find(images, truth):
-            part_logits = seen(images).part_logits
-            return discretize(part_logits), held(name, part_logits)
-        head = linear_head(torch.cat(rows[name]), train.labels, len(train.classes))
-        return Classifier(find, readers[name].features, head, "found")
-    return {name: classifier(name) for name in RUNGS}
+    def measure(part):
+        return {name: reader.features(part["image"], find(name, part["image"])[1]) for name, reader in readers.items()}
+    return {name: Classifier(partial(find, name), readers[name].features,
+                             linear_head(features, train.labels, len(train.classes)), "found")
+            for name, features in over(train, measure, batch).items()}
 
 
 @torch.no_grad()
@@ -321,12 +312,13 @@ def kept_by_layer(selector, samples, early, batch=32):
 
     early: the mask acts in every block; else on this mean alone. The weights are those of stage 1.
     """
-    vit, found = selector.backbone, []
-    for part in torch.utils.data.DataLoader(samples, batch):
+    vit = selector.backbone
+
+    def measure(part):
         keep = discretize(selector(part["image"]).part_logits)
         layers = vit.layers(part["image"], keep if early else None)
-        found.append(torch.stack([masked_mean(x[:, vit.prefix:], keep) for x in layers]))
-    return torch.cat(found, 1)
+        return {"means": torch.stack([masked_mean(x[:, vit.prefix:], keep) for x in layers], 1)}
+    return over(samples, measure, batch)["means"].transpose(0, 1).contiguous()
 
 
 @torch.no_grad()
@@ -336,15 +328,13 @@ def pool_by_place(backbone, samples, device="cpu", batch=32, workers=0, shrink=l
     none: nowhere. late: on the pooling alone, after full attention. early: on attention and pooling. shrink: what makes
     images and masks as large as the backbone sees them.
     """
-    found = {place: [] for place in ("none", "late", "early")}
-    for part in torch.utils.data.DataLoader(samples, batch, num_workers=workers):
-        images, masks = shrink(part["image"].to(device)), shrink(part["mask"][:, None].float().to(device))[:, 0]
-        keep = patch_keep(masks, backbone.patch)
+    def measure(part):
+        images, masks = (shrink(x.to(device)) for x in (part["image"], part["mask"][:, None].float()))
+        keep = patch_keep(masks[:, 0], backbone.patch)
         whole, masked = (backbone(images, k)[:, backbone.prefix:] for k in (None, keep))
-        for place, patches, weight in (("none", whole, torch.ones_like(keep)), ("late", whole, keep),
-                                       ("early", masked, keep)):
-            found[place].append(masked_mean(patches, weight).cpu())
-    return {place: torch.cat(x) for place, x in found.items()}
+        return {"none": masked_mean(whole, torch.ones_like(keep)).cpu(), "late": masked_mean(whole, keep).cpu(),
+                "early": masked_mean(masked, keep).cpu()}
+    return over(samples, measure, batch, workers)
 
 
 def place_of_mask(model, train, samples, device="cpu", batch=32, workers=0):
@@ -354,7 +344,7 @@ def place_of_mask(model, train, samples, device="cpu", batch=32, workers=0):
     the place of the mask moves. Worst-group accuracy where the benchmark has places, else accuracy. The weights
     are those that never trained under a mask: stage 1's where there is one.
     """
-    if train.masks is None or samples.masks is None or samples.masks_tell:
+    if train.masks is None or samples.masks is None or samples.masks_tell or len(train) < FEW:
         return None
     how = (device, batch, workers, *([model.selector.shrink] if model.selector else []))
     fit, test = (pool_by_place((model.selector or model.predictor).backbone, s, *how) for s in (train, samples))

@@ -1,11 +1,12 @@
 """metrics.py: the numbers of the tables.
 
-    accuracies(predict(model, samples), samples)         # average, worst group, each group
+    accuracies(predict(model, samples), samples)         # average, worst group, each group, with 95 % intervals
     auroc(scores, labels)                                # area under the ROC curve, exact
     foreground_ious(foreground_counts(maps, masks))      # the parts, taken together, against the true mask
     keypoint_error(landmarks(selector, train), landmarks(selector, test))    # do the parts say where the bird's are?
     nmi(a, b), ari(a, b)                                 # agreement of two clusterings
 
+Floor: measuring. Read ifam.py before (what maps and parts are) and benchmarks/samples.py (what a group is).
 Protocols: PDiscoFormer's and iFAM's, the keypoints after SCOPS (Hung et al., 2019), without their randomness: centre
 crops, no Gumbel noise. All are fractions; the tables of the papers multiply them by 100. Sums are taken in float64.
 Letters: n images, K parts, P landmarks, others as in ifam.py.
@@ -17,7 +18,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from settings import UsageError
+from settings import UsageError, progress
+
+
+def over(samples, measure, batch=32, workers=0):
+    """What `measure` makes of each batch of a split, {name: rows or None} -> {name: rows of the whole split}."""
+    loader = torch.utils.data.DataLoader(samples, batch, num_workers=workers)
+    found = [measure(part) for part in progress(loader, f"{samples.name} {samples.split}")]
+    return {name: None if x is None else torch.cat([one[name] for one in found]) for name, x in found[0].items()}
 
 
 # ---------------------------------------------------------------- classification
@@ -39,30 +47,45 @@ def auroc(scores, labels):
     return (rank[positive].double().sum().item() - ones * (ones + 1) / 2) / (ones * zeros)
 
 
+def wilson(share, n, z=1.96):
+    """95 % interval of a share of n (Wilson, 1927): it stays in [0, 1] and has a width at 0 and 1 too."""
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = ((share + z * z / (2 * n) + end) / (1 + z * z / n) for end in (-half, half))
+    return max(0.0, low), min(1.0, high)                 # rounding may take an end past 0 or 1
+
+
+def share_of(right):
+    """right (n,), 1 for a right answer -> {"n", "accuracy", "low", "high"}: with its interval; None where n is 0."""
+    share = right.mean().item() if len(right) else None
+    low, high = (None, None) if share is None else wilson(share, len(right))
+    return {"n": len(right), "accuracy": share, "low": low, "high": high}
+
+
 def accuracies(result, samples, key="logits", rare=(), train_groups=None):
-    """Accuracy as the tables give it: {"aa", "worst_group", "groups": {name: {"n", "accuracy"}}, ...}.
+    """Accuracy as the tables give it: {"aa", "worst_group", "groups": {name: what share_of says}, ...}.
 
     aa: share of images that are right. aa_train_weighted: group accuracies weighted by their share in training,
     which is the "average" of many Waterbirds papers. worst_group: least over all groups; worst_group_rare: over
     `rare` only, the paper's definition. Groups without images have accuracy None and count nowhere. auroc: times 100,
-    of the softmax probability of class 1, where there are two classes.
+    of the softmax probability of class 1, where there are two classes. aa_interval, worst_group_interval: [low, high]
+    over images, Wilson's; of several worst groups that of the smallest.
     """
     right = (samples.answers(result[key]) == samples.labels).double()
-    by_group = {g: right[samples.groups == g] for g in range(len(samples.group_names))}
-    groups = {g: x.mean().item() if len(x) else None for g, x in by_group.items()}
-    least = lambda some: min((groups[g] for g in some if groups[g] is not None), default=None)
-    out = {"aa": right.mean().item(), "worst_group": least(groups)}
+    groups = [share_of(right[samples.groups == g]) for g in range(len(samples.group_names))]
+    least = lambda some: min((x for x in some if x["n"]), key=lambda x: (x["accuracy"], x["n"]), default=share_of(()))
+    every, worst = share_of(right), least(groups)
+    out = {"aa": every["accuracy"], "aa_interval": [every["low"], every["high"]],
+           "worst_group": worst["accuracy"], "worst_group_interval": [worst["low"], worst["high"]]}
     if train_groups is not None:
-        n = torch.bincount(train_groups, minlength=len(groups)).double()
-        seen = [g for g in groups if groups[g] is not None and n[g]]
-        out["aa_train_weighted"] = sum(n[g].item() * groups[g] for g in seen) / n[seen].sum().item() if seen else None
+        counts = torch.bincount(train_groups, minlength=len(groups)).tolist()
+        seen = [(n, x["accuracy"]) for n, x in zip(counts, groups) if n and x["n"]]
+        out["aa_train_weighted"] = sum(n * share for n, share in seen) / sum(n for n, _ in seen) if seen else None
     if rare:
-        out["worst_group_rare"] = least(rare)
+        out["worst_group_rare"] = least(groups[g] for g in rare)["accuracy"]
     if result[key].shape[1] == 2:
         both = len(samples.labels.unique()) == 2         # a few images may all be of one class
         out["auroc"] = 100 * auroc(result[key].double().softmax(1)[:, 1], samples.labels) if both else None
-    out["groups"] = {samples.group_names[g]: {"n": len(x), "accuracy": groups[g]} for g, x in by_group.items()}
-    return out
+    return out | {"groups": dict(zip(samples.group_names, groups))}
 
 
 # ---------------------------------------------------------------- foreground
@@ -112,12 +135,12 @@ def landmarks(selector, samples, normalise=False, device="cpu", batch=32, worker
     samples.masks = None                                 # not needed: spare their decoding
     if not normalise:
         samples.normalisation = ((0, 0, 0), (1, 1, 1))
-    rows = []
-    for part in torch.utils.data.DataLoader(samples, batch, num_workers=workers):
+
+    def measure(part):
         maps = selector(part["image"].to(device)).maps.cpu()
-        rows.append((part["points"], part.get("box"), part_centroids(maps, samples.size),
-                     maps[:, :-1].amax((2, 3)) > 0.5, clusters_at(maps, part["points"], samples.size)))
-    return Landmarks(*(None if column[0] is None else torch.cat(column) for column in zip(*rows)))
+        return {"points": part["points"], "boxes": part.get("box"), "centroids": part_centroids(maps, samples.size),
+                "active": maps[:, :-1].amax((2, 3)) > 0.5, "clusters": clusters_at(maps, part["points"], samples.size)}
+    return Landmarks(**over(samples, measure, batch, workers))
 
 
 def part_centroids(maps, size):
@@ -170,11 +193,9 @@ def keypoint_error(fit, test):
         inputs.append(((s.centroids - corner) / extent).flatten(1))          # (n, 2K)
         targets.append((s.points[..., :2].double() - corner) / extent)       # (n, P, 2)
     idle = [~s.active.repeat_interleave(2, 1) for s in (fit, test)]
-    distances = []
-    for p in range(test.points.shape[1]):
-        known, asked = (s.points[:, p, 2] > 0 for s in (fit, test))
-        if not asked.any():
-            continue
+    distances, visible = [], [s.points[..., 2] > 0 for s in (fit, test)]
+    for p in visible[1].any(0).nonzero()[:, 0].tolist():
+        known, asked = (shown[:, p] for shown in visible)
         if not known.any():
             raise ValueError(f"no training image shows landmark {p + 1}")
         mean, deviation = scale_of(inputs[0][known])

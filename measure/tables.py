@@ -3,10 +3,11 @@
     python -m measure.tables runs/waterbirds-mini-sweep/*                  # Markdown on the terminal
     python -m measure.tables runs/*-sweep/* --out tables/all               # also tables/all.md and tables/all.json
 
-One table for each benchmark, split and number of images, a row for each method with what was changed in its settings
-and for each correction by intervene.py. A number is the mean over training seeds and half its 95 % interval (Student's
-t); a dash where a method has no such number. Each folder holds the config.json of train.py and the report*.json of
-evaluate.py; one that has none yet is named and left out.
+Floor: measuring. Read evaluate.py before (what a report says) and runs.py (what a run's settings are). One table for
+each benchmark, split and number of images, a row for each method with what was changed in its settings and for each
+correction by intervene.py. Two or three training seeds are printed from least to best; of more, the mean and half its
+95 % interval (Student's t); a dash where a method has no such number. Each folder holds the config.json of train.py and
+the report*.json of evaluate.py; one that has none yet is named and left out.
 """
 import json
 import math
@@ -21,9 +22,10 @@ from runs import Config as RunConfig
 from runs import chosen_on, differences, preset
 from settings import UsageError, flag, opt, parse, run_script, write_json, write_whole
 
-# 97.5 % quantile of Student's t for n numbers
-T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 11: 2.228, 12: 2.201,
-     13: 2.179, 14: 2.160, 15: 2.145, 16: 2.131, 17: 2.120, 18: 2.110, 19: 2.101, 20: 2.093}
+# 97.5 % quantile of Student's t for n = 2, 3, ... numbers
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+     2.110, 2.101, 2.093)
+FEW = 3                    # so many seeds are listed: t makes an interval of them that a share cannot have
 
 
 # ---------------------------------------------------------------- columns: what a table takes from a report
@@ -34,10 +36,7 @@ def stage(report):
 
 def part(name, metric):
     """A metric on another set of the benchmark."""
-    def value(report):
-        numbers = report.get("sets", {}).get(name, {})
-        return (numbers.get("stage2") or numbers.get("stage1") or {}).get(metric)
-    return value
+    return lambda report: stage(report.get("sets", {}).get(name) or {"stage1": {}}).get(metric)
 
 
 def bg_gap(report):
@@ -206,9 +205,9 @@ def collect(folders):
 def interval(values):
     """Mean of numbers and half the width of its 95 % interval; the latter is None for one number or more than 20."""
     n, mean = len(values), sum(values) / len(values)
-    if n not in T:
+    if not 2 <= n <= len(T) + 1:
         return mean, None
-    return mean, T[n] * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    return mean, T[n - 2] * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
 
 
 def summarise(data, name, runs):
@@ -232,40 +231,39 @@ def markdown(data, split, images, rows):
     """A table as text: our columns that some row has, each with the paper's beside it where some row has that."""
     titles = [t for t in COLUMNS if any(t in r["numbers"] for r in rows)]
     papers = [t for t in titles if any(t in r["paper"] for r in rows)]
-    header = ["", "n", *(h for t in titles for h in (t, "paper")[:1 + (t in papers)])]
-    if least := any(r["least_worst_group"] is not None for r in rows):
-        header.append("least worst group")
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    least = lambda r: "–" if r["least_worst_group"] is None else f"{r['least_worst_group']:.3f}"
+    some_least = any(least(r) != "–" for r in rows)
+    both = lambda t, mine, paper: (mine, paper)[:1 + (t in papers)]
+    lines = [["", "n", *(h for t in titles for h in both(t, t, "paper")), *["least worst group"] * some_least]]
+    lines.append(["---"] * len(lines[0]))
     for r in rows:
-        cells = [f"`{r['row']}`", str(len(r["seeds"]))]
-        for title in titles:
-            cells.append(ours(r["numbers"].get(title), len(r["seeds"])))
-            if title in papers:
-                cells.append(theirs(r["paper"].get(title)))
-        if least:
-            cells.append("–" if r["least_worst_group"] is None else f"{r['least_worst_group']:.3f}")
-        lines.append("| " + " | ".join(cells) + " |")
+        n = len(r["seeds"])
+        cells = (c for t in titles for c in both(t, ours(r["numbers"].get(t), n), theirs(r["paper"].get(t))))
+        lines.append([f"`{r['row']}`", str(n), *cells, *[least(r)] * some_least])
+    lines = [f"| {' | '.join(line)} |" if i != 1 else f"|{'|'.join(line)}|" for i, line in enumerate(lines)]
     if some := sorted({n for r in rows for n in r["leakage_images"]}):
         count = f"{some[0]}" + f" to {some[-1]}, by run: of more it is larger" * (len(some) > 1)
         lines += ["", f"repaint, logits: the largest change of an image, of {count}."]
     if "late" in titles:
-        lines += ["", "late, early: worst group (accuracy where there are none) of a linear head on frozen weights, the "
-                      "true mask acting after and before attention."]
+        lines += ["", "late, early: worst group (accuracy where there are none) of a linear head on frozen weights, "
+                      "the true mask acting after and before attention."]
     return "\n".join([f"**{data}, {split}, {images:,} images**", "", *lines, *(["", FOOTNOTE] if papers else [])])
 
 
 def ours(number, seeds):
-    """Mean and half interval; where not all seeds have the number, how many do."""
+    """Few numbers from least to best, else their mean and half interval; where some seeds have none, how many do."""
     if number is None:
         return "–"
-    half, n = number["half_interval"], len(number["values"])
-    return f"{number['mean']:.3f}" + (f" ± {half:.3f}" if half is not None else "") + f" (of {n})" * (n < seeds)
+    half, values = number["half_interval"], sorted(number["values"])
+    short = lambda x: "0" if x == 0 else f"{x:.2f}" if abs(x) >= 0.01 else f"{x:.1g}"      # 0 is said of 0 alone
+    text = f"{number['mean']:.3f}" + (f" ± {half:.3f}" if half is not None else "")
+    if 1 < len(values) <= FEW:
+        text = " / ".join(map(short, values))
+    return text + f" (of {len(values)})" * (len(values) < seeds)
 
 
 def theirs(number):
-    if number is None:
-        return "–"
-    return f"{number['value']:.3f}" + (f" (K={number['parts']})" if number["parts"] else "")
+    return "–" if number is None else f"{number['value']:.3f}" + f" (K={number['parts']})" * bool(number["parts"])
 
 
 def write_tables(folders, out=""):

@@ -19,7 +19,7 @@ from miniature.imagenet import ImageNet, ImageNet9
 from miniature.metashift import MetaShift
 from miniature.scenes import in_parallel
 from miniature.siim import Siim
-from settings import RunError, UsageError, nearest
+from settings import RunError, UsageError, alive, nearest
 
 DRAWING_VERSION = 4     # part of every cache's name: raise it when the same seed would give another picture
 CACHE = Path(__file__).resolve().parent.parent / "data" / "mini"
@@ -76,13 +76,3 @@ def remove_stale(root):
         match = re.fullmatch(r"\..+\.(\d+)@(.+)", folder.name)
         if match and match[2] == platform.node() and (int(match[1]) == os.getpid() or not alive(int(match[1]))):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)                                         # signal 0 only asks
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -10,10 +10,13 @@ import argparse
 import inspect
 from dataclasses import fields, make_dataclass
 
+from pathlib import Path
+
 from PIL import Image
 
+from benchmarks.files import SIGNATURE, is_our_picture
 from miniature import BENCHMARKS, Waterbirds, render
-from settings import opt, parse, run_script
+from settings import UsageError, may_write, opt, parse, run_script, write_whole
 
 
 def main(argv=None):
@@ -23,14 +26,19 @@ def main(argv=None):
     command = make_dataclass("Command", bases=(benchmark,), frozen=True, fields=[
         ("data", str, opt("waterbirds", "which benchmark", choices=tuple(BENCHMARKS))),
         ("out", str, opt("", "folder for miniatures, if not data/mini beside this file")),
-        ("sheet", str, opt("", "also draw some scenes into this picture file"))])
+        ("sheet", str, opt("", "also draw some scenes into this picture file")),
+        ("force", bool, opt(False, "replace a picture that this program did not draw"))])
     args = parse(command, __doc__ + "\n" + inspect.cleandoc(benchmark.__doc__), argv)
     knobs = {f.name: getattr(args, f.name) for f in fields(benchmark)}
+    if args.sheet:
+        may_write(args.sheet, is_our_picture, args.force)
+        if Path(args.sheet).suffix.lower() != ".png":
+            raise UsageError(f"--sheet {args.sheet}: name a .png file")
     print(render(args.data, args.out or None, **knobs))
     print(benchmark(**knobs).summary())
     if args.sheet:
-        Image.fromarray(benchmark(**knobs).sheet()).save(args.sheet)
-
+        sheet = Image.fromarray(benchmark(**knobs).sheet())
+        write_whole(args.sheet, lambda temporary: sheet.save(temporary, "PNG", pnginfo=SIGNATURE))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from benchmarks.samples import patch_keep
 from measure.leakage import linear_head
 from miniature.scenes import pretraining_scenes
 from runs import pick_device
-from settings import UsageError, flag, opt, parse, progress, run_script, write_json, write_whole
+from settings import UsageError, flag, opt, parse, progress, recorded, run_script, write_json, write_whole
 from train import lr_at
 from vit import attend_all, build_vit
 from weights import read_file
@@ -47,18 +47,18 @@ MEAN, STD = (torch.tensor(x)[:, None, None] for x in transforms.IMAGENET)
 
 @dataclass
 class Config:
-    scenes: int = opt(12000, "scenes to learn from", at_least=1)
-    steps: int = opt(4500, "training steps")
-    batch: int = opt(24, "scenes a step, two views of each")
+    scenes: int = opt(12000, "scenes to learn from", at_least=1, at_most=10 ** 5, group="data and model")
+    steps: int = opt(4500, "training steps", at_least=1, at_most=10 ** 7, group="schedule")
+    batch: int = opt(24, "scenes a step, two views of each", at_least=1, at_most=4096)
     view: int = opt(64, "side of a view in pixels, a multiple of 8", at_least=24, at_most=96)
-    words: int = opt(32, "visual words")
-    weight_invariance: float = opt(0.6, "loss weight: one scene point says the same in two views")
-    lr: float = opt(2e-3, "learning rate")
-    weight_decay: float = opt(0.05, "of matrices")
-    warmup: int = opt(40, "steps of linear warm-up before the cosine")
-    spread: float = opt(0.4, "standard deviation of a feature channel after the final scaling")
-    seed: int = opt(0, "decides scenes, initial weights, views and words")
-    every: int = opt(300, "steps between measures and saves")
+    words: int = opt(32, "visual words", at_least=1, at_most=4096)
+    weight_invariance: float = opt(0.6, "loss weight: one scene point says the same in two views", at_least=0)
+    lr: float = opt(2e-3, "learning rate", at_least=0)
+    weight_decay: float = opt(0.05, "of matrices", at_least=0)
+    warmup: int = opt(40, "steps of linear warm-up before the cosine", at_least=0)
+    spread: float = opt(0.4, "standard deviation of a feature channel after the final scaling", above=0)
+    seed: int = opt(0, "decides scenes, initial weights, views and words", at_least=0, below=2 ** 63, group="run")
+    every: int = opt(300, "steps between measures and saves", at_least=1)
     device: str = opt("auto", "auto, cpu, cuda or mps")
     out: str = opt("runs/pretrain", "folder of the run")
     resume: bool = opt(False, "go on from last.pt of this run")
@@ -280,14 +280,18 @@ def to_images(scenes):
 def earlier(cfg, folder):
     """The state of a run to go on with, or None; a run is never overwritten, nor continued with other settings."""
     if not cfg.resume:
-        if (folder / "last.pt").is_file():
-            raise UsageError(f"{folder} holds a run: go on with --resume, or choose another --out")
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UsageError(f"{folder} is not empty: go on with --resume if it holds a run, or choose another --out")
         return None
     state = read_file(folder / "last.pt", "last.pt of a run of miniature.pretrain")
+    if not isinstance(state, dict) or not {"config", "step", "seconds", "model", "optimizer", "random"} <= state.keys():
+        raise UsageError(f"--resume: {folder / 'last.pt'} is not of miniature.pretrain; name its folder with --out")
+    recorded(Config, state["config"], f"{folder / 'last.pt'}, config")
     free = {"resume", "device", "out", "every", "spread"}      # spread acts at the end
     for name, value in asdict(cfg).items():
-        if name not in free and value != state["config"][name]:
-            raise UsageError(f"--resume: {folder} was started with {flag(name)} {state['config'][name]}")
+        then = state["config"].get(name, value)
+        if name not in free and value != then:
+            raise UsageError(f"--resume: {folder} was started with {flag(name)} {then}")
     return state
 
 

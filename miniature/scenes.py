@@ -6,6 +6,7 @@ so does the pretraining of their backbone (pretrain.py). Creatures have a coat, 
 Letters: S side of a picture in pixels. Local coordinates: x to the right (creatures face right), y down.
 Mask: 1 = creature, 0 = anything else, between = the covered share of an edge pixel.
 """
+import io
 import multiprocessing
 import os
 import signal
@@ -317,10 +318,10 @@ def follow_parent():
 # ---------------------------------------------------------------- what all miniatures share
 SHARE, BODY = dict(at_least=0, at_most=1), dict(at_least=.05, at_most=.3)
 KNOBS = {           # all that settings.opt says of a knob but its default; a miniature says which knobs it has
-    "train": dict(help="training examples, as many of each class", at_least=1),
-    "val": dict(help="validation examples, as many of each class", at_least=1),
-    "test": dict(help="test examples, as many of each class", at_least=1),
-    "size": dict(help="side of a picture in pixels, a multiple of 8", at_least=32),
+    "train": dict(help="training examples, as many of each class", at_least=1, at_most=10 ** 6),
+    "val": dict(help="validation examples, as many of each class", at_least=1, at_most=10 ** 6),
+    "test": dict(help="test examples, as many of each class", at_least=1, at_most=10 ** 6),
+    "size": dict(help="side of a picture in pixels, a multiple of 8", at_least=32, at_most=4096),
     "wnids": dict(help="ImageNet classes in each of the nine groups", at_least=1, at_most=2),
     "agreement": dict(SHARE, help="share of each class whose place (or tube) agrees, where it is not balanced"),
     "things": dict(help="fewest and most things that mark the place", at_least=0, at_most=25),
@@ -440,5 +441,7 @@ class Miniature:
 def save(picture, path):
     """uint8, or bool for black and white, -> an image file in the format of its name."""
     picture = picture * np.uint8(255) if picture.dtype == bool else picture
+    file = io.BytesIO()                                  # Pillow says nothing where the disk takes half of a file
     # JPEG's usual 4:2:0 keeps one colour per 2x2 pixels: the backdrop would smear over the object's edge.
-    Image.fromarray(picture).save(path, quality=95, subsampling=0)
+    Image.fromarray(picture).save(file, Image.registered_extensions()[path.suffix.lower()], quality=95, subsampling=0)
+    path.write_bytes(file.getvalue())

@@ -207,7 +207,7 @@ def test_all_tables_that_are_made_are_in_the_docs():
 # ---------------------------------------------------------------- examples and citation
 def test_the_python_examples_run(tmp_path):
     cfg = runs.Config(**{**runs.preset({"mini": True}), "mini": True})
-    runs.save(tmp_path / "best.pt", 0, cfg, 0, {}, {"model": baselines.build(dataclasses.asdict(cfg), classes=2)})
+    runs.save(tmp_path / "best.pt", 0, cfg, 0, {"split": "val", "epoch": 0, "accuracy": None}, {"model": baselines.build(dataclasses.asdict(cfg), classes=2)})
     root = data.find_root("waterbirds", "data", mini=True)
     samples = data.load("waterbirds", root, cfg.size, limit=1, splits=["test"])["test"]
     given = {"runs/waterbirds-mini/best.pt": tmp_path / "best.pt", "bird.jpg": samples.paths[0]}

@@ -53,15 +53,25 @@ def test_accuracies_are_the_ones_counted_by_hand():
     assert result["aa"] == pytest.approx(5 / 8)
     assert result["worst_group"] == 0 and result["worst_group_rare"] == pytest.approx(2 / 3)
     assert result["aa_train_weighted"] == pytest.approx(0.6 * 2 / 3 + 0.2 * 1 + 0.2 * 2 / 3)
-    assert result["groups"] == {"a": {"n": 3, "accuracy": pytest.approx(2 / 3)}, "b": {"n": 1, "accuracy": 1.0},
-                                "c": {"n": 1, "accuracy": 0.0}, "d": {"n": 3, "accuracy": pytest.approx(2 / 3)}}
+    counted = {name: (group["n"], group["accuracy"]) for name, group in result["groups"].items()}
+    assert counted == {"a": (3, pytest.approx(2 / 3)), "b": (1, 1.0), "c": (1, 0.0), "d": (3, pytest.approx(2 / 3))}
+    intervals = {name: (group["low"], group["high"]) for name, group in result["groups"].items()}
+    assert intervals == {name: metrics.wilson(share, n) for name, (n, share) in counted.items()}
+    assert result["worst_group_interval"] == list(intervals["c"]) and result["aa_interval"] == list(metrics.wilson(5 / 8, 8))
+
+
+def test_of_several_worst_groups_the_smallest_has_the_interval():
+    right = torch.tensor([0, 0, 0, 1, 0, 1, 1, 1])       # groups a and c: none of 3 and none of 1
+    result = metrics.accuracies({"logits": F.one_hot(torch.where(right > 0, Fixed.labels, 1 - Fixed.labels)).float()}, Fixed)
+    assert result["worst_group"] == 0 and result["worst_group_interval"] == list(metrics.wilson(0, 1))
 
 
 def test_a_group_without_images_counts_nowhere():
     class Three(Fixed):
         group_names = [*Fixed.group_names, "empty"]
     result = metrics.accuracies({"logits": F.one_hot(Fixed.labels).float()}, Three, train_groups=torch.arange(5))
-    assert result["worst_group"] == 1 and result["aa_train_weighted"] == 1 and result["groups"]["empty"] == {"n": 0, "accuracy": None}
+    assert result["worst_group"] == 1 and result["aa_train_weighted"] == 1 and result["groups"]["empty"] == \
+        {"n": 0, "accuracy": None, "low": None, "high": None}
 
 
 def test_early_hard_masks_leak_exactly_nothing_and_the_late_one_leaks(report):
@@ -83,6 +93,17 @@ def test_the_report_has_every_group_with_its_count_and_says_how_the_model_was_ch
     assert report["selection"]["split"] == "val" and report["split"] == "test"
     assert 0 <= report["mask"]["kept_share"] <= 1 and 0 <= report["localisation"]["foreground_iou"] <= 1
     assert report["localisation"]["kp"] > 0 and report["localisation"]["kp_normalise"] is False
+
+
+def test_the_table_has_an_interval_beside_every_accuracy_of_a_group_and_fits_a_terminal(report):
+    lines = evaluate.table(report).splitlines()
+    row = lambda start: next(line for line in lines if line.strip().startswith(start))
+    both = [report[stage] for stage in ("stage1", "stage2")]
+    expected = lambda share, low, high: f"{share:.3f} ({low:.2f}-{high:.2f})".replace("0.000 (", "0 (")
+    assert row("worst group").split("worst group")[1].split("  ")[-1].strip() == expected(both[1]["worst_group"], *both[1]["worst_group_interval"])
+    for name, group in both[1]["groups"].items():
+        assert row(f"{name} (n").endswith(expected(group["accuracy"], group["low"], group["high"]))
+    assert max(map(len, lines)) <= 110 and "(" not in row("repaint: largest").replace("repaint", "")
 
 
 def test_two_evaluations_write_the_same_report(trained):

@@ -1,17 +1,16 @@
 """Figures: intervals and colours are what they say, and every figure can be written to a file."""
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import data
+import ifam
 from measure import figures
-
-
-def test_wilsons_interval_solves_its_equation_and_never_leaves_0_to_1():
-    for share, n in ((0.0, 10), (0.3, 10), (0.97, 200), (1.0, 25)):
-        for end in figures.wilson(share, n):
-            assert -1e-12 <= end <= 1 + 1e-12
-            assert (end - share) ** 2 == pytest.approx(1.96 ** 2 * end * (1 - end) / n, abs=1e-12)
+from tiny import fails
+from tiny import train as run
 
 
 def test_a_kind_of_mask_has_its_own_colour_wherever_its_name_occurs():
@@ -42,11 +41,121 @@ def test_a_coarse_heat_map_has_the_mean_of_each_cell():
 
 
 @pytest.mark.parametrize("draw", [
-    lambda path: figures.grid({"a": [np.zeros((4, 4, 3)), (np.eye(4), "text")], "b": [None, np.ones((4, 4, 3))]}, ["one"], path, k=2),
+    lambda path: figures.grid({"a": [np.zeros((4, 4, 3)), (np.eye(4), "text")], "b": [None, np.ones((4, 4, 3))]}, ["one"], path, parts=[0, 3], heading="two parts"),
     lambda path: figures.group_bars({"none": {"x y": {"n": 4, "accuracy": 0.5}, "z": {"n": 0, "accuracy": None}}}, path, chance=0.5),
     lambda path: figures.ladder({"one": {"none": 1.0, "early, hard": 0}, "two": {"none": 0, "early, hard": 0}}, path),
     lambda path: figures.curves({"late, hard": [0.5, 0.9], "early, hard": [0.5, 0.6]}, "x", "y", path, chance=0.5),
-], ids=["grid", "group bars", "ladder", "curves"])
+    figures.schematic,
+], ids=["grid", "group bars", "ladder", "curves", "schematic"])
 def test_a_figure_is_written_where_it_is_asked_to(draw, tmp_path):
     draw(tmp_path / "figure.png")
     assert min(Image.open(tmp_path / "figure.png").size) > 100 and not figures.plt.get_fignums()
+
+
+@pytest.mark.parametrize("suffix, start", ((".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")))
+def test_the_suffix_of_a_path_is_the_format_and_a_path_may_be_a_string(suffix, start, tmp_path):
+    figures.curves({"early, hard": [0.5, 0.6]}, "x", "y", str(tmp_path / ("figure" + suffix)))
+    assert (tmp_path / ("figure" + suffix)).read_bytes().startswith(start)
+    assert [path.name for path in tmp_path.iterdir()] == ["figure" + suffix]               # nothing half is left
+
+
+def drawn(monkeypatch, *args, **more):
+    """What grid draws, as the axes have it: {name of a row: [(picture as RGB, text), ...]}, and the figure."""
+    kept = []
+    monkeypatch.setattr(figures, "save", lambda figure, path, **how: kept.append(figure))
+    figures.grid(*args, **more)
+    figure, = kept
+    colours = lambda axis: axis.images[0].to_rgba(axis.images[0].get_array())[..., :3] if axis.images else None
+    rows = [[(colours(axis), axis.get_xlabel()) for axis in figure.axes if axis.get_subplotspec().rowspan.start == row] for row in range(len(args[0]))]
+    figures.plt.close(figure)
+    return rows, figure
+
+
+def test_a_map_of_a_tenth_is_drawn_dark_whatever_else_is_in_the_picture(monkeypatch):
+    faint, full = np.full((3, 3), 0.1), np.eye(3)
+    (alone,), _ = drawn(monkeypatch, {"": [faint]})
+    (both,), _ = drawn(monkeypatch, {"": [faint, full]})
+    assert alone[0][0].max() < 0.3 and np.array_equal(alone[0][0], both[0][0]) and both[1][0].max() > 0.9
+
+
+@pytest.mark.parametrize("values", ([[0.0, 1.2]], [[-0.1, 1.0]], [[0.0, np.nan]]), ids=str)
+def test_a_map_with_values_outside_the_scale_is_refused_unless_the_scale_is_named(values, monkeypatch):
+    with pytest.raises(ValueError, match="pass largest="):
+        figures.grid({"": [np.array(values)]})
+    assert not figures.plt.get_fignums()
+    drawn(monkeypatch, {"": [np.array([[0.0, 1.2]])]}, largest=1.2)
+    drawn(monkeypatch, {"": [np.array([[0.0, 1 + 1e-6]])]})                               # rounding
+
+
+def test_a_part_has_one_colour_on_every_animal():
+    animal = np.random.default_rng(0).random((8, 8, 3))
+    other = animal[..., [2, 0, 1]]                       # other colours, as bright
+    parts = np.array([[0, 1], [2, 2]])                   # 2: background
+    shown = figures.overlay(animal, parts, 2)
+    assert np.allclose(shown, figures.overlay(other, parts, 2))
+    for part, corner in ((0, shown[:4, :4]), (1, shown[:4, 4:])):
+        assert np.allclose(corner - corner.mean(2, keepdims=True), 0.6 * (figures.part_colour(part) - figures.part_colour(part).mean()))
+
+
+def test_a_dollar_in_the_name_of_a_class_is_a_dollar(tmp_path):
+    assert figures.short("012.US$_and_$_Bird") == r"US\$ and \$ Bird" and figures.short("dog on sofa") == "dog\non sofa"
+    text = figures.plt.figure().text(0, 0, figures.short("a_$x^2$"))
+    assert text._preprocess_math(text.get_text()) == ("a $x^2$", False)
+    figures.plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def few():
+    """A model of parts that lie somewhere, and a few images."""
+    torch.manual_seed(0)
+    samples = data.load("waterbirds", data.find_root("waterbirds", "", True), 96, limit=48, splits=("test",))["test"]
+    model = ifam.IFAM(2, 4, "mini", 96).eval()
+    with torch.no_grad():
+        tokens = model.selector.backbone(samples[0]["image"][None])[0, model.selector.backbone.prefix:]
+        model.selector.prototypes[:] = tokens[[20, 60, 78, 130, 5]]
+        model.selector.prototypes[1] += 100              # a part that no patch goes to
+    return model, samples
+
+
+def test_the_legend_has_the_parts_that_occur_and_no_other(few, monkeypatch):
+    model, samples = few
+    with torch.no_grad():
+        found = model(torch.stack([samples[i]["image"] for i in range(16)])).part_logits.argmax(1)
+    there = sorted(set(found.flatten().tolist()) - {4})
+    assert 1 not in there and len(there) > 1
+    for draw in (figures.parts, lambda model, *rest, **more: figures.compare_parts({"one": model}, *rest, **more)):
+        kept = []
+        monkeypatch.setattr(figures, "save", lambda figure, path, **how: kept.append(figure))
+        draw(model, samples, count=16)
+        assert [text.get_text() for text in kept[0].legends[0].get_texts()] == [f"part {p}" for p in there]
+    figures.plt.close("all")
+
+
+def test_late_against_early_takes_as_many_of_each_rare_group_and_early_answers_do_not_move(few, monkeypatch):
+    model, samples = few
+    seen = {}
+    monkeypatch.setattr(figures, "grid", lambda rows, titles, path, **more: seen.update(rows=rows, titles=titles))
+    figures.late_against_early(model, samples, count=4)
+    assert seen["titles"] == ["landbird\non water"] * 2 + ["waterbird\non land"] * 2
+    image, late, early, again = seen["rows"].values()
+    for (_, before), (_, now), (_, both) in zip(late, early, again):
+        old, new = both.split("\n")
+        assert old.startswith("late ") and not old.endswith(" (0)") and new == f"early {now} (0)" and before[0] in "✓✗"
+
+
+def test_the_command_writes_both_pictures_and_refuses_a_model_of_one_stage(tmp_path, capsys):
+    folder = run(tmp_path / "run")
+    figures.main(["--ckpt", str(folder / "best.pt"), "--out", str(tmp_path / "docs")])
+    assert sorted(path.name for path in (tmp_path / "docs").iterdir()) == ["late_early.png", "schematic.png"]
+    erm = run(tmp_path / "erm", "--method", "erm")
+    capsys.readouterr()
+    assert "has no two stages to compare" in fails(figures.main, "--ckpt", erm / "best.pt")(capsys)
+
+
+def test_training_curves_are_drawn_from_the_log_with_and_without_validation(tmp_path):
+    step = {"step": 1, "epoch": 0.5, "lr": {"heads": 0.0}, "loss": 2.0, "class2": 1.0, "accuracy": 0.5, "gradient_norm": 1.0}
+    val = {"step": 2, "val": {"aa": 0.5, "worst_group": 0.25}}
+    for name, lines in (("none", []), ("train", [step, step | {"step": 2}]), ("both", [step, val])):
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        figures.training_curves(str(tmp_path / "log.jsonl"), tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000

@@ -2,9 +2,11 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -322,7 +324,7 @@ def test_each_sheet_says_what_the_removal_of_its_part_does_and_unused_parts_say_
     model, state = runs.load_model(trained)
     trials = intervene.Trials(model, predict.open_split(intervene.Config(str(trained), limit=24), state["config"], model)[1])
     trials.measure(intervene.UNTOUCHED, ((0,), None), ((1,), None), ((2,), None))
-    intervene.sheets(trials, trained.with_name("x"), "here", "cpu")
+    intervene.pictures(trials, trained.with_name("x.json"), "here", (), "cpu")
     for part, title in enumerate(titles):
         before, after = trials.rows[(), None], trials.rows[(part,), None]
         assert f"worst group {before['worst_group']:.3f} → {after['worst_group']:.3f}" in title
@@ -375,9 +377,9 @@ def test_what_was_decided_on_test_says_so(trained, tmp_path, capsys):
 
 # ---------------------------------------------------------------- mistakes
 @pytest.mark.parametrize("flags, says", [
-    (["--drop", 3], "no such part; its parts are 0 to 2"), (["--drop", -1], "no such part"),
+    (["--drop", 3], "no such part; its parts are 0 to 2"), (["--drop", -1], "at least 0"),
     (["--drop", 0, 1, 2], "removes all 3 parts"), (["--q", 1], "above 0 and below 1"), (["--q", 0.9, 0], "above 0 and below 1"),
-    (["--q", "nan"], "finite"), (["--tolerance", -1], "at least 0"), (["--out", "nowhere/x.json"], "folder that exists"),
+    (["--q", "nan"], "finite"), (["--tolerance", -1], "at least 0"), (["--tolerance", "inf"], "finite"), (["--out", "nowhere/x.json"], "folder that exists"),
     (["--split", "train"], "unknown --split")])
 def test_a_mistake_is_one_line_and_writes_nothing(trained, tmp_path, capsys, flags, says):
     shutil.copy(trained, tmp_path / "best.pt")
@@ -407,23 +409,88 @@ def test_an_intervention_on_another_checkpoint_is_refused(trained, done, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
 
 
-@pytest.mark.parametrize("change", [{"drop": [9]}, {"drop": [-1]}, {"drop": [0, 1, 2]}, {"drop": "01"}, {"thresholds": [1.0]},
-                                    {"thresholds": ["a", 1, 2]}, {"decision": {}}, {"checkpoint": {}}, {"checkpoint": 3}])
-def test_an_intervention_that_was_edited_into_nonsense_is_one_line_before_anything_is_measured(trained, done, tmp_path, capsys, change):
-    (tmp_path / "x.json").write_text(json.dumps(done[0] | change))
-    assert "damaged" in fails(evaluate.main, "--ckpt", trained, "--intervention", tmp_path / "x.json")(capsys)
+EDITS = [   # (fields that a person edited, what the line says of them); the file has 3 parts, --drop 1 --q 0.8
+    ({"drop": [9]}, "drop is [9], expected numbers of parts, 0 to 2"), ({"drop": [-1]}, "drop is [-1]"), ({"drop": [0, 1, 2]}, "not all of them"),
+    ({"drop": "01"}, 'drop is "01"'), ({"drop": [1, 1]}, "each once"), ({"drop": [True]}, "drop is [true]"), ({"drop": [1.0]}, "drop is [1.0]"),
+    ({"drop": None}, "drop is null"), ({"drop": [0]}, "drop is [0], expected those of decision"), ({"drop": {}}, "drop is {}"),
+    ({"q": 0.9}, "expected a row of what was decided"), ({"q": "0.8"}, 'q is "0.8", expected null or a number'), ({"q": 2}, "q is 2"),
+    ({"q": math.nan}, "q is NaN"), ({"q": None}, "decision.q_by is \"hand\", expected null if q is"), ({"q": [0.8]}, "q is [0.8]"),
+    ({"thresholds": [1.0]}, "thresholds is [1.0], expected calibration.squared_distances at 0.8"), ({"thresholds": ["a", 1, 2]}, "thresholds is"),
+    ({"thresholds": None}, "thresholds is null"), ({"calibration": None}, "calibration.data is missing"), ({"rows": []}, "rows is []"),
+    ({"calibration.patches": [1, 2]}, "expected 3 numbers of patches"), ({"calibration.patches": [0, 0, 0]}, "0 where, and only where"),
+    ({"calibration.images": 0}, "calibration.images is 0"), ({"calibration.squared_distances": {"0.8": [-1, 2, 3]}}, "3 numbers or nulls"),
+    ({"calibration.squared_distances": {"0.8": [math.inf] * 3}}, "3 numbers or nulls"), ({"calibration.squared_distances": {}}, "thresholds is"),
+    ({"decision": {}}, "decision.data is missing"), ({"decision": []}, "decision.data is missing"), ({"decision.data": "birds"}, "benchmark"),
+    ({"decision.split": "<b>x</b>$a$\n"}, "the name of a split"), ({"decision.split": ["val"]}, "the name of a split"),
+    ({"decision.images": -1}, "decision.images is -1"), ({"decision.tolerance": math.inf}, "decision.tolerance is Infinity"),
+    ({"decision.parts_by_hand": []}, "expected those of decision"), ({"decision.parts_by_rule": [0]}, "expected those of decision"),
+    ({"decision.q_by": "rule"}, "expected hand for one quantile"), ({"decision.q_by": 3}, "decision.q_by is 3"),
+    ({"checkpoint": {}}, "checkpoint.sha256 is missing"), ({"checkpoint": 3}, "checkpoint.sha256 is missing"),
+    ({"checkpoint.sha256": 12}, "checkpoint.sha256 is 12")]
 
 
-@pytest.mark.parametrize("name", ["config.json", "val.json", "cub.json", "folder.json"])
-def test_a_result_never_takes_the_place_of_another_file_or_report(trained, tmp_path, capsys, name):
+@pytest.mark.parametrize("change, says", EDITS, ids=[str(change) for change, _ in EDITS])
+def test_an_intervention_that_a_person_edited_is_one_line_before_anything_is_measured(trained, done, tmp_path, capsys, change, says):
+    content = json.loads(json.dumps(done[0]))
+    for field, value in change.items():
+        *above, last = field.split(".")
+        (content[above[0]] if above else content)[last] = value
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    line = fails(evaluate.main, "--ckpt", trained, "--intervention", tmp_path / "x.json")(capsys)
+    assert "x.json is not as intervene.py writes it: " in line and says in line, line
+
+
+def test_an_intervention_without_quantiles_or_with_several_is_as_sound(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(intervene.figures, "part_sheet", lambda *a: None)
+    monkeypatch.setattr(intervene.figures, "removals", lambda *a: None)
+    model, _ = runs.load_model(trained)
+    for flags in (["--drop", "0", "2"], ["--loo"], ["--q", "0.9", "0.5", "--drop", "1"], ["--q", "0.99"]):
+        intervene.main(["--ckpt", str(trained), "--limit", "8", "--device", "cpu", "--out", str(tmp_path / "x.json"), *flags])
+        assert runs.apply_intervention(model, tmp_path / "x.json", trained)["decision"]["split"] == "val"
+
+
+@pytest.mark.parametrize("name, content", [
+    ("config.json", "{}"), ("notes.json", '{"decision": "mine"}'), ("list.json", "[]"), ("torn.json", '{"decision'), ("val.json", None), ("cub.json", None),
+    ("folder.json", None), ("x-part-2.png", "not a picture"), ("x-part-0.png", PIL.Image), ("x-patches.png", ""), ("x-part-1.png", os.symlink)])
+def test_a_result_never_takes_the_place_of_what_this_program_did_not_write(trained, tmp_path, capsys, name, content):
     shutil.copy(trained, tmp_path / "best.pt")
     (tmp_path / "folder.json").mkdir()
-    (tmp_path / "config.json").write_text("{}")
-    fails(intervene.main, "--ckpt", tmp_path / "best.pt", "--loo", "--out", tmp_path / name)(capsys)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "config.json", "folder.json"]
+    if content is PIL.Image:
+        PIL.Image.new("RGB", (8, 8)).save(tmp_path / name)                       # a picture of somebody else
+    elif content is os.symlink:
+        os.symlink("somewhere.png", tmp_path / name)
+    elif content is not None:
+        (tmp_path / name).write_text(content)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    out = tmp_path / (name if name.endswith(".json") else "x.json")
+    line = fails(intervene.main, "--ckpt", tmp_path / "best.pt", "--loo", "--q", "0.9", "--out", out)(capsys)
+    assert name in line and sorted(p.name for p in tmp_path.iterdir()) == before
+    if isinstance(content, str):
+        assert (tmp_path / name).read_text() == content
 
 
-@pytest.mark.parametrize("content, says", [(None, "no such file"), ("{", "damaged"), ("[]", "damaged"), ('{"drop": []}', "damaged")])
+def test_an_earlier_intervention_and_its_pictures_are_replaced(trained, tmp_path):
+    for part in (0, 2):
+        intervene.main(["--ckpt", str(trained), "--limit", "8", "--device", "cpu", "--out", str(tmp_path / "x.json"), "--drop", str(part), "--q", "0.9"])
+        assert json.loads((tmp_path / "x.json").read_text())["drop"] == [part] and (tmp_path / "x-patches.png").is_file()
+
+
+def test_names_with_dollars_tags_or_line_breaks_break_neither_table_nor_picture(trained, tmp_path, monkeypatch, capsys):
+    names = ["a $x^{$\nbird", "<b>two</b> $\\frac$\udcff"]
+    model, state = runs.load_model(trained)
+    samples = predict.open_split(intervene.Config(str(trained), limit=8), state["config"], model)[1]
+    samples.classes, samples.groups, samples.group_names = names, samples.labels, names
+    trials = intervene.Trials(model, samples)
+    trials.measure(intervene.UNTOUCHED, ((0,), None), ((1,), None), ((2,), None))
+    monkeypatch.setattr(intervene, "most_changed", lambda row: tuple(map(intervene.one_line, names)))
+    lines = intervene.table(trials, intervene.UNTOUCHED).splitlines()
+    assert len(lines) == 5 and all(line.isprintable() for line in lines) and "a $x^{$ bird" in lines[1]
+    intervene.pictures(trials, tmp_path / "x.json", "here", (), "cpu")
+    assert len(list(tmp_path.glob("x-part-*.png"))) == 3
+
+
+@pytest.mark.parametrize("content, says", [
+    (None, "no such file"), ("{", "damaged"), ("[" * 10 ** 5, "damaged"), ("[]", "checkpoint.sha256 is missing"), ('{"drop": []}', "checkpoint.sha256 is missing")])
 def test_a_damaged_intervention_is_one_line(trained, tmp_path, capsys, content, says):
     file = tmp_path / "x.json"
     if content:

@@ -19,7 +19,7 @@ import evaluate
 import ifam
 from benchmarks import transforms
 from measure.metrics import (Landmarks, ari, auroc, clusters_at, foreground_counts, foreground_ious, keypoint_error, landmarks,
-                     nmi, part_centroids, scale_of)
+                             nmi, part_centroids, scale_of, wilson)
 from settings import UsageError
 
 
@@ -55,6 +55,20 @@ def test_auroc_refuses_a_missing_class_and_what_is_no_score_or_label():
     for scores, labels in ((torch.tensor([math.nan, 1]), torch.tensor([0, 1])), (torch.rand(2), torch.tensor([0, 2]))):
         with pytest.raises(ValueError):
             auroc(scores, labels)
+
+
+# ---------------------------------------------------------------- intervals
+def test_wilsons_interval_is_the_one_computed_by_hand():
+    # 8 of 10: (0.8 + 0.19208 -+ 1.96 * sqrt(0.016 + 0.009604)) / 1.38416; tables, with 1.959964: 0.49016 and 0.94332
+    assert wilson(0.8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-5)
+    # none and all of n: z^2 / (n + z^2) from the end
+    assert wilson(0.0, 10) == (0, pytest.approx(3.8416 / 13.8416)) and wilson(1.0, 10) == (pytest.approx(10 / 13.8416), 1)
+
+
+@pytest.mark.parametrize("share, n", ((0.0, 1), (0.0, 10), (0.3, 10), (0.97, 200), (1.0, 25)))
+def test_wilsons_interval_solves_its_equation_and_never_leaves_0_to_1(share, n):
+    for end in wilson(share, n):
+        assert 0 <= end <= 1 and (end - share) ** 2 == pytest.approx(1.96 ** 2 * end * (1 - end) / n, abs=1e-12)
 
 
 # ---------------------------------------------------------------- foreground

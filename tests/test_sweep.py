@@ -1,6 +1,9 @@
 """sweep.py: each run once, what is finished is skipped, a failure stops no other."""
 import json
+import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import baselines
 import runs
 import sweep
 from settings import RunError
-from tiny import fails
+from tiny import ROOT, fails
 from test_tables import write_run
 
 MINI = ["--data", "waterbirds", "--mini"]
@@ -34,6 +37,7 @@ def commands(tmp_path, monkeypatch):
             write_run(out, *recorded(called, out), report="report-waterbird200.json" if "--data" in command else "report.json")
         return subprocess.CompletedProcess(command, 0)
     monkeypatch.setattr(sweep.subprocess, "run", call)
+    monkeypatch.setattr(sweep, "run", lambda command: call(command).returncode)
     return called, broken
 
 
@@ -79,7 +83,7 @@ def test_a_run_that_was_begun_is_resumed_and_one_that_was_trained_and_measured_i
     (Path(cfg.out) / "config.json").write_text(Path("begun/config.json").read_text())
     training, measuring = sweep.commands(cfg, flags)
     assert training[-1] == "--resume" and measuring[3].endswith("best.pt")
-    (Path(cfg.out) / "report.json").write_text("{}")     # of a checkpoint on the way
+    (Path(cfg.out) / "report.json").write_text('{"split": "test"}')              # of a checkpoint on the way
     (Path(cfg.out) / "log.jsonl").write_text('{"step": 4, "finished": true}\n{"step": 4, "loss": 1.0}\n')
     assert sweep.commands(cfg, flags) == [training, measuring]
     with open(Path(cfg.out) / "log.jsonl", "a") as log:
@@ -131,7 +135,7 @@ def test_a_list_runs_nothing_and_says_what_would_run(commands, capsys):
     (("ladder", *MINI, "--epoch", "3"), ("--epoch", "did you mean --epochs?")),
     (("ladder", *MINI, "--seeds", "0"), ("--seeds", "at least 1")),
     (("ladder", *MINI, "--seed", "0"), ("--seed is decided by the sweep",)),
-    (("ladder", *MINI, "--k", "2"), ("--k", "early-truth")),
+    (("early-truth", "erm", *MINI, "--k", "2"), ("--k", "early-truth")),         # no run of the sweep has it
     (("ladder", *MINI, "--also", "cub"), ("waterbird200",)),
 ], ids=lambda x: "".join(x[1:] if "waterbirds" in x else x))
 def test_bad_flags_are_one_line_before_anything_runs(flags, words, commands, capsys):
@@ -145,3 +149,102 @@ def test_a_folder_that_holds_other_settings_is_refused(commands, capsys):
     Path("runs/waterbirds-mini-sweep/ifam-0").mkdir(parents=True)
     Path("begun/config.json").rename("runs/waterbirds-mini-sweep/ifam-0/config.json")
     assert "--epochs 3, not 2" in fails(sweep.main, "ifam", *MINI)(capsys)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "3", "\xff\xfe"])
+def test_a_folder_whose_settings_are_torn_is_refused(content, commands, capsys):
+    Path("runs/waterbirds-mini-sweep/ifam-0").mkdir(parents=True)
+    Path("runs/waterbirds-mini-sweep/ifam-0/config.json").write_bytes(content.encode("latin-1"))
+    assert "config.json is damaged: move" in fails(sweep.main, "ifam", *MINI)(capsys)
+
+
+# ---------------------------------------------------------------- flags that some methods have
+@pytest.mark.parametrize("typed", [["--k", "3"], ["--k=3"]])
+def test_a_flag_is_for_the_methods_that_have_it_and_a_line_names_the_others(commands, capsys, typed):
+    called, _ = commands
+    sweep.main(["erm", "ifam", "pdiscoformer", "frozen", *MINI, *typed, "--epochs", "3", "--no-joint", "--seeds", "2"])
+    said = capsys.readouterr().out
+    assert said.count(f"{' '.join(typed)}: left out for erm, frozen, which have no such setting\n") == 1
+    assert said.count("--no-joint: left out for erm, pdiscoformer, frozen, which") == 1
+    flags = {Path(out).name: command for script, out, command in called if script == "train.py"}
+    assert {name for name, command in flags.items() if typed[0] in command} == {"ifam-0", "ifam-1", "pdiscoformer-0", "pdiscoformer-1"}
+    assert {name for name, command in flags.items() if "--no-joint" in command} == {"ifam-0", "ifam-1"}
+    assert all(command[command.index("--epochs") + 1] == "3" and "--mini" in command for command in flags.values())
+
+
+def test_a_flag_of_one_run_may_come_between_others_and_keeps_its_place(commands):
+    chosen = sweep.choose(["erm", "ifam", "k2"])
+    assert sweep.share_out(chosen, ["--epochs", "3", "--tau=2", "--lr", "1e-5", "--mini"]) == {
+        "erm": ["--epochs", "3", "--lr", "1e-5", "--mini"], **dict.fromkeys(["ifam", "k2"], ["--epochs", "3", "--tau=2", "--lr", "1e-5", "--mini"])}
+    assert sweep.share_out(chosen, []) == {"erm": [], "ifam": [], "k2": []}
+
+
+def test_a_flag_whose_value_is_wrong_is_refused_although_some_methods_lack_it(commands, capsys):
+    assert "--k must be at least 1" in fails(sweep.main, "ifam", "erm", *MINI, "--k", "0")(capsys) and not commands[0]
+
+
+# ---------------------------------------------------------------- reports of the present checkpoint
+def test_a_report_of_another_checkpoint_is_made_again(commands):
+    cfg, flags = sweep.plan(["ifam"], 1, MINI)[0]
+    folder = Path(cfg.out)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(runs.plain(vars(cfg))))
+    (folder / "log.jsonl").write_text('{"step": 4, "finished": true}\n')
+    (folder / "best.pt").write_bytes(b"weights")
+    left = lambda *also: [Path(c[1]).name for c in sweep.commands(cfg, flags, also=also)]
+    report = lambda content, name="report.json": (folder / name).write_text(json.dumps(content))
+    assert left() == ["evaluate.py"]
+    report({"checkpoint": {"file": "best.pt", "sha256": runs.hash_of(folder / "best.pt")}})
+    assert left() == [] and left("waterbird200") == ["evaluate.py"]
+    report({"checkpoint": {"sha256": runs.hash_of(folder / "best.pt")}}, "report-waterbird200.json")
+    assert left("waterbird200") == []
+    (folder / "best.pt").write_bytes(b"other weights")
+    assert left("waterbird200") == ["evaluate.py"] * 2
+    for content in ({"checkpoint": {}}, {"checkpoint": {"sha256": 3}}, {}, [], 3, "torn"):
+        report(content)
+        assert left() == ["evaluate.py"], content
+    (folder / "report.json").write_text('{"checkpoint": ')
+    assert left() == ["evaluate.py"] and sweep.report_of(folder / "report.json") == sweep.report_of(folder / "nothing.json") == {}
+    report({"split": "test"})                            # from before reports named their checkpoint
+    assert left() == []
+    os.utime(folder / "report.json", (1, 1))
+    assert left() == ["evaluate.py"]
+    (folder / "best.pt").unlink()                        # a run that was cleaned up has nothing to measure again
+    assert left() == []
+
+
+# ---------------------------------------------------------------- signals
+CHILD = """
+import signal, sys, time
+def end(number, frame):
+    got.append(number)
+got = []
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, end)
+print("ready", flush=True)
+while not got:
+    time.sleep(0.02)
+time.sleep(0.4)
+print("saved", len(got), flush=True)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("number, status, to_group", [(signal.SIGTERM, 143, False), (signal.SIGINT, 130, False), (signal.SIGINT, 130, True),
+                                                      (signal.SIGHUP, 129, False)])
+def test_a_signal_is_passed_on_once_and_the_run_is_waited_for(number, status, to_group):
+    code = f"import sys, sweep; sweep.run([sys.executable, '-c', {CHILD!r}]); print('not reached')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    assert process.stdout.readline() == "ready\n"
+    (os.killpg if to_group else os.kill)(process.pid, number)                    # a terminal sends Ctrl-C to the group
+    out, err = process.communicate(timeout=60)
+    assert out == "saved 1\n" and process.returncode == status
+    assert err == f"{number.name}: the run was told, and has ended; the same command goes on from there\n"
+
+
+def test_a_run_that_ends_by_itself_leaves_the_handlers_as_they_were_and_gives_its_status():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    assert sweep.run([sys.executable, "-c", "raise SystemExit(5)"]) == 5
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))

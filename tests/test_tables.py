@@ -48,15 +48,25 @@ def test_rows_are_methods_with_what_was_changed_and_numbers_are_over_their_seeds
     text = capsys.readouterr().out
     header, _, ifam, soft, erm, truth, published = map(cells, text.splitlines()[2:9])
     row = dict(zip(header, ifam))
-    assert row[""] == "`ifam`" and row["n"] == "2" and row["worst group"] == "0.850 ± 0.635" and row["kept"] == "0.300 ± 1.271"
-    assert row["least worst group"] == "0.800" and row["early - late"] == "0.400 ± 0.000" and row["empty"].startswith("0.005")
+    assert row[""] == "`ifam`" and row["n"] == "2" and row["worst group"] == "0.80 / 0.90" and row["kept"] == "0.20 / 0.40"
+    assert row["least worst group"] == "0.800" and row["early - late"] == "0.40 / 0.40" and row["empty"] == "0 / 0.01"
+    assert row["repaint, logits"] == "0 / 0"
     row = dict(zip(header, erm))
     assert row["worst group"] == "0.100" and row["kept"] == row["foreground IoU"] == "–" and "AUROC" not in header
     assert [r[0] for r in (soft, truth, published)] == ["`ifam --hardness soft --no-joint`", "`early-truth`", "`early-truth --pooling cls`"]
     assert (tmp_path / "out" / "all.md").read_text() == text and tables.FOOTNOTE in text
     table, = json.loads((tmp_path / "out" / "all.json").read_text())["tables"]
+    assert table["rows"][0]["numbers"]["worst group"]["half_interval"] == pytest.approx(12.706 * 0.05)     # as before
     assert table["rows"][0]["numbers"]["worst group"]["values"] == [0.9, 0.8] and table["rows"][0]["seeds"] == [0, 1]
     assert table["rows"][0]["paper"]["accuracy"] == {"value": 0.99, "parts": 8}
+
+
+@pytest.mark.parametrize("values, text", (
+    ([0.5], "0.500"), ([0.93, 0.03, 0.825], "0.03 / 0.82 / 0.93"), ([0.004, 0.0], "0 / 0.004"),
+    ([0.9, 0.8, 0.85, 0.95], "0.875 ± 0.103")), ids=str)
+def test_two_or_three_seeds_are_listed_from_least_to_best_and_more_have_an_interval(values, text):
+    mean, half = tables.interval(values)
+    assert tables.ours({"mean": mean, "half_interval": half, "values": values}, len(values)) == text
 
 
 def test_the_papers_numbers_stand_beside_ours_in_our_units():
@@ -118,7 +128,7 @@ def test_a_number_that_some_seeds_lack_says_how_many_have_it(tmp_path, capsys):
     runs = [write_run(tmp_path / str(seed), "--seed", str(seed), **({"localisation": {"foreground_iou": 0.5}} if seed else {}))
             for seed in range(3)]
     tables.main(runs)
-    assert "0.500 ± 0.000 (of 2)" in capsys.readouterr().out
+    assert "0.50 / 0.50 (of 2)" in capsys.readouterr().out
 
 
 def test_what_cannot_be_put_in_a_table_is_named(tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Weights of every family against the tokens that their own code computed, and files that do not fit."""
+import argparse
 import json
 import sys
+import zipfile
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ import evaluate
 import ifam
 import train
 import weights
-from vit import ViT
+from vit import ARCHS, ViT
 from settings import UsageError
 from tiny import TINY as FLAGS
 from tiny import fails
@@ -221,7 +223,7 @@ def test_weights_of_another_architecture_or_no_weights_at_all_are_refused(tmp_pa
     torch.save(ViT(96, 8, 64, 2, 2).state_dict(), tmp_path / "narrow.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "text.pt").write_text("hello")
-    for name, words in (("narrow", ("blocks.2", "missing")), ("list", ("dict of tensors",)), ("text", ("damaged, or not a file of backbone weights",))):
+    for name, words in (("narrow", ("this is a ViT/8 of width 64 with 2 blocks, with 4 registers, which no --arch is",)), ("list", ("dict of tensors",)), ("text", ("damaged, or not a file of backbone weights",))):
         line = fails(train.main, *FLAGS, "--weights", tmp_path / f"{name}.pt", "--out", tmp_path / "run")(capsys)
         assert all(word in line for word in words), line
     assert not (tmp_path / "run").exists()
@@ -235,9 +237,122 @@ class Intruder:
 
 def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
     torch.save({"norm.bias": Intruder()}, tmp_path / "vit.pt")
-    with pytest.raises(UsageError, match="damaged, or not weights"):
+    with pytest.raises(UsageError, match="holds a (builtins.)?print, which could run code") as error:
+        weights.read_file(tmp_path / "vit.pt", "weights")
+    assert "damaged" not in str(error.value) and "again" not in str(error.value) and "\n" not in str(error.value)
+    assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------- files as people have them
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "teacher"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "backbone.", "dinov2.", "model.", "encoder.", "module.backbone.",
+                                    "_orig_mod.module.encoder."])
+def test_one_wrapper_and_prefixes_that_all_names_share_are_taken_off_and_said(wrapper, prefix, tmp_path, capsys):
+    state = below("sd/reg_mlp/", golden("dinov2_small"))
+    content = {prefix + name: x for name, x in state.items()}
+    if wrapper:
+        content = {wrapper: content, "epoch": 3, "args": argparse.Namespace(arch="vit_small", lr=1e-4), "student": {"other": torch.zeros(2)}}
+    torch.save(content, tmp_path / "vit.pt")
+    model = two_stages()
+    load_pretrained(model, str(tmp_path / "vit.pt"), "s", 4)
+    assert all(torch.equal(x, state[name]) for name, x in model.predictor.backbone.state_dict().items())
+    said = capsys.readouterr().out
+    assert said.count("\n") == bool(wrapper or prefix) and (repr(wrapper) in said) == bool(wrapper) and (repr(prefix) in said) == bool(prefix)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda x: {"head.weight": torch.zeros(2), **{"backbone." + n: t for n, t in x.items()}}, "missing cls_token"),   # not all share it
+    (lambda x: {"model": {"state_dict": x}}, "expected a dict of tensors"),      # one level
+    (lambda x: {"model": {**x, "epoch": 3}}, "expected a dict of tensors"),
+    (lambda x: {"weights": x}, "expected a dict of tensors"),
+    (lambda x: {"model": {}}, "missing cls_token"),
+    (lambda x: {1: x["norm.bias"]}, "expected a dict of tensors"),
+    (lambda x: {**x, "pos_embed": torch.zeros(3)}, "weights do not fit the model: "),
+    (lambda x: {"config": {}, "step": 1, "best": None, "model": x}, "is a checkpoint of train.py, a whole model")])
+def test_what_is_wrapped_otherwise_is_refused_as_ever(change, says, tmp_path):
+    torch.save(change(below("sd/reg_mlp/", golden("dinov2_small"))), tmp_path / "vit.pt")
+    with pytest.raises(UsageError, match=says):
+        load_pretrained(two_stages(), str(tmp_path / "vit.pt"), "s", 4)
+
+
+def test_a_namespace_in_a_file_is_data_and_lets_no_code_through(tmp_path, capsys):
+    torch.save({"args": argparse.Namespace(lr=1, hook=Intruder()), "model": {}}, tmp_path / "vit.pt")
+    with pytest.raises(UsageError, match="which could run code"):
         weights.read_file(tmp_path / "vit.pt", "weights")
     assert capsys.readouterr().out == ""
+    torch.save({"args": argparse.Namespace(lr=1)}, tmp_path / "vit.pt")
+    assert weights.read_file(tmp_path / "vit.pt", "weights")["args"].lr == 1
+
+
+def test_a_file_of_another_size_says_which_flags_it_wants(tmp_path):
+    def kind(arch="s", registers=4, **own):
+        return ViT(56, **{"patch": 14, **ARCHS[arch], **own}, registers=registers)
+    of = lambda vit, other, **how: weights.other_size(vit.state_dict(), other, **how)
+    assert of(kind(), kind("mini")) == "this is a ViT-S/14 with 4 registers: --arch s --registers 4"
+    assert of(kind("mini", 0), kind()) == "this is a ViT-Mini/8 without registers: --arch mini --registers 0"
+    assert of(kind(registers=0), kind()) == "this is a ViT-S/14 without registers: --arch s --registers 0"
+    assert of(kind(depth=5), kind()) == "this is a ViT/14 of width 384 with 5 blocks, with 4 registers, which no --arch is"
+    assert of(kind(), kind()) == of(kind(), kind(depth=6), blocks="6") == "" != of(kind(), kind(depth=6))
+    assert weights.other_size({"norm.bias": torch.zeros(3)}, kind()) == ""
+    torch.save(kind(registers=0).state_dict(), tmp_path / "vit.pt")
+    with pytest.raises(UsageError, match=r"--arch mini: this is a ViT-S/14 without registers: --arch s --registers 0$"):
+        load_pretrained(two_stages(), str(tmp_path / "vit.pt"), "mini", 4)
+
+
+def test_the_sizes_that_errors_name_are_those_of_the_flags():
+    assert {name: key for key, name in weights.SIZES.items()} == {n: (a.get("patch", 14), a["width"], a["depth"]) for n, a in ARCHS.items()}
+
+
+@pytest.mark.parametrize("place", range(12))
+def test_a_bit_that_flipped_in_a_tensor_is_noticed(place, tmp_path, hub):
+    torch.save({"norm.weight": torch.ones(40, 40), "norm.bias": torch.randn(600)}, tmp_path / "whole.pt")
+    raw = bytearray((tmp_path / "whole.pt").read_bytes())
+    with zipfile.ZipFile(tmp_path / "whole.pt") as records:
+        record = records.getinfo(f"whole/data/{place % 2}")
+    raw[record.header_offset + 30 + 64 + record.file_size // 13 * (1 + place)] ^= 1 << place % 8   # beyond header and padding
+    for path in (tmp_path / "flipped.pt", hub[0] / "flipped.pth"):
+        path.write_bytes(raw)
+    with pytest.raises(UsageError, match=r"flipped.pt is damaged, whole/data/\d is not what its checksum says; make it again"):
+        weights.read_file(tmp_path / "flipped.pt", "weights")
+    with pytest.raises(UsageError, match="delete it, and it is downloaded again"):
+        weights.fetch("https://x/flipped.pth", hub[0] / "flipped.pth")
+
+
+def test_files_without_checksums_and_those_before_zip_are_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(3)}, tmp_path / "fast.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    torch.save({"a": torch.ones(3)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("fast.pt", "old.pt"):
+        assert torch.equal(weights.read_file(tmp_path / name, "weights")["a"], torch.ones(3))
+
+
+def test_a_file_that_cannot_be_read_says_why_and_not_that_it_is_damaged(tmp_path, monkeypatch):
+    torch.save({"a": torch.ones(3)}, tmp_path / "x.pt")
+    with pytest.raises(UsageError, match="/proc/self/mem cannot be read: Input/output error"):
+        weights.read_file("/proc/self/mem", "weights")
+    with pytest.raises(UsageError, match="cannot be read: File name too long"):
+        weights.read_file("x" * 300 + ".pt", "weights")
+
+    def denied(*a, **kw):
+        raise PermissionError(13, "Permission denied", "x.pt")
+    monkeypatch.setattr(weights.torch, "load", denied)
+    with pytest.raises(UsageError, match="x.pt cannot be read: Permission denied$"):
+        weights.read_file(tmp_path / "x.pt", "weights")
+
+
+def test_an_intact_file_that_is_something_else_is_not_called_damaged_only(tmp_path, recwarn):
+    with zipfile.ZipFile(tmp_path / "book.pt", "w") as book:
+        book.writestr("page.txt", "hello")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
+    recwarn.clear()
+    for name in ("book", "script"):
+        with pytest.raises(UsageError, match="is not weights, or the directory in it is damaged") as error:
+            weights.read_file(tmp_path / f"{name}.pt", "weights")
+        assert "again" not in str(error.value)
+    assert not len(recwarn)                              # one line, no warnings of torch beside it
 
 
 # ---------------------------------------------------------------- published snapshots
@@ -351,7 +466,6 @@ def test_a_snapshot_becomes_a_model_with_the_settings_of_its_benchmark(layout, r
 
 @pytest.mark.parametrize("old", [True, False])
 def test_numpy_scalars_of_both_numpy_generations_are_read(old, tmp_path):
-    import zipfile
     torch.save({"score": np.float64(0.5)}, tmp_path / "new.pt")
     with zipfile.ZipFile(tmp_path / "new.pt") as new, zipfile.ZipFile(tmp_path / "old.pt", "w") as copy:
         for name in new.namelist():                      # numpy 2 renamed the module that is written in the file
@@ -396,6 +510,17 @@ def test_a_snapshot_that_cannot_be_evaluated_is_one_line_and_no_report(settings,
     line = fails(evaluate.main, "--ckpt", tmp_path / "snapshot_best.pt", *flags)(capsys)
     assert all(word in line for word in words), line
     assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize("change", [{"stage_1.norm.bias": "text"}, {"stage_1.fc_landmarks.weight": torch.zeros(3)}, {3: torch.zeros(3)},
+                                    {"stage_1.modulation.weight": torch.zeros(3)}, {"stage_1.pos_embed": torch.zeros(1, 0, 64)},
+                                    {"stage_1.pos_embed": torch.zeros(3)}, {"stage_1.patch_embed.proj.weight": torch.zeros(3)}], ids=str)
+def test_a_snapshot_with_something_else_for_a_tensor_is_one_line(change, tmp_path, capsys):
+    snapshot(tmp_path / "snapshot_best.pt")
+    content = torch.load(tmp_path / "snapshot_best.pt", weights_only=False)
+    torch.save({"model_state": {**content["model_state"], **change}}, tmp_path / "snapshot_best.pt")
+    line = fails(evaluate.main, "--ckpt", tmp_path / "snapshot_best.pt", "--data", "waterbirds")(capsys)
+    assert "snapshot_best.pt" in line
 
 
 def test_a_snapshot_with_a_missing_tensor_names_it(tmp_path, capsys):
