@@ -7,15 +7,13 @@ Floor: data. Read benchmarks/samples.py first (what a split is), then the benchm
 
 Every split of every benchmark is a Samples; a loader in benchmarks/ finds its files, labels, groups and annotations.
 """
-import copy
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
 import miniature
 from benchmarks.cub import load_cub, load_waterbird200, load_waterbirds
-from benchmarks.files import NotThere, is_miniature
+from benchmarks.files import NotThere, exists, is_miniature, say
 from benchmarks.imagenet import IN9_VARIANTS, load_imagenet, load_imagenet9
 from benchmarks.metashift import load_metashift
 from benchmarks.samples import describe, stratified
@@ -24,39 +22,36 @@ from settings import UsageError
 
 
 # ---------------------------------------------------------------- loaders
-def load(name, root="data", size=None, seed=0, limit=0, splits=(), check=True, val_share=0.0):
+def load(name, root="data", size=None, seed=0, limit=0, splits=(), check=True, val_share=0.0, strict=False):
     """Read a benchmark -> {"train": Samples, "val": Samples, "test": Samples, ...}, those that it has.
 
     root: folder that holds the unpacked archives; size in pixels (default: the benchmark's); limit: only so many
     samples of each split; splits: only these (default: all); check: every image must be there; val_share: hold out
-    this share of the training images, of each class alike, as validation. Raises UsageError when something is not
-    where it belongs or is not what the benchmark has.
+    this share of the training images, of each class alike, as validation; strict: the counts must be the published
+    ones. Raises UsageError when something is not where it belongs or is not what the benchmark has.
     """
     benchmark, root = BENCHMARKS[name], Path(root)
     found = read(name, root, size or benchmark.size, seed)
+    for split, samples in found.items():
+        judge(benchmark, split, samples, root, limit)
+    if differs := "; ".join(f"{split}: {samples.differs}" for split, samples in found.items() if samples.differs):
+        if strict:
+            raise UsageError(f"{name} is not as published: {differs}; unpack {benchmark.source}, or leave out "
+                             "--strict-data")
+        say(f"{name} is not as published: {differs}")
     if val_share:
         if "val" in found or "train" not in found:
             raise UsageError(f"--val-share: {name} has {'its own validation' if 'val' in found else 'no training'} "
                              "split; leave it out")
         train, held = stratified(found["train"].labels, val_share)
-        found["val"] = copy.copy(found["train"]).keep(held)
-        found["val"].split = "val"
-        found["train"].keep(train)
-    for split, samples in found.items():
-        if len(samples.classes) != benchmark.classes and not (limit or is_miniature(root)):
-            raise UsageError(f"{name}: {len(samples.classes)} classes under {root.resolve()}, not {benchmark.classes}; "
-                             f"unpack {benchmark.source} again, or try a part of it with --limit")
-        if not len(samples):
-            raise UsageError(f"{name}: no images of the {split} split under {root.resolve()}; expected "
-                             f"{benchmark.layout}")
+        found |= {"train": found["train"].part("train", train), "val": found["train"].part("val", held)}
     if "train" in splits and "train" not in found:
         raise UsageError(f"{name}: no training images under {root.resolve()}; expected {benchmark.layout}")
     found = {split: found[split].first(limit) for split in splits or found if split in found}
     for samples in found.values():
         if check:
             samples.check()
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(describe(samples))
+        say(describe(samples))
     return found
 
 
@@ -65,8 +60,48 @@ def read(name, root, size, seed):
     try:
         return BENCHMARKS[name].load(root, size, seed)
     except NotThere as error:
+        below, here = error.path.relative_to(root), root.resolve()
+        for up, folder in enumerate(below.parts):          # --root data/CUB_200_2011
+            if folder == here.name and exists(here.parents[up] / below):
+                raise UsageError(f"{name}: --root {root} is too deep, give {here.parents[up]}") from None
         offline = "; or use --mini, which needs no download" if name in miniature.BENCHMARKS else ""
         raise UsageError(f"{name}: {error}. Unpack {BENCHMARKS[name].source} under --root{offline}") from None
+
+
+def judge(benchmark, split, samples, root, limit):
+    """UsageError for a split without images of a class; how it differs from the published one goes to its `differs`.
+
+    A miniature and a limit differ on purpose.
+    """
+    what, where = f"{samples.name} {split}", f"under {root.resolve()}"
+    if not len(samples):
+        raise UsageError(f"{what}: no images {where}; expected {benchmark.layout}")
+    if is_miniature(root):
+        return
+    known = len(samples.classes)
+    if known != benchmark.classes:
+        raise UsageError(f"{what}: {known} classes {where}, not {benchmark.classes}; unpack {benchmark.source} again")
+    empty = [c for c, n in zip(samples.classes, samples.labels.bincount(minlength=known)) if not n]
+    if empty and not samples.partial:
+        raise UsageError(f"{what}: no images of {', '.join(empty[:3])} {where} ({len(empty)} of {known} classes have "
+                         f"none); unpack {benchmark.source} again")
+    if not limit and split in benchmark.counts:
+        differs = samples.differs, difference(samples, benchmark.counts[split])
+        samples.differs = "; ".join(filter(None, differs))
+
+
+def difference(samples, releases):
+    """How the counts of a split differ from those of the nearest release -> text, "" if they do not.
+
+    releases: of each, images by group, or one number for all.
+    """
+    groups = samples.groups.bincount(minlength=len(samples.group_names)).tolist()
+
+    def off(published):
+        found = zip(groups, samples.group_names) if len(published) > 1 else [(sum(groups), "images")]
+        return [f"{n} {name} instead of {right}" for (n, name), right in zip(found, published) if n != right]
+    found = min(map(off, releases), key=len)
+    return ", ".join(found[:4]) + f" and {len(found) - 4} more" * (len(found) > 4)
 
 
 # ---------------------------------------------------------------- the table
@@ -82,60 +117,66 @@ class Benchmark:
     licence: str
     metrics: tuple               # names in report.json
     paper: dict                  # {parts: {metric or set: number in the paper's tables}}
+    counts: dict                 # {split: published releases, of each the images by group, or (all of them,)}
     settings: dict = field(default_factory=dict)         # of train.Config, where they are not its defaults
     rare: tuple = ()             # groups that are rare in training: the paper's worst group is the worst of these
     sets: tuple = ()             # splits that are measured beside "test"
     trained_on: str = ""         # only for evaluation: the benchmark that its models train on
-
-
-def top1(*rows):
-    return {k: {"aa": value} for k, value in rows}
+    paper_split: str = "test"    # the split that the paper's numbers are of
 
 
 BENCHMARKS = {
     "waterbirds": Benchmark(
         load_waterbirds, 2, 518, 8,
-        "CUB_200_2011/waterbird_complete95_forest2water2/metadata.csv and images (or beside CUB_200_2011); masks and "
-        "keypoints are used where CUB's segmentations/ and parts/ are there",
+        "CUB_200_2011/waterbird_complete95_forest2water2/metadata.csv and images (or beside CUB_200_2011; or as WILDS "
+        "unpacks it, waterbirds_v1.0); masks and keypoints are used where CUB's segmentations/ and parts/ are there",
         "waterbird_complete95_forest2water2.tar.gz (nlp.stanford.edu/data/dro; masks and keypoints: CUB_200_2011)",
         "images under CUB's and Places' terms", ("aa", "aa_train_weighted", "worst_group", "worst_group_rare"),
-        {8: {"aa": 99.0, "worst_group_rare": 97.0}, 16: {"aa": 98.8, "worst_group_rare": 97.0}}, rare=(1, 2)),
+        {8: {"aa": 99.0, "worst_group_rare": 97.0}, 16: {"aa": 98.8, "worst_group_rare": 97.0}},
+        {"train": [(3498, 184, 56, 1057)], "val": [(467, 466, 133, 133)], "test": [(2255, 2255, 642, 642)]},
+        rare=(1, 2)),
     "cub": Benchmark(
         load_cub, 200, 518, 8,
         "CUB_200_2011/images.txt, images/, parts/, bounding_boxes.txt, and segmentations/ moved into it from its own "
         "archive",
         "CUB_200_2011.tgz, and segmentations.tgz moved into it (data.caltech.edu/records/65de6-vp158 and w9d68-gec53)",
-        "non-commercial research", ("aa",), top1((4, 90.1), (8, 90.4), (16, 90.6))),
+        "non-commercial research", ("aa",), {4: {"aa": 90.1}, 8: {"aa": 90.4}, 16: {"aa": 90.6}},
+        {"train": [(5994,)], "test": [(5794,)]}),
     "waterbird200": Benchmark(
         load_waterbird200, 200, 518, 8,
         "CUB_200_2011 with images.txt, and waterbird_complete95_forest2water2 inside or beside",
         "CUB_200_2011.tgz and waterbird_complete95_forest2water2.tar.gz (see cub and waterbirds)",
         "as cub and waterbirds", ("aa",),
         {4: {"aa": 86.1, "foreground_iou": 63.7}, 8: {"aa": 86.2, "foreground_iou": 68.6},
-         16: {"aa": 86.2, "foreground_iou": 70.2}}, trained_on="cub"),
+         16: {"aa": 86.2, "foreground_iou": 70.2}}, {"train": [(5994,)], "test": [(5794,)]}, trained_on="cub"),
     "metashift": Benchmark(
         load_metashift, 2, 224, 4, "MetaDatasetCatDog/{train,test}/{cat,dog}/<animal>(<context>)/<id>.jpg",
         "metashifts.zip (links in github.com/Wuyxin/DISC)", "code MIT; images under Visual Genome's terms",
         ("aa", "worst_group"), {4: {"aa": 88.7, "worst_group": 88.6}, 8: {"aa": 84.5, "worst_group": 78.8}},
-        sets=("test_and_val",)),
+        {"train": [(611, 0, 0, 512)], "test_and_val": [(235, 0, 306, 0)]}, sets=("test_and_val",),
+        paper_split="test_and_val"),
     "siim": Benchmark(
         load_siim, 2, 518, 8,
         "siim/dicom-images-train/<study>/<series>/<image>.dcm, train-rle.csv and cxr_tube_dict.pkl (or .csv with "
         "columns ImageId,chest_tube); or the published code's siim/train_set/{0,1}/, full_test_set/ and so on",
         "kaggle.com/datasets/jesperdramsch/siim-acr-pneumothorax-segmentation-data, and cxr_tube_dict.pkl "
         "(github.com/khaledsaab/spatial_specificity)", "Kaggle's competition rules; tube labels Apache-2.0",
-        ("auroc", "aa", "worst_group"), {8: {"auroc": 92.1, "robust": 65.9}}, rare=(1, 2),
+        ("auroc", "aa", "worst_group"), {8: {"auroc": 92.1, "robust": 65.9}},
+        {"train": [(6798, 1926), (7880, 2216)], "test": [(1306, 192, 120, 333)], "robust": [(0, 192, 120, 0)],
+         "non_robust": [(1306, 0, 0, 333)]}, rare=(1, 2),
         sets=("robust", "non_robust"), settings={"weights": "rad-dino", "registers": 0, "weight_background": 0.0}),
     "imagenet": Benchmark(
-        load_imagenet, 1000, 224, 1, "imagenet/{train,val}/<wnid>/<file>.JPEG",
+        load_imagenet, 1000, 224, 1, "imagenet/{train,val}/<wnid>/<file>.JPEG; of a part of the classes also Kaggle's "
+        "LOC_synset_mapping.txt beside imagenet/",
         "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (image-net.org)", "registration, non-commercial research",
-        ("aa",), top1((1, 84.3)), settings={"epochs": 120, "ema": 0.9999}),
+        ("aa",), {1: {"aa": 84.3}}, {"train": [(1281167,)], "test": [(50,) * 1000]},
+        settings={"epochs": 120, "ema": 0.9999}),
     "imagenet9": Benchmark(
         load_imagenet9, 9, 224, 1, "bg_challenge/<variant>/val/<class>/<file>.JPEG and fg_mask/val/<class>/<file>.npy",
         "backgrounds_challenge_data.tar.gz (github.com/MadryLab/backgrounds_challenge, release \"data\")",
         "none stated; images are ImageNet's", ("aa", "bg_gap"),
-        {1: {"aa": 97.5, "mixed_same": 93.5, "mixed_rand": 91.1, "bg_gap": 2.4}}, sets=IN9_VARIANTS[1:],
-        trained_on="imagenet"),
+        {1: {"aa": 97.5, "mixed_same": 93.5, "mixed_rand": 91.1, "bg_gap": 2.4}},
+        {name: [(450,) * 9] for name in ("test", *IN9_VARIANTS[1:])}, sets=IN9_VARIANTS[1:], trained_on="imagenet"),
 }
 
 
@@ -145,8 +186,7 @@ SPLITS = ("test", "val", "train", *dict.fromkeys(name for b in BENCHMARKS.values
 def overview():
     """For --help: every benchmark with its classes, and what is for evaluation only."""
     only = lambda b: f", only to evaluate a model of {b.trained_on}" * bool(b.trained_on)
-    return "; ".join(f"{name}: {b.classes} classes{only(b)}"
-                     for name, b in BENCHMARKS.items())
+    return "; ".join(f"{name}: {b.classes} classes{only(b)}" for name, b in BENCHMARKS.items())
 
 
 def docs_table():

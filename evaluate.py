@@ -297,7 +297,7 @@ def measure(cfg, model, state, name, samples, train, sets, intervention, device)
                          normalise)}
     comparable = as_published(trained) and cfg.split == "test" and not trained["mini"] and not intervention
     if comparable and trained["k"] in benchmark.paper:
-        report["paper"] = benchmark.paper[trained["k"]]
+        report |= {"paper": benchmark.paper[trained["k"]], "paper_split": benchmark.paper_split}
     if intervention:
         report["intervention"] = intervention
     if cfg.adversarial:
@@ -317,7 +317,7 @@ def text(cfg, state, report, sets):
         lines.append(f"  {describe_intervention(report['intervention'], name, [cfg.split, *sets])}")
     lines.append(table(report, f"{trained['masking']}, {trained['hardness']}"))
     if "paper" in report:
-        lines.append(f"  the paper's iFAM with K = {trained['k']}: "
+        lines.append(f"  the paper's iFAM with K = {trained['k']}, on {report['paper_split']}: "
                      + ", ".join(f"{n} {v}" for n, v in report["paper"].items()))
     if "speed" in report:
         lines.append(speed.summary(report["speed"]))

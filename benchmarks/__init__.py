@@ -1,1 +1,1 @@
-"""benchmarks/: how each benchmark lies on disk. Floor: data. data.py has their table; samples.py is what they become."""
+"""benchmarks/: how each benchmark lies on disk; data.py has the table, samples.py what they become. Floor: data."""

@@ -1,79 +1,89 @@
 """cub.py: CUB-200-2011, Waterbirds and Waterbird200, which show the same birds. Floor: data; read samples.py first."""
-import csv
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.files import NotThere
+from benchmarks.files import FILE, ID, TEXT, exists, one_of, read_keyed, read_rows, say, there, within
 from benchmarks.samples import Samples
 from settings import UsageError
 
-
-def read_table(path):
-    """A text file of CUB, "<id> <rest of line>" -> {id: rest}."""
-    try:
-        return dict(line.split(" ", 1) for line in path.read_text().splitlines() if line.strip())
-    except FileNotFoundError:
-        raise NotThere(path) from None
+BIT = one_of({"0": 0, "1": 1})
+PIXELS = within(float, -10000, 10000)                      # images have at most 500, and a few boxes reach beyond them
+PARTS = 15
 
 
 def read_points(path):
-    """parts/part_locs.txt -> {image id: (15, 3) array of x, y, visible}."""
-    rows = np.loadtxt(path, ndmin=2)                                             # image, part, x, y, visible
-    points = {str(int(image)): np.zeros((15, 3)) for image in np.unique(rows[:, 0])}
-    for image, part, *at in rows:
-        points[str(int(image))][int(part) - 1] = at
-    return points
+    """parts/part_locs.txt -> {image id: (15, 3) array of x, y, visible}. Every image has a row of every part."""
+    points = {}
+    for line, image, part, *at in read_rows(path, {"image": ID, "part": within(int, 1, PARTS), "x": PIXELS,
+                                                   "y": PIXELS, "visible": BIT}):
+        if part in points.setdefault(image, {}):
+            raise UsageError(f"{path}, line {line}: part {part} of image {image} a second time")
+        points[image][part] = at
+    for image, found in points.items():
+        if absent := set(range(1, PARTS + 1)) - set(found):
+            raise UsageError(f"{path} has no row of part {min(absent)} of image {image}; unpack CUB again")
+    return {image: np.array([found[part] for part in range(1, PARTS + 1)]) for image, found in points.items()}
 
 
 def read_boxes(path):
     """bounding_boxes.txt -> {image id: [x, y, width, height]}."""
-    return {i: [float(x) for x in box.split()] for i, box in read_table(path).items()}
+    side = within(float, 1, 10000)
+    return read_keyed(path, {"image": ID, "x": PIXELS, "y": PIXELS, "width": side, "height": side})
 
 
-def read_annotations(cub):
-    """CUB's annotations, every file read once -> a function of (ids, files) that gives Samples' masks, points, boxes.
+def annotations(cub, ids, files):
+    """Samples' masks, points and boxes of these images, from CUB's folder; None where it has none of a kind.
 
-    None where the folder or file of them is not there at all; UsageError where it lacks an image.
+    UsageError where the file of a kind lacks an image.
     """
-    known = {}
-    for key, path, read in (("points", cub / "parts" / "part_locs.txt", read_points),
-                            ("boxes", cub / "bounding_boxes.txt", read_boxes)):
-        known[key] = path, read(path) if path.is_file() else None
-
-    def of(ids, files):
-        masks = cub / "segmentations"
-        found = {"masks": [masks / Path(f).with_suffix(".png") for f in files] if masks.is_dir() else None}
-        for key, (path, rows) in known.items():
-            if rows is not None and (absent := [i for i in ids if i not in rows]):
-                raise UsageError(f"{path} has no row of image {absent[0]}; unpack CUB again")
-            found[key] = rows and [rows[i] for i in ids]
-        return found
-    return of
+    masks, found = cub / "segmentations", {}
+    for kind, path, read in (("points", cub / "parts" / "part_locs.txt", read_points),
+                             ("boxes", cub / "bounding_boxes.txt", read_boxes)):
+        rows = read(path) if exists(path) else None
+        if rows is not None and (absent := [i for i in ids if i not in rows]):
+            raise UsageError(f"{path} has no row of image {absent[0]}; unpack CUB again")
+        found[kind] = rows and [rows[i] for i in ids]
+    return {"masks": [masks / Path(f).with_suffix(".png") for f in files] if exists(masks) else None, **found}
 
 
 def load_cub(root, size, seed):
     """CUB-200-2011 (Wah et al., 2011). No validation split; the class list gives the labels."""
     cub = root / "CUB_200_2011"
-    names, classes = read_table(cub / "images.txt"), read_table(cub / "classes.txt")
-    labels, is_train = read_table(cub / "image_class_labels.txt"), read_table(cub / "train_test_split.txt")
-    index, annotations = {c: i for i, c in enumerate(sorted(classes, key=int))}, read_annotations(cub)
+    table = lambda name, kind: read_keyed(cub / f"{name}.txt", {"id": ID, name: kind})
+    names, classes, labels = table("images", FILE), table("classes", TEXT), table("image_class_labels", ID)
+    is_train, index = table("train_test_split", BIT), {c: i for i, c in enumerate(sorted(classes, key=int))}
     for i in names:
-        if labels.get(i) not in index or is_train.get(i) not in ("0", "1"):
+        if labels.get(i) not in index or i not in is_train:
             raise UsageError(f"{cub}: image {i} of images.txt has class {labels.get(i)} and split {is_train.get(i)} in "
                              "the other files; unpack CUB again")
+    everything = Samples("cub", "all", size, [classes[c] for c in index], list(names),
+                         [cub / "images" / f for f in names.values()], [index[labels[i]] for i in names], seed=seed,
+                         **annotations(cub, names, names.values()))
+    return {name: everything.part(name, [n for n, i in enumerate(names) if is_train[i] == flag])
+            for name, flag in (("train", 1), ("test", 0))}
 
-    def split(name, flag):
-        ids = [i for i in names if is_train[i] == flag]
-        return Samples("cub", name, size, [classes[c] for c in index], ids, [cub / "images" / names[i] for i in ids],
-                       [index[labels[i]] for i in ids], seed=seed, **annotations(ids, [names[i] for i in ids]))
-    return {"train": split("train", "1"), "test": split("test", "0")}
+
+def waterbirds(root, name):
+    """A file or folder of Waterbirds, inside CUB's folder, as it is normally unpacked, or beside; also WILDS's."""
+    if exists(root / "image_class_labels.txt"):            # else it would be found, but without annotations
+        raise UsageError(f"--root {root} is CUB's own folder; give the one that holds it, {root.resolve().parent}")
+    return there(*(base / folder / name for folder in ("waterbird_complete95_forest2water2", "waterbirds_v1.0")
+                   for base in (root / "CUB_200_2011", root)))
 
 
-def waterbirds_folder(root):
-    """Inside CUB's folder, as it is normally unpacked, or beside it."""
-    inside, beside = (base / "waterbird_complete95_forest2water2" for base in (root / "CUB_200_2011", root))
-    return beside if beside.is_dir() and not inside.is_dir() else inside
+def numbers_in_cub(cub, table, ids, files):
+    """CUB's ids of Waterbirds' images, by file name: a metadata.csv may be counted anew. Without CUB, the ids given."""
+    if not exists(cub / "images.txt"):
+        return ids
+    known = {f: i for i, f in read_keyed(cub / "images.txt", {"id": ID, "images": FILE}).items()}
+    if unknown := [f for f in files if f not in known]:
+        raise UsageError(f"{table}: {cub / 'images.txt'} does not know {unknown[0]} (nor {len(unknown) - 1} others); "
+                         "unpack both again")
+    found = [known[f] for f in files]
+    if other := sum(a != b for a, b in zip(ids, found)):
+        say(f"waterbirds: img_id of {other} of {len(ids)} rows is not CUB's: annotations are joined by file name")
+    return found
 
 
 def load_waterbirds(root, size, seed):
@@ -81,29 +91,16 @@ def load_waterbirds(root, size, seed):
 
     group = 2 * y + place. The three species that the original script mislabelled keep the file's y.
     """
-    cub, base = root / "CUB_200_2011", waterbirds_folder(root)
-    try:
-        with open(base / "metadata.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except FileNotFoundError:
-        raise NotThere(base / "metadata.csv") from None
-    for column in ("img_id", "img_filename", "y", "split", "place"):
-        if not rows or column not in rows[0]:
-            raise UsageError(f"{base / 'metadata.csv'} has no column {column}; unpack the archive again")
-    for number, row in enumerate(rows, 2):
-        for column, known in (("y", "01"), ("place", "01"), ("split", "012")):
-            if row[column] is None or row[column] not in tuple(known):
-                raise UsageError(f"{base / 'metadata.csv'}, line {number}: {column} is {row[column]!r}, "
-                                 f"not one of {', '.join(known)}; unpack the archive again")
-    annotations = read_annotations(cub)
-
-    def split(name, number):
-        mine = [r for r in rows if r["split"] == number]
-        ids, files = [r["img_id"] for r in mine], [r["img_filename"] for r in mine]
-        return Samples("waterbirds", name, size, ("landbird", "waterbird"), ids, [base / f for f in files],
-                       [int(r["y"]) for r in mine], ("on land", "on water"),
-                       [2 * int(r["y"]) + int(r["place"]) for r in mine], seed=seed, **annotations(ids, files))
-    return {"train": split("train", "0"), "val": split("val", "1"), "test": split("test", "2")}
+    cub, table = root / "CUB_200_2011", waterbirds(root, "metadata.csv")
+    split_of = one_of({"0": "train", "1": "val", "2": "test"})
+    columns = {"img_id": ID, "img_filename": FILE, "y": BIT, "split": split_of, "place": BIT}
+    rows = read_rows(table, columns, commas=True)
+    ids, files, y, split, place = [[row[n] for row in rows] for n in range(1, 6)]
+    everything = Samples("waterbirds", "all", size, ("landbird", "waterbird"), ids, [table.parent / f for f in files],
+                         y, ("on land", "on water"), [2 * a + b for a, b in zip(y, place)], seed=seed,
+                         **annotations(cub, numbers_in_cub(cub, table, ids, files), files))
+    return {name: everything.part(name, [i for i, s in enumerate(split) if s == name])
+            for name in ("train", "val", "test")}
 
 
 def load_waterbird200(root, size, seed):
@@ -111,9 +108,7 @@ def load_waterbird200(root, size, seed):
 
     train is CUB's own, original images: keypoint regression is fitted on them.
     """
-    splits, base = load_cub(root, size, seed), waterbirds_folder(root)
-    if not base.is_dir():
-        raise NotThere(base)
+    splits, base = load_cub(root, size, seed), waterbirds(root, ".")
     test = splits["test"]
     test.name, test.paths = "waterbird200", [base / p.relative_to(root / "CUB_200_2011" / "images") for p in test.paths]
     return splits

@@ -1,56 +1,90 @@
-"""files.py: what lies on disk: folders listed, pictures opened, and errors that say what is not there.
+"""files.py: what lies on disk: folders listed, tables read line by line, pictures opened; an error says what is wrong.
 
-Floor: data. Benchmarks read through it; whoever wants to know how a picture becomes pixels reads `read_image`.
+Floor: data. Benchmarks read everything through it; whoever wants to know how a picture becomes pixels reads
+`read_image`. Every error is one line that names the file, the line of a table, and what was expected there.
 """
+import csv
+import functools
+import io
+import multiprocessing
 import os
+import re
+import warnings
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from settings import UsageError
+from settings import UsageError, rank
 
 PHOTOS = (".jpeg", ".jpg", ".png")
 
 
-SIGNATURE = PngInfo()           # in every picture that this program draws
-SIGNATURE.add_text("Software", "iFAM")
+def say(line):
+    """Print a line about the data, from one process alone."""
+    if not rank() and multiprocessing.parent_process() is None:
+        print(line)
 
 
-def is_our_picture(path):
-    """Did this program draw the picture at path? Earlier versions left matplotlib's name in it."""
-    with Image.open(path) as picture:
-        return str(picture.info.get("Software", "")).startswith(("iFAM", "Matplotlib"))
+say_once = functools.cache(say)
 
 
+# ---------------------------------------------------------------- files and folders
 class NotThere(UsageError):
-    """A file or folder of a benchmark is not where it belongs; data.load says which archive brings it."""
+    """A file or folder of a benchmark is not where it belongs; data.read says which archive brings it."""
 
     def __init__(self, path):
-        super().__init__(f"looked for {path.resolve()}, which is not there")
+        self.path = path
+        above = next((p for p in path.parents if exists(p)), path)
+        super().__init__(f"looked for {os.path.abspath(path)}, which is not there"
+                         + f": {above} is a file, not a folder" * above.is_file())
+
+
+def refused(path, error):
+    """An OSError while a path was looked at -> the UsageError that gives the system's own reason."""
+    return UsageError(f"cannot read {path}: {error.strerror or error}")
+
+
+def exists(path):
+    try:
+        return path.exists()
+    except OSError as error:
+        raise refused(path, error) from None
+
+
+def there(*paths):
+    """The first of these that exists; NotThere names the first."""
+    for path in paths:
+        if exists(path):
+            return path
+    raise NotThere(paths[0])
+
+
+def listed(path):
+    """What lies directly under a folder, hidden things aside, sorted by name -> list of DirEntry."""
+    try:
+        return sorted((e for e in os.scandir(path) if not e.name.startswith(".")), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotThere(path) from None
+    except OSError as error:
+        raise refused(path, error) from None
 
 
 def folders(path):
-    """The folders directly under path, sorted by name -> list of names."""
-    try:
-        return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-    except (FileNotFoundError, NotADirectoryError):
-        raise NotThere(path) from None
+    """Names of the folders directly under path, sorted."""
+    return [entry.name for entry in listed(path) if entry.is_dir()]
 
 
 def files(path, *suffixes):
-    """The files directly under path with one of these endings, whatever their case, sorted -> list of names."""
-    try:
-        names = sorted(entry.name for entry in os.scandir(path))
-        return [n for n in names if n.lower().endswith(suffixes) and not n.startswith(".")]
-    except (FileNotFoundError, NotADirectoryError):
-        raise NotThere(path) from None
+    """Names of the files directly under path with one of these endings, whatever their case, sorted."""
+    return [e.name for e in listed(path) if e.name.lower().endswith(suffixes) and not e.is_dir()]
 
 
 def is_miniature(root):
-    """Miniatures whose counts differ from the benchmark's carry a file miniature.json."""
-    return (root / "miniature.json").is_file()
+    """A miniature's counts are not its benchmark's. It has a miniature.json, or (Waterbirds) the name of one alone."""
+    return exists(root / "miniature.json") or bool(re.fullmatch(r"waterbirds-[0-9a-f]{10}", root.resolve().name))
 
 
 def drawn_masks(root, names):
@@ -63,42 +97,238 @@ def drawn_masks(root, names):
     return [masks / f"{name}.png" for name in names] if there else None
 
 
-def read_image(path, mode=None):
-    """Open and decode as PIL's mode, or look at the header only; UsageError that names a file that is no image.
+# ---------------------------------------------------------------- tables
+class Kind(NamedTuple):
+    """What a field of a table must be. read: its text -> its value; ValueError or KeyError if it is something else."""
+    expected: str
+    read: Callable
+
+
+def within(convert, low, high):
+    """A number between two bounds, which no NaN and no infinity is."""
+    def read(text):
+        if not low <= (value := convert(text)) <= high:
+            raise ValueError
+        return value
+    return Kind(f"a {'whole ' * (convert is int)}number from {low} to {high}", read)
+
+
+def one_of(values):
+    """One of these texts, {text: value}."""
+    return Kind(f"one of {', '.join(values)}", values.__getitem__)
+
+
+def word(text):
+    (one,) = text.split()
+    return one
+
+
+def file_name(text):
+    parts = text.split("/")
+    if "\0" in text or any(part in ("", ".", "..") or len(os.fsencode(part)) > 255 for part in parts):
+        raise ValueError
+    return text
+
+
+ID = Kind("a whole number", lambda text: str(int(text)))
+WORD = Kind("a word without blanks", word)
+TEXT = Kind("text", str)
+FILE = Kind("the name of a file below the folder of the images", file_name)
+
+
+def read_bytes(path):
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotThere(path) from None
+    except OSError as error:
+        raise refused(path, error) from None
+
+
+def read_rows(path, columns, commas=False):
+    """A text table -> [(line number, a value of each column)]. columns: {name: Kind}, in the order of the values.
+
+    Blanks separate the fields, and the last one is the rest of its line. commas: as a csv, whose first line names the
+    columns, in any order and with others among them. Blank lines are skipped. UsageError with file and line.
+    """
+    content = read_bytes(path)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else f"the byte {content[error.start]:#x}"
+        raise UsageError(f"{path}, line {content[:error.start].count(10) + 1}: found {found}, expected "
+                         f"{', '.join(columns)} as UTF-8 text") from None
+    lines = enumerate(text.split("\n"), 1)
+    rows = csv_rows(path, text, columns) if commas else (
+        (number, line.strip().split(None, len(columns) - 1)) for number, line in lines if line.strip())
+    return [(number, *values(path, number, fields, columns)) for number, fields in rows]
+
+
+def values(path, number, fields, columns):
+    """The fields of a line -> their values."""
+    if len(fields) != len(columns):
+        raise UsageError(f"{path}, line {number}: {len(fields)} of {len(columns)} fields, expected "
+                         f"{', '.join(columns)}")
+    try:
+        return [kind.read(field) for kind, field in zip(columns.values(), fields)]
+    except (ValueError, KeyError):
+        for (name, kind), field in zip(columns.items(), fields):
+            try:
+                kind.read(field)
+            except (ValueError, KeyError):
+                shown = repr(field if len(field) <= 60 else field[:60] + "...")
+                raise UsageError(f"{path}, line {number}: {name} is {shown}, expected {kind.expected}") from None
+
+
+def csv_rows(path, text, columns):
+    """The lines of a csv below its first -> (line number, texts of these columns), blanks around them dropped."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        if absent := [name for name in columns if name not in names]:
+            found = next((f"{sign!r} between them" for sign in ";\t|" if any(sign in name for name in names)),
+                         f"the columns {', '.join(names)}" if names else "nothing")
+            raise UsageError(f"{path}, line 1: has no column {absent[0]}; found {found}, expected {', '.join(columns)} "
+                             "with commas between them")
+        for row in filter(None, reader):
+            if len(row) != len(names):
+                raise UsageError(f"{path}, line {reader.line_num}: {len(row)} fields, expected {len(names)} as in "
+                                 "line 1")
+            of = dict(zip(names, row))
+            yield reader.line_num, [of[name].strip() for name in columns]
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {reader.line_num}: {error}; expected {', '.join(columns)} with commas between "
+                         "them") from None
+
+
+def read_keyed(path, columns, commas=False):
+    """read_rows by the first column, which no two rows may share -> {its value: the other value, or all others}."""
+    found = {}
+    for number, key, *others in read_rows(path, columns, commas):
+        if key in found:
+            raise UsageError(f"{path}, line {number}: {next(iter(columns))} {key} a second time")
+        found[key] = others[0] if len(others) == 1 else others
+    return found
+
+
+# ---------------------------------------------------------------- pictures
+# What lies behind transparent pixels: white paper behind a picture; in a mask they are background.
+BEHIND = {"RGB": "white", "L": "black"}
+
+
+def read_image(path, mode=None, upright=False):
+    """Open and decode as mode "RGB" (a picture) or "L" (a mask), or look at the header only; UsageError if it is none.
 
     Also DICOM files, masks that are arrays (.npy, 1 = object), and anything that has a picture to give (image()).
+    upright: turn it as its EXIF orientation says, which is right for people's own photographs. The benchmarks are read
+    as they are stored: their annotations are in stored pixels, and the published code reads them so.
     """
     try:
         if not isinstance(path, Path):
             return path.image()
-        if path.suffix == ".dcm":
-            image = read_dicom(path, pixels=bool(mode))
-            return image and image.convert(mode)
-        if path.suffix == ".npy":
-            return Image.fromarray((np.load(path, allow_pickle=False) > 0).astype(np.uint8) * 255)
-        with Image.open(path) as image:
-            return image.convert(mode) if mode else None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UsageError(f"cannot read image {path}: {error}; replace the file") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")              # what libraries warn of is either refused or harmless
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if path.suffix == ".dcm":
+                image = read_dicom(path, pixels=bool(mode))
+                return image and image.convert(mode)
+            if path.suffix == ".npy":
+                return read_array(path)
+            with Image.open(path) as image:
+                white = white_of(image)
+                if not mode:
+                    return None
+                image = ImageOps.exif_transpose(image) if upright else image
+                return eight_bits(image, mode, white)
+    except (UsageError, MemoryError):
+        raise
+    except ImportError:
+        raise UsageError(f"{path} is a DICOM file and pydicom is not installed: pip install pydicom") from None
+    except Exception as error:                           # decoders raise many kinds
+        reason = str(error) or type(error).__name__
+        if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+            reason = f"{reason.split(',')[0]}; make it smaller"
+        elif isinstance(error, OSError) and error.errno:
+            reason = error.strerror
+        elif not isinstance(error, Unusable):
+            reason += "; replace the file"
+        raise UsageError(f"cannot read image {path}: {reason}") from None
+
+
+class Unusable(ValueError):
+    """An intact file that holds something else than was expected."""
+
+
+def white_of(image):
+    """The value of white in an opened picture of more than 8 bits a channel; None for all others, whose white is 255.
+
+    Unusable where neither the format nor the file says it.
+    """
+    if image.mode == "F":
+        return 1.0
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):                # of these, Pillow makes it 16 bits
+        raise Unusable("32-bit whole numbers, of which nothing says what is white; save it with 8 or 16 bits")
+    if image.mode[0] != "I":
+        return None
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]                      # a TIFF says how many it uses
+    say_once(f"greyscale of {bits} bits: 0 is taken as black and {2 ** bits - 1} as white, here and in all such "
+             "pictures")
+    return 2 ** bits - 1
+
+
+def eight_bits(image, mode, white=None):
+    """A picture of any kind -> PIL image of this mode. white: as white_of says.
+
+    In a mask of more than 8 bits all that is above 0 is object. A transparent picture lies on BEHIND.
+    """
+    if white:
+        pixels = np.asarray(image, dtype=np.float64)
+        low, high = pixels.min(), pixels.max()
+        if mode == "L":
+            return Image.fromarray((pixels > 0).astype(np.uint8) * 255)
+        if not 0 <= low <= high <= white:
+            raise Unusable(f"its values go from {low:g} to {high:g}, expected 0 (black) to {white:g} (white)")
+        if white == 65535 and 0 < high < 4096:
+            raise Unusable(f"its values go up to {high:g} of 65535: it seems to use fewer than 16 bits, and nothing "
+                           "says how many; save it with 8 bits, or with white at 65535")
+        return Image.fromarray(np.rint(pixels * (255 / white)).astype(np.uint8)).convert(mode)
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, BEHIND[mode]), image)
+    return image.convert(mode)
+
+
+def read_array(path):
+    """A mask as a numpy array (H, W) of numbers or truth values -> PIL image, 255 where it is above 0."""
+    array = np.load(path, allow_pickle=False)
+    if getattr(array, "ndim", 0) != 2 or array.dtype.kind not in "biuf":
+        found = f"shape {array.shape} and type {array.dtype}" if isinstance(array, np.ndarray) else "several arrays"
+        raise Unusable(f"{found}, expected a mask of shape (height, width) of numbers")
+    return Image.fromarray((array > 0).astype(np.uint8) * 255)
 
 
 def read_dicom(path, pixels=True):
     """An 8-bit grey DICOM -> PIL image in mode L, white = dense; pixels=False reads its header only and returns None.
 
-    UsageError without pydicom, for more than 8 bits (a cast would wrap), and for a file that is none or is damaged.
+    Unusable for more than 8 bits (a cast would wrap); ImportError without pydicom; many kinds for a damaged file.
     """
-    try:
-        import pydicom
-    except ImportError:
-        raise UsageError(f"{path} is a DICOM file and pydicom is not installed: pip install pydicom") from None
-    try:
-        file = pydicom.dcmread(path, stop_before_pixels=not pixels)
-        bits, samples = int(file.BitsStored), int(file.SamplesPerPixel)
-        inverted = file.PhotometricInterpretation == "MONOCHROME1"              # there 0 is white
-        grey = file.pixel_array if pixels and bits == 8 and samples == 1 else None
-    except Exception as error:                             # pydicom and its decoders raise many kinds
-        raise UsageError(f"cannot read image {path}: {error}; replace the file") from None
+    import pydicom
+    file = pydicom.dcmread(path, stop_before_pixels=not pixels)
+    if absent := {"BitsStored", "SamplesPerPixel", "PhotometricInterpretation"} - set(file.dir()):
+        raise ValueError(f"it is cut off, or no picture: it has no {min(absent)}")
+    bits, samples = int(file.BitsStored), int(file.SamplesPerPixel)
+    inverted = file.PhotometricInterpretation == "MONOCHROME1"                  # there 0 is white
     if (bits, samples) != (8, 1):
-        raise UsageError(f"cannot read image {path}: {bits} bits and {samples} samples a pixel, expected 8 and 1 as in "
-                         "SIIM-ACR; convert it")
+        raise Unusable(f"{bits} bits and {samples} samples a pixel, expected 8 and 1 as in SIIM-ACR; convert it")
+    grey = file.pixel_array if pixels else None
     return Image.fromarray(255 - grey if inverted else grey) if pixels else None
+
+
+SIGNATURE = PngInfo()           # in every picture that this program draws
+SIGNATURE.add_text("Software", "iFAM")
+
+
+def is_our_picture(path):
+    """Did this program draw the picture at path? Earlier versions left matplotlib's name in it."""
+    with Image.open(path) as picture:
+        return str(picture.info.get("Software", "")).startswith(("iFAM", "Matplotlib"))

@@ -5,6 +5,7 @@ do not depend on workers, processes or resuming. Coordinates of keypoints and bo
 
 Floor: data. Read this first of the data, then transforms.py.
 """
+import copy
 import hashlib
 import os
 import zlib
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.files import read_image
+from benchmarks.files import exists, read_image
 from benchmarks.transforms import FINE_GRAINED, View, to_tensor
 from settings import UsageError
 
@@ -31,36 +32,27 @@ def patch_keep(masks, patch, share=0.5):
 
 
 class Names:
-    """A list of file names below `base` in one block of bytes: ImageNet's 1.28 million are one object, not a million.
+    """File names in one block of bytes: ImageNet's 1.28 million are one object, not a million.
 
-    names[i] is a Path; names.ids the same list as plain strings.
+    names[i] is a Path below `base`, or plain text where that is None (names.ids); names[several] are Names.
     """
 
-    def __init__(self, base, block, plain=False):
-        self.base, self.block, self.plain = base, block, plain
-
-    @property
-    def ids(self):
-        return Names(self.base, self.block, plain=True)
+    def __init__(self, base, block):
+        self.base, self.block, self.ids = base, block, self if base is None else Names(None, block)
 
     def __len__(self):
         return len(self.block)
 
     def __getitem__(self, i):
-        if isinstance(i, slice):
-            return Names(self.base, self.block[i], self.plain)
+        if not isinstance(i, (int, np.integer)):
+            return Names(self.base, self.block[i])
         name = os.fsdecode(bytes(self.block[i]))
-        return name if self.plain else self.base / name
-
-    def __iter__(self):
-        return (self[i] for i in range(len(self)))
+        return self.base / name if self.base else name
 
 
 def pick(values, indices):
     """The entries of a list, a tensor or Names at these indices; None stays None."""
-    if isinstance(values, Names):
-        return Names(values.base, values.block[indices], values.plain)
-    if values is None or isinstance(values, torch.Tensor):
+    if values is None or isinstance(values, (torch.Tensor, Names)):
         return values if values is None else values[indices]
     return [values[i] for i in indices]
 
@@ -78,6 +70,8 @@ class Samples(torch.utils.data.Dataset):
     """
     train_masks = False
     masks_tell = False          # True: masks mark what makes the label, so that no model may be given them
+    partial = False             # True: some of the classes are not there on purpose
+    differs = ""                # how this split is not the published one; data.load says it
 
     def __init__(self, name, split, size, classes, ids, paths, labels, places=(), groups=None, masks=None,
                  points=None, boxes=None, pipeline=FINE_GRAINED, seed=0, merge=None):
@@ -105,8 +99,8 @@ class Samples(torch.utils.data.Dataset):
 
     def digest(self):
         """What tells these images from others: 16 hexadecimal digits of a SHA-256 of their ids, in order."""
-        ids = self.ids.block.tobytes() if isinstance(self.ids, Names) else "\n".join(self.ids).encode(errors="surrogateescape")
-        return hashlib.sha256(ids).hexdigest()[:16]
+        ids = self.ids.block.tolist() if isinstance(self.ids, Names) else map(os.fsencode, self.ids)
+        return hashlib.sha256(b"\n".join(ids)).hexdigest()[:16]
 
     def keep(self, indices):
         """These samples only, in this order."""
@@ -114,35 +108,36 @@ class Samples(torch.utils.data.Dataset):
             setattr(self, key, pick(getattr(self, key), indices))
         return self
 
+    def part(self, split, indices):
+        """These samples as another split."""
+        other = copy.copy(self)
+        other.split = split
+        return other.keep(indices)
+
     def first(self, n):
         """n samples only, spread evenly: files are often sorted by class. All of them if n is 0."""
         return self.keep([i * len(self) // n for i in range(n)]) if 0 < n < len(self) else self
 
     def on_disk(self):
         """Are all images there? Names come from listing the folder, so they are."""
-        return isinstance(self.paths, Names) or all(path.is_file() for path in self.paths)
+        return isinstance(self.paths, Names) or all(exists(path) for path in self.paths)
 
     def check(self):
         """Every image is there and is one, and so is every mask; or a UsageError names the first that is not.
 
-        Only headers are read: pixels that do not decode stop the run when they are needed. Names come from listing
-        the folder, and a million headers would take an hour: those are not read.
+        Only headers are read: pixels that do not decode stop the run when they are needed. Of Names, which come from
+        listing a folder, not even those: a million would take an hour.
         """
         for what, paths in (("image", self.paths), ("mask", self.masks or ())):
             for name, path in zip(self.ids, () if isinstance(paths, Names) else paths):
-                path = getattr(path, "path", path)
-                if path is None:                         # runs of a csv that has been read
-                    continue
-                if not path.is_file():
+                path = getattr(path, "path", path)       # None: runs of a csv that has been read
+                if path and not exists(path):
                     raise UsageError(f"{self.name}: {what} of sample {name} ({self.split}) is missing: {path}; "
                                      "unpack the archive again or remove its row")
-                read_image(path)
+                path and read_image(path)
 
     def read(self, path, mode):
-        """read_image; pictures of a small split are kept while there is room (files may be far larger than self.size).
-
-        They are shared: steps make new ones.
-        """
+        """read_image; a small split keeps its pictures while there is room. They are shared: steps make new ones."""
         if (path, mode) in self.decoded:
             return self.decoded[path, mode]
         picture = read_image(path, mode)
@@ -153,37 +148,34 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (None, key)
-        sample = {"label": int(self.labels[i]), "group": int(self.groups[i]), "id": self.ids[i]}
-        annotated = epoch is None or self.train_masks    # most methods train on images and labels alone
-        view = View(self.read(self.paths[i], "RGB"),
-                    self.read(self.masks[i], "L") if self.masks and annotated else None,
+        mask = self.masks and (epoch is None or self.train_masks)    # most methods train on images and labels alone
+        view = View(self.read(self.paths[i], "RGB"), self.read(self.masks[i], "L") if mask else None,
                     *(x[i] if x and epoch is None else None for x in (self.points, self.boxes)))
         if view.mask and view.mask.size != view.image.size:
             raise UsageError(f"mask {self.masks[i]} is {view.mask.size}, its image {view.image.size}; unpack both "
                              "again")
         if epoch is not None:
-            rng = np.random.default_rng([self.seed, epoch, zlib.crc32(self.ids[i].encode())])
+            rng = np.random.default_rng([self.seed, epoch, zlib.crc32(os.fsencode(self.ids[i]))])
             self.pipeline.train(view, self.size, rng)
         else:
             try:
                 self.pipeline.evaluate(view, self.size)
             except ValueError as error:
-                raise UsageError(f"cannot use image {self.paths[i]}: {error}; unpack the archive again") from None
+                raise UsageError(f"cannot use image {self.paths[i]}: {error}") from None
+        sample = {"label": int(self.labels[i]), "group": int(self.groups[i]), "id": self.ids[i],
+                  "image": to_tensor(view.image, self.normalisation)}
         if view.mask:
             # CUB's masks are soft (how many annotators agree): any agreement is object, as published
             sample["mask"] = torch.from_numpy((np.asarray(view.mask) > 0).astype(np.uint8))
-        for name, at in (("points", view.points), ("box", view.box)):
-            if at is not None:
-                sample[name] = torch.from_numpy(at).float()
-        sample["image"] = to_tensor(view.image, self.normalisation)
-        return sample
+        annotated = {"points": view.points, "box": view.box}
+        return sample | {name: torch.from_numpy(at).float() for name, at in annotated.items() if at is not None}
 
 
 def describe(samples):
     """One line: images, classes or groups, and how many of each where they are few."""
     counts = torch.bincount(samples.groups, minlength=len(samples.group_names)).tolist()
     seen, known = len(samples.labels.unique()), len(samples.classes)
-    named = f"{seen} of {known} classes" if seen < known else f"{known} classes"
+    named = f"{seen} of " * (seen < known) + f"{known} classes"
     if len(counts) <= 9:
         named = ", ".join(f"{n} {g}" for n, g in zip(counts, samples.group_names))
     return f"{samples.name} {samples.split}: {len(samples)} images ({named})"
@@ -208,16 +200,16 @@ def stratified(labels, share, seed=0):
     """
     held = []
     for label in labels.unique().tolist():
-        mine = (labels == label).nonzero()[:, 0].numpy()
-        held += np.random.default_rng([seed, label]).permutation(mine)[:max(1, round(share * len(mine)))].tolist()
+        mine = np.random.default_rng([seed, label]).permutation((labels == label).nonzero()[:, 0].numpy())
+        held += mine[:max(1, round(share * len(mine)))].tolist()
     return sorted(set(range(len(labels))) - set(held)), sorted(held)
 
 
 class Plan(torch.utils.data.Sampler):
     """Which samples this process sees at each step: a list of (epoch, index) per step, for steps start..stop.
 
-    The global batch of a step is the same however many processes share it; each takes one contiguous slice. The
-    samples left over at the end of an epoch are dropped (another set each epoch).
+    The global batch of a step is the same however many processes share it; each takes one contiguous slice. What is
+    left over at the end of an epoch is dropped (another set each epoch).
     """
 
     def __init__(self, count, batch, start, stop, seed=0, rank=0, world=1):

@@ -2,16 +2,17 @@
 
 Unique identifiers (UIDs) hold dots and share prefixes: they are compared whole. Read samples.py first.
 """
-import csv
-import os
+import io
 import pickle
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.files import NotThere, drawn_masks, files, is_miniature
+from benchmarks.files import (WORD, Kind, drawn_masks, exists, files, folders, is_miniature, one_of, read_bytes,
+                              read_image, read_keyed, read_rows, say, there)
 from benchmarks.samples import Samples
 from benchmarks.transforms import RADIOGRAPHS
 from settings import UsageError
@@ -32,12 +33,9 @@ class Runs(NamedTuple):
         """The union of all rows -> PIL mask, 0 or 255. Runs go down columns, so the flat array is the transpose."""
         mask = np.zeros(SIDE * SIDE, np.uint8)
         for row in self.rows:
-            numbers, end = [int(x) for x in row.split()], 0
-            for offset, length in zip(numbers[::2], numbers[1::2], strict=True):
-                mask[end + offset:end + offset + length] = 255
-                end += offset + length
-            if end > len(mask):
-                raise ValueError(f"its runs end at pixel {end} of {len(mask)}")
+            edges = np.cumsum([int(x) for x in row.split()])
+            for start, end in edges.reshape(-1, 2):
+                mask[start:end] = 255
         return Image.fromarray(mask.reshape(SIDE, SIDE).T.copy())
 
 
@@ -47,27 +45,44 @@ class Mask(NamedTuple):
     transposed: bool
 
     def image(self):
-        with Image.open(self.path) as mask:
-            return mask.convert("L").transpose(Image.Transpose.TRANSPOSE) if self.transposed else mask.convert("L")
+        mask = read_image(self.path, "L")
+        return mask.transpose(Image.Transpose.TRANSPOSE) if self.transposed else mask
+
+
+class Row(NamedTuple):
+    """An image with a label, wherever it was listed."""
+    uid: str
+    path: Path
+    label: int
+    tube: int                                              # None: not known
+    mask: object                                           # Runs, Mask or None
+
+
+def runs_or_none(text):
+    """A cell of the csv -> its runs as they are written, "" for -1, which some tools write as -1.0."""
+    if re.fullmatch(r"-1(\.0*)?", text):
+        return ""
+    numbers = [int(x) for x in text.split()]
+    if not numbers or len(numbers) % 2 or min(numbers) < 0 or 0 in numbers[1::2] or sum(numbers) > SIDE * SIDE:
+        raise ValueError
+    return text
+
+
+CELL = Kind(f"-1, or pairs of an offset and a length above 0 that end within {SIDE} x {SIDE} pixels", runs_or_none)
 
 
 def read_runs(path):
     """train-rle.csv -> {uid: Runs}, no rows for a negative. Both releases: names and values are stripped.
 
-    An image has a row for each region, or one row "-1"; UsageError for both, or for a file without the columns.
+    An image has a row for each region, or one row "-1"; UsageError for both, or for a cell that is neither.
     """
     found = {}
-    with open(path, newline="") as file:
-        reader = csv.reader(file)
-        header = [name.strip() for name in next(reader, [])]
-        if header[:2] != ["ImageId", "EncodedPixels"]:
-            raise UsageError(f"{path}: its columns are {header}, expected ImageId and EncodedPixels; download it again")
-        for uid, row, *_ in filter(None, reader):
-            found.setdefault(uid.strip(), []).append(row.strip())
-    for uid, rows in found.items():
-        if "-1" in rows and set(rows) != {"-1"}:
-            raise UsageError(f"{path}: image {uid} has both -1 and a mask; download the file again")
-    return {uid: Runs(() if "-1" in rows else tuple(rows)) for uid, rows in found.items()}
+    for line, uid, runs in read_rows(path, {"ImageId": WORD, "EncodedPixels": CELL}, commas=True):
+        rows = found.setdefault(uid, [])
+        if rows and "" in (runs, rows[0]) and runs != rows[0]:
+            raise UsageError(f"{path}, line {line}: image {uid} has both -1 and a mask; download the file again")
+        rows.append(runs)
+    return {uid: Runs(tuple(filter(None, rows))) for uid, rows in found.items()}
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -79,14 +94,12 @@ class PlainUnpickler(pickle.Unpickler):
 
 def read_tubes(path):
     """Chest tubes -> {uid: bool}, from cxr_tube_dict.pkl or from a csv with the columns ImageId,chest_tube."""
+    if path.suffix == ".csv":
+        tube = one_of({"0": False, "1": True, "false": False, "true": True, "False": False, "True": True})
+        return read_keyed(path, {"ImageId": WORD, "chest_tube": tube}, commas=True)
+    content = read_bytes(path)
     try:
-        if path.suffix == ".csv":
-            with open(path, newline="") as file:
-                rows = [{k.strip(): v.strip() for k, v in row.items()} for row in csv.DictReader(file)]
-            known = {"0": False, "1": True, "false": False, "true": True}
-            return {row["ImageId"]: known[row["chest_tube"].lower()] for row in rows}
-        with open(path, "rb") as file:
-            tubes = PlainUnpickler(file).load()
+        tubes = PlainUnpickler(io.BytesIO(content)).load()
         plain = isinstance(tubes, dict) and all(isinstance(k, str) and isinstance(v, bool) for k, v in tubes.items())
         if not plain:
             raise ValueError("it is no dict of str -> bool")
@@ -104,63 +117,55 @@ def load_siim(root, size, seed):
     misleads, and where it helps. train: every other image with a label; nobody knows its tubes. The masks are of the
     pneumothorax; those of a miniature are of the lungs, where all evidence lies.
     """
-    places = [root / p for p in ("siim", "siim/pneumothorax", "pneumothorax", ".")]
-    raw = next((p for p in places if (p / "dicom-images-train").is_dir()), None)
-    prepared = next((p for p in places if (p / "train_set").is_dir()), None)
-    rows = siim_raw(raw) if raw else siim_prepared(prepared, is_miniature(root)) if prepared else None
-    if rows is None:
-        raise NotThere(places[0] / "dicom-images-train")
+    found = there(*(root / place / folder for folder in ("dicom-images-train", "train_set")
+                    for place in ("siim", "siim/pneumothorax", "pneumothorax", ".")))
+    rows = siim_prepared(found.parent, is_miniature(root)) if found.name == "train_set" else siim_raw(found.parent)
 
-    def split(name, wanted):
-        mine = [r for r in rows if wanted(r)]
-        uids, paths, labels, tubes, masks = zip(*mine) if mine else [[]] * 5
-        groups = {} if name == "train" else dict(places=("without tube", "with tube"),
-                                                 groups=[2 * y + tube for y, tube in zip(labels, tubes)])
+    def split(name, mine, places=()):
+        uids, paths, labels, tubes, masks = zip(*mine) if mine else [()] * 5
         lungs = drawn_masks(root, uids)
-        found = Samples("siim", name, size, ("healthy", "pneumothorax"), uids, paths, labels, **groups,
+        found = Samples("siim", name, size, ("healthy", "pneumothorax"), uids, paths, labels, places,
+                        [2 * y + tube for y, tube in zip(labels, tubes)] if places else None,
                         masks=lungs or (masks if all(masks) else None), pipeline=RADIOGRAPHS, seed=seed)
         found.masks_tell = lungs is None
         return found
-    return {"train": split("train", lambda r: r[3] is None), "test": split("test", lambda r: r[3] is not None),
-            "robust": split("robust", lambda r: r[3] is not None and r[2] != r[3]),
-            "non_robust": split("non_robust", lambda r: r[2] == r[3])}
+    test = split("test", [r for r in rows if r.tube is not None], ("without tube", "with tube"))
+    misleads = (test.labels != test.groups % 2).tolist()                         # the tube is the group's last bit
+    return {"train": split("train", [r for r in rows if r.tube is None]), "test": test,
+            **{name: test.part(name, [i for i, x in enumerate(misleads) if x == wanted])
+               for name, wanted in (("robust", True), ("non_robust", False))}}
 
 
 def siim_raw(base):
-    """Kaggle's layout -> rows (uid, path, label, tube or None, mask). What has no label is left out, and counted."""
-    if not (base / "train-rle.csv").is_file():
-        raise NotThere(base / "train-rle.csv")
-    tables = [base / name for name in ("cxr_tube_dict.pkl", "cxr_tube_dict.csv")]
-    table = next((p for p in tables if p.is_file()), None)
-    if table is None:
-        raise NotThere(tables[0])
-    runs, tubes, paths = read_runs(base / "train-rle.csv"), read_tubes(table), {}
-    for path in sorted((base / "dicom-images-train").glob("*/*/*.dcm")):
+    """Kaggle's layout -> Rows. What has no label is left out, and counted."""
+    runs, paths = read_runs(base / "train-rle.csv"), {}
+    tubes = read_tubes(there(base / "cxr_tube_dict.pkl", base / "cxr_tube_dict.csv"))
+    images = base / "dicom-images-train"
+    for path in (images / study / series / file for study in folders(images) for series in folders(images / study)
+                 for file in files(images / study / series, ".dcm")):
         if paths.setdefault(path.name[:-len(".dcm")], path) != path:              # a UID has dots: no stem but this
             raise UsageError(f"siim: {path} and {paths[path.name[:-4]]} have the same UID; unpack the archive again")
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"siim: {len(paths)} images; left out: {len(paths.keys() - runs)} without a row in train-rle.csv, "
-              f"{len(runs.keys() - paths)} rows and {len(tubes.keys() - paths)} tube labels without an image")
-    return [(uid, path, int(bool(runs[uid].rows)), tubes.get(uid), runs[uid]) for uid, path in paths.items()
+    say(f"siim: {len(paths)} images; left out: {len(paths.keys() - runs)} without a row in train-rle.csv, "
+        f"{len(runs.keys() - paths)} rows and {len(tubes.keys() - paths)} tube labels without an image")
+    return [Row(uid, path, int(bool(runs[uid].rows)), tubes.get(uid), runs[uid]) for uid, path in paths.items()
             if uid in runs]
 
 
-def siim_prepared(base, drawn):
-    """The published code's folders <set>/<label>/<uid>.dcm -> rows as siim_raw.
+def siim_prepared(base, upright):
+    """The published code's folders <set>/<label>/<uid>.dcm -> Rows.
 
-    Its all_masks are transposed (and hold one region an image); `drawn`: those of a miniature are upright.
+    Its all_masks are transposed (and hold one region an image), but for those of a miniature: `upright`.
     """
     found = {(s, y): {Path(f).with_suffix("").name: base / s / str(y) / f
                       for f in files(base / s / str(y), ".dcm", ".png", ".jpg")}
              for s in PREPARED for y in (0, 1)}
     masks, rows = base / "all_masks", []
     for (s, y), paths in found.items():
-        for uid, path in paths.items() if s in ("train_set", "full_test_set") else ():
-            robust, easy = (uid in found[other, y] for other in ("robust_test_set", "non_robust_test_set"))
+        for uid, path in paths.items() if s in PREPARED[:2] else ():
+            robust, easy = (uid in found[other, y] for other in PREPARED[2:])
             if s == "full_test_set" and robust == easy:
                 raise UsageError(f"siim: {path} is in {'both' if robust else 'neither'} of robust_test_set and "
                                  "non_robust_test_set; prepare the folders again")
-            tube = None if s == "train_set" else int(robust != bool(y))
-            mask = Runs(()) if not y else Mask(masks / f"{uid}.png", not drawn) if masks.is_dir() else None
-            rows.append((uid, path, y, tube, mask))
-    return sorted(rows, key=lambda row: row[0])
+            mask = Runs(()) if not y else Mask(masks / f"{uid}.png", not upright) if exists(masks) else None
+            rows.append(Row(uid, path, y, None if s == "train_set" else int(robust != bool(y)), mask))
+    return sorted(rows, key=lambda row: row.uid)

@@ -41,25 +41,28 @@ class View:
         self.image, self.mask = image, mask
         self.points, self.box = (None if x is None else np.array(x, dtype=np.float64) for x in (points, box))  # copies
 
-    def each(self, step):
+    def each(self, step, of_mask=None):
+        """Change image and mask by a step, or the mask by one of its own."""
         self.image = step(self.image)
-        self.mask = self.mask and step(self.mask)
+        self.mask = self.mask and (of_mask or step)(self.mask)
 
-    def move(self, matrix):
-        """Move the points by a 2x3 matrix, and the box to the smallest one around its moved corners."""
+    def repaint(self, change):
+        """Change the image alone: what moves nothing."""
+        self.image = change(self.image)
+
+    def move(self, linear, offset=0):
+        """What is at p goes to linear p + offset: points, and the box to the smallest one around its corners."""
         if self.points is not None:
-            self.points[:, :2] = self.points[:, :2] @ matrix[:, :2].T + matrix[:, 2]
+            self.points[:, :2] = self.points[:, :2] @ linear.T + offset
         if self.box is not None:
             corners = self.box[:2] + self.box[2:] * np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
-            corners = corners @ matrix[:, :2].T + matrix[:, 2]
+            corners = corners @ linear.T + offset
             self.box = np.concatenate([corners.min(0), np.ptp(corners, axis=0)])
 
     def stretch(self, new, resample=BILINEAR):
         """To `new` = (width, height), with antialiasing; the mask nearest."""
-        old = self.image.size
-        self.image = self.image.resize(new, resample)
-        self.mask = self.mask and self.mask.resize(new, NEAREST)
-        self.move(np.array([[new[0] / old[0], 0, 0], [0, new[1] / old[1], 0]]))
+        self.move(np.diag(np.divide(new, self.image.size)))
+        self.each(lambda image: image.resize(new, resample), lambda mask: mask.resize(new, NEAREST))
 
     def resize(self, size, resample=BILINEAR):
         """Shorter side to `size`."""
@@ -69,22 +72,21 @@ class View:
     def flip(self):
         """Mirror left to right."""
         self.each(lambda x: x.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-        self.move(np.array([[-1.0, 0, self.image.width], [0, 1, 0]]))
+        self.move(np.diag([-1, 1]), (self.image.width, 0))
 
     def recolour(self, illuminant):
         """Planckian jitter: red times r/g and blue times b/g, clipped, cut to whole grey levels."""
-        red, green, blue = illuminant
-        levels = np.arange(256) * np.array([[red / green], [1], [blue / green]])           # of each channel: (3, 256)
-        self.image = self.image.point(np.minimum(levels, 255).astype(np.uint8).ravel().tolist())
+        levels = np.divide(illuminant, illuminant[1])[:, None] * np.arange(256)            # of each channel: (3, 256)
+        self.repaint(lambda image: image.point(np.minimum(levels, 255).astype(np.uint8).ravel().tolist()))
 
     def warp(self, linear, offset, resample=NEAREST, fill=(0, 0, 0)):
         """Move what is at p to linear p + offset, (2, 2) and (2,); `fill` and no mask where nothing arrives."""
         back = np.linalg.inv(linear)
         inverse = tuple(np.column_stack([back, -back @ offset]).ravel())      # PIL asks where pixels come from
         where = (self.image.size, Image.Transform.AFFINE, inverse)
-        self.image = self.image.transform(*where, resample, fillcolor=fill)
-        self.mask = self.mask and self.mask.transform(*where, NEAREST)
-        self.move(np.column_stack([linear, offset]))
+        self.each(lambda image: image.transform(*where, resample, fillcolor=fill),
+                  lambda mask: mask.transform(*where, NEAREST))
+        self.move(linear, offset)
 
     def affine(self, angle, shift, scale, **how):
         """Turn clockwise by `angle` degrees and scale about the centre, then shift by (x, y) pixels."""
@@ -93,19 +95,18 @@ class View:
         self.warp(linear, centre + shift - linear @ centre, **how)
 
     def crop(self, left, top, width, height=None):
-        """Cut a rectangle, a square if no height is given; points outside become invisible, moved onto its edge.
+        """Cut a rectangle, a square if no height is given. Points outside move onto its edge and become invisible.
 
-        So is the corner of the box, which keeps its width and height: the published keypoint evaluation divides by
-        them.
+        The box's corner too, but not its width and height: the published keypoint evaluation divides by them.
         """
-        size = (width, height or width)
-        self.each(lambda x: x.crop((left, top, left + size[0], top + size[1])))
+        corner, size = np.array([left, top]), (width, height or width)
+        self.each(lambda x: x.crop((*corner, *corner + size)))
         if self.points is not None:
-            at = self.points[:, :2] - (left, top)
+            at = self.points[:, :2] - corner
             self.points[:, 2] *= ((at >= 0) & (at <= size)).all(1)
             self.points[:, :2] = at.clip(0, size)
         if self.box is not None:
-            self.box[:2] = (self.box[:2] - (left, top)).clip(0, size)
+            self.box[:2] = (self.box[:2] - corner).clip(0, size)
 
 
 # ---------------------------------------------------------------- birds, cats and dogs
@@ -122,9 +123,9 @@ def augment(view, size, rng):
     view.crop(int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1)), size)
 
 
-def centre(view, size):
-    """The evaluation pipeline: shorter side to size, centre crop."""
-    view.resize(size)
+def centre(view, size, shorter=None, resample=BILINEAR):
+    """The evaluation pipeline: shorter side to `shorter` (default: size), centre crop."""
+    view.resize(shorter or size, resample)
     view.crop(*(round((n - size) / 2) for n in view.image.size), size)
 
 
@@ -150,44 +151,43 @@ def random_box(size, rng):
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def recoloured(change):
-    """An operation on pixel values alone, change(image, amount) -> image, as an operation on a View."""
-    def operation(view, amount):
-        view.image = change(view.image, amount)
-    return operation
-
-
-def warped(linear, offset):
-    """linear(a) (2, 2) and offset(a, size) (2,): where the output pixel comes from, as PIL and timm write it."""
-    def operation(view, amount):
-        back = np.linalg.inv(np.array(linear(amount), dtype=float))
-        view.warp(back, -back @ offset(amount, np.array(view.image.size)), BICUBIC, FILL)
-    return operation
-
-
 FILL = (124, 116, 104)                                     # ImageNet's mean, where a warp brings nothing
-unmoved, straight = lambda a, size: np.zeros(2), lambda a: ((1, 0), (0, 1))
 
-# Name: (what it does with an amount, amount at magnitude m in [0, 10], whether its sign is drawn).
+
+def bring(view, linear, offset=(0, 0)):
+    """A warp as PIL and timm write it: what goes to p comes from linear p + offset."""
+    back = np.linalg.inv(np.array(linear, dtype=float))
+    view.warp(back, -back @ offset, BICUBIC, FILL)
+
+
+def levels(change):
+    """change(level, amount) -> level, of each channel by itself, as an operation."""
+    return lambda view, a: view.repaint(lambda image: image.point([change(v, a) for v in range(256)] * 3))
+
+
+def enhance(kind):
+    """An operation of ImageEnhance with its amount at a magnitude: a factor, 1 changes nothing."""
+    return lambda view, a: view.repaint(lambda image: kind(image).enhance(a)), lambda m: 0.1 + 0.18 * m, False
+
+
+# Name: (what it does to a view with an amount, amount at magnitude m in [0, 10], whether its sign is drawn).
 # "Non-increasing" set: Posterize and Solarize do more at a lower magnitude, factors cross 1 at m = 5.
 OPERATIONS = {
-    "AutoContrast": (recoloured(lambda x, a: ImageOps.autocontrast(x)), lambda m: None, False),
-    "Equalize": (recoloured(lambda x, a: ImageOps.equalize(x)), lambda m: None, False),
-    "Invert": (recoloured(lambda x, a: ImageOps.invert(x)), lambda m: None, False),
+    "AutoContrast": (lambda view, a: view.repaint(ImageOps.autocontrast), lambda m: None, False),
+    "Equalize": (lambda view, a: view.repaint(ImageOps.equalize), lambda m: None, False),
+    "Invert": (levels(lambda v, a: 255 - v), lambda m: None, False),
     "Rotate": (lambda view, a: view.affine(-a, (0, 0), 1, resample=BICUBIC, fill=FILL), lambda m: 3 * m, True),
-    "Posterize": (recoloured(lambda x, a: x.point([v & 256 - 2 ** (8 - a) for v in range(256)] * 3)),
-                  lambda m: int(0.4 * m), False),                                          # bits that stay
-    "Solarize": (recoloured(ImageOps.solarize), lambda m: int(25.6 * m), False),           # inverts from here on
-    "SolarizeAdd": (recoloured(lambda x, a: x.point([min(255, i + a) if i < 128 else i for i in range(256)] * 3)),
-                    lambda m: int(11 * m), False),
-    "Color": (recoloured(lambda x, a: ImageEnhance.Color(x).enhance(a)), lambda m: 0.1 + 0.18 * m, False),
-    "Contrast": (recoloured(lambda x, a: ImageEnhance.Contrast(x).enhance(a)), lambda m: 0.1 + 0.18 * m, False),
-    "Brightness": (recoloured(lambda x, a: ImageEnhance.Brightness(x).enhance(a)), lambda m: 0.1 + 0.18 * m, False),
-    "Sharpness": (recoloured(lambda x, a: ImageEnhance.Sharpness(x).enhance(a)), lambda m: 0.1 + 0.18 * m, False),
-    "ShearX": (warped(lambda a: ((1, a), (0, 1)), unmoved), lambda m: 0.03 * m, True),
-    "ShearY": (warped(lambda a: ((1, 0), (a, 1)), unmoved), lambda m: 0.03 * m, True),
-    "TranslateXRel": (warped(straight, lambda a, size: a * size * (1, 0)), lambda m: 0.045 * m, True),
-    "TranslateYRel": (warped(straight, lambda a, size: a * size * (0, 1)), lambda m: 0.045 * m, True)}
+    "Posterize": (levels(lambda v, bits: v & 256 - 2 ** (8 - bits)), lambda m: int(0.4 * m), False),
+    "Solarize": (levels(lambda v, a: v if v < a else 255 - v), lambda m: int(25.6 * m), False),
+    "SolarizeAdd": (levels(lambda v, a: min(255, v + a) if v < 128 else v), lambda m: int(11 * m), False),
+    "Color": enhance(ImageEnhance.Color),
+    "Contrast": enhance(ImageEnhance.Contrast),
+    "Brightness": enhance(ImageEnhance.Brightness),
+    "Sharpness": enhance(ImageEnhance.Sharpness),
+    "ShearX": (lambda view, a: bring(view, ((1, a), (0, 1))), lambda m: 0.03 * m, True),
+    "ShearY": (lambda view, a: bring(view, ((1, 0), (a, 1))), lambda m: 0.03 * m, True),
+    "TranslateXRel": (lambda view, a: bring(view, np.eye(2), (a * view.image.width, 0)), lambda m: 0.045 * m, True),
+    "TranslateYRel": (lambda view, a: bring(view, np.eye(2), (0, a * view.image.height)), lambda m: 0.045 * m, True)}
 
 
 def rand_augment(view, rng, magnitude=6.0, deviation=0.5):
@@ -201,8 +201,7 @@ def rand_augment(view, rng, magnitude=6.0, deviation=0.5):
 
 def centre_imagenet(view, size):
     """Shorter side to 256/224 of the size, bicubic, centre crop."""
-    view.resize(round(size * 256 / 224), BICUBIC)
-    view.crop(*(round((n - size) / 2) for n in view.image.size), size)
+    centre(view, size, round(size * 256 / 224), BICUBIC)
 
 
 def unchanged(view, size):
