@@ -300,6 +300,8 @@ def measure(cfg, model, state, name, samples, train, sets, intervention, device)
         report |= {"paper": benchmark.paper[trained["k"]], "paper_split": benchmark.paper_split}
     if intervention:
         report["intervention"] = intervention
+    if samples.differs:
+        report["data_differs"] = samples.differs
     if cfg.adversarial:
         report["adversarial"] = adversarial(model, samples, sets["only_bg_t"], device, cfg.batch, cfg.workers)
     if cfg.speed:

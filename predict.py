@@ -26,6 +26,7 @@ class OnCheckpoint:
                     choices=("", *data.BENCHMARKS))
     root: str = opt("", "folder of the benchmarks, if they moved since training")
     limit: int = opt(0, "use only N images of each split, spread evenly (0: as in training)", at_least=0)
+    strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones; else a line says so")
     batch: int = opt(32, "images at once", at_least=1)
     workers: int = opt(0, "processes that load data", at_least=0)
     device: str = opt("auto", "auto, cpu, cuda or mps")
@@ -86,7 +87,7 @@ def open_split(cfg, trained, model):
                          f"a model of {here.trained_on or name}")
     root = data.find_root(name, cfg.root or trained["root"], trained["mini"] and not cfg.root)
     splits = data.load(name, root, trained["size"], limit=cfg.limit or trained["limit"], check=False,
-                       val_share=trained.get("val_share", 0.0) * (name == trained["data"]))
+                       val_share=trained.get("val_share", 0.0) * (name == trained["data"]), strict=cfg.strict_data)
     if cfg.split not in splits:
         held = "train with --val-share 0.1 to have one, or " * (cfg.split == "val" and "train" in splits)
         known = next(f for f in fields(cfg) if f.name == "split").metadata["choices"]

@@ -37,6 +37,7 @@ class Config:
     limit: int = opt(0, "use only N training and evaluation samples, spread evenly (0: all)", at_least=0)
     val_share: float = opt(0.0, "hold out this share of the training images of each class as validation, where a "
                                 "benchmark has none, such as 0.1 (0: none)", at_least=0, below=1)
+    strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones; else a line says so")
 
     method: str = opt("ifam", "ifam, or a baseline", choices=METHODS, group="model")
     arch: str = opt("b", "size of the vision transformers", choices=tuple(vit.ARCHS))
@@ -114,7 +115,7 @@ class Config:
 # data.BENCHMARKS says what differs from Config's defaults by benchmark, this by miniature.
 MINI = dict(arch="mini", size=96, weights="mini", k=4, epochs=2, batch=8, lr=7e-4, lr_tokens=1e-5, lr_prototypes=2.5e-3,
             lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, weight_variation=0.33, workers=0)
-FREE = {"root", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}   # may change on --resume
+FREE = {"root", "strict_data", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}   # may change on --resume
 
 
 def preset(typed, earlier=None):

@@ -244,7 +244,8 @@ def open_data(cfg, rank, world):
     if world > 1:
         dist.barrier()
     root = data.find_root(cfg.data, cfg.root, cfg.mini)
-    splits = data.load(cfg.data, root, cfg.size, cfg.seed, cfg.limit, ("train", "val"), val_share=cfg.val_share)
+    splits = data.load(cfg.data, root, cfg.size, cfg.seed, cfg.limit, ("train", "val"), val_share=cfg.val_share,
+                       strict=cfg.strict_data)
     if len(splits["train"]) < cfg.batch:
         raise UsageError(f"--batch {cfg.batch} is larger than the training set ({len(splits['train'])} images)")
     return splits["train"], splits.get("val")
@@ -444,7 +445,7 @@ def train(cfg):
             claim(cfg)
         log = Log(folder, rank, start)
         log({"step": start, "command": sys.argv, "config": asdict(cfg), "torch": torch.__version__, "processes": world,
-             "images": images},
+             "images": images, **({"data_differs": samples.differs} if samples.differs else {})},
             f"{cfg.method}: {sum(p.numel() for p in trainer.trained):,} trained parameters, steps {start} to "
             f"{steps} ({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
         loop(cfg, trainer, samples, val, log, start, best, images)
