@@ -361,7 +361,7 @@ def may_write(path, ours, force=False):
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"{path}: no permission to write in {path.parent}; name another place")
     try:
-        known = not path.exists() or force or ours(path)
+        known = not os.path.lexists(path) or force or ours(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         known = False
     if not known:

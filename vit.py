@@ -1,8 +1,8 @@
 """vit.py: the vision transformer, and attention under a mask. The lesson starts here; ifam.py is its second half.
 
-Floor: the lesson, its lower half; it needs torch alone. A hard mask hides patches from every block: `keep` enters attention, dropped
-patches are read by nobody, and the gradient of the mask is exact (KeepGradient). Parameters are named as in DINOv2's
-files.
+Floor: the lesson, its lower half; it needs torch alone. A hard mask hides patches from every block: `keep` enters
+attention, dropped patches are read by nobody, and the gradient of the mask is exact (KeepGradient). Parameters are
+named as in DINOv2's files.
 
 Letters: B images, N = h*w patches, R registers, T = 1+R+N tokens (class token, registers, patches), D width, H heads,
 P side of a patch. keep (B, N): 1 = this patch may be read.
