@@ -57,7 +57,7 @@ class Config(OnCheckpoint):
     def __post_init__(self):
         super().__post_init__()
         self.drop, self.q = (tuple(sorted(set(given))) for given in (self.drop, self.q))
-        self.out = self.out or str(Path(self.ckpt).with_name("intervention.json"))
+        self.out = self.out or str(Path(self.ckpt).parent / "intervention.json")
 
 
 RULE = "the worst group rises, and the average stays within the tolerance of the untouched model's"

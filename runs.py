@@ -115,7 +115,7 @@ class Config:
 # data.BENCHMARKS says what differs from Config's defaults by benchmark, this by miniature.
 MINI = dict(arch="mini", size=96, weights="mini", k=4, epochs=2, batch=8, lr=7e-4, lr_tokens=1e-5, lr_prototypes=2.5e-3,
             lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, weight_variation=0.33, workers=0)
-FREE = {"root", "strict_data", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}  # on --resume
+FREE = {"root", "strict_data", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}     # to change
 
 
 def preset(typed, earlier=None):

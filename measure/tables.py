@@ -186,8 +186,8 @@ def read_run(folder):
                     raise ValueError(f"{title} is {x}")
             row = row_name(config) + correction(report), config["seed"], config["k"], report
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path} is not as evaluate.py writes it ({type(error).__name__}: {error}); write it again, "
-                             "or leave the folder out") from None
+            raise UsageError(f"{path} is not as evaluate.py writes it ({type(error).__name__}: {error}); write it "
+                             "again, or leave the folder out") from None
         if of_best(report, folder) is not False:
             found.append((path, *row))
         else:

@@ -1,0 +1,74 @@
+"""The promise: bad input is one line that says what, where and what to do, exit status 2 or 1, and nothing is written.
+
+A table of (command, status, words) for every script, in this process. What needs data or a trained model is tested
+beside them: test_run_edges, test_data_edges, test_weights, test_intervene, test_sweep, test_tables.
+"""
+import os
+
+import pytest
+from tiny import fails
+
+import evaluate
+import intervene
+import miniature.__main__ as miniature
+import speed
+import sweep
+import train
+from measure import figures, tables
+from miniature import pretrain
+
+HUGE, FILE = 10 ** 30, "notes.txt"                       # a file that is there, of somebody else
+MINI = ("--data", "waterbirds", "--mini")
+PROMISE = [
+    # train.py
+    (train, ("--data", "waterbird"), 2, "did you mean waterbirds"), (train, ("--data", ""), 2, "--data is empty"),
+    (train, ("--epohcs", 3), 2, "did you mean --epochs"), (train, ("--ep", 3), 2, "unknown flag --ep"),
+    (train, ("--epochs", "many"), 2, "invalid int"), (train, (*MINI, "--epochs", HUGE), 2, "at most"),
+    (train, (*MINI, "--registers", HUGE), 2, "at most"), (train, (*MINI, "--micro", -1), 2, "at least 0"),
+    (train, (*MINI, "--tau", 0), 2, "above 0"), (train, (*MINI, "--lr", "inf"), 2, "finite"), (train, (*MINI, "--lr", "nan"), 2, "finite"),
+    (train, (*MINI, "--ema", 1), 2, "below 1"), (train, (*MINI, "--clip", -1), 2, "at least 0"), (train, (*MINI, "--k", 0), 2, "at least 1"),
+    (train, (*MINI, "--root", "elsewhere"), 2, "leave out --root"), (train, (*MINI, "--method", "erm", "--k", 3), 2, "means nothing to"),
+    (train, ("--data", "imagenet9"), 2, "for evaluation only"), (train, ("--data", "cub", "--root", FILE), 2, FILE),
+    (train, ("--data", "cub", "--root", "nowhere"), 2, "CUB_200_2011.tgz"), (train, (*MINI, "--config", "nowhere.json"), 2, "no such file"),
+    (train, (*MINI, "--config", FILE), 2, "not whole JSON"), (train, (*MINI, "--config", "."), 2, "directory"),
+    (train, (*MINI, "--out", f"{FILE}/run", "--limit", 16, "--epochs", 1, "--batch", 8), 1, FILE),
+    (train, (*MINI, "--resume", "--out", "nowhere"), 2, "no run at nowhere"), (train, (*MINI, "--weights", "nowhere.pt"), 2, "no such file"),
+    (train, (*MINI, "--weights", FILE), 2, FILE), (train, (*MINI, "--arch", "b", "--size", 98, "--weights", "mini"), 2, "--arch"),
+    (train, (*MINI, "--device", "abacus"), 2, "--device abacus"), (train, (*MINI, "--size", 100), 2, "not a multiple"),
+    (train, (*MINI, "--size", 8), 2, "3 x 3"), (train, (*MINI, "--batch", 100000, "--micro", 8), 2, "larger than the training set"),
+    # evaluate.py and intervene.py
+    *((script, flags, 2, words) for script in (evaluate, intervene) for flags, words in (
+        ((), "--ckpt"), (("--ckpt", ""), "--ckpt is empty"), (("--ckpt", "nowhere.pt"), "no such file"), (("--ckpt", "."), "a folder"),
+        (("--ckpt", FILE), FILE), (("--ckpt", FILE, "--batch", 0), "at least 1"), (("--ckpt", FILE, "--limit", -1), "at least 0"),
+        (("--ckpt", FILE, "--split", "tests"), "did you mean test"), (("--ckpt", FILE, "--device", "abacus"), "abacus"))),
+    (evaluate, ("--ckpt", FILE, "--leakage", -1), 2, "at least 0"), (intervene, ("--ckpt", FILE, "--q", 1), 2, "below 1"),
+    (intervene, ("--ckpt", FILE, "--tolerance", "inf"), 2, "finite"), (intervene, ("--ckpt", FILE, "--drop", "all"), 2, "invalid int"),
+    # sweep.py
+    (sweep, (), 2, "what"), (sweep, ("lader", *MINI), 2, "did you mean ladder"), (sweep, ("erm", *MINI, "--seeds", 0), 2, "at least 1"),
+    (sweep, ("erm", *MINI, "--seed", 1), 2, "decided by the sweep"), (sweep, ("erm", *MINI, "--epochs", 0), 2, "at least 1"),
+    (sweep, ("erm", *MINI, "--also", "waterbird200"), 2, "leave it out"), (sweep, ("erm", "--data", "mars"), 2, "unknown --data"),
+    # speed.py
+    (speed, ("--rounds", 0), 2, "at least 1"), (speed, ("--scale", "--training"), 2, "one at a time"), (speed, ("--keep", 0.5), 2, "means nothing"),
+    (speed, ("--training", "--keep", 2), 2, "at most 1"), (speed, ("--arch", "huge"), 2, "no architecture"), (speed, ("--size", 15), 2, "multiple"),
+    (speed, ("--out", FILE), 2, "--force"), (speed, ("--out", "."), 2, "folder"),
+    # measuring
+    (tables, (), 2, "runs"), (tables, ("nowhere",), 2, "nowhere"), (tables, (FILE,), 2, "not a folder"), (tables, (".",), 2, "config.json"),
+    (figures, (), 2, "--ckpt"), (figures, ("--ckpt", "nowhere.pt"), 2, "no such file"),
+    # miniatures
+    (miniature, ("--data", "waterbird"), 2, "waterbird"), (miniature, ("--train", HUGE), 2, "at most"), (miniature, ("--size", 33), 2, "multiple of 8"),
+    (miniature, ("--things", 9, 3), 2, "smaller and a larger"), (miniature, ("--agreement", "nan"), 2, "finite"),
+    (miniature, ("--sheet", FILE), 2, "--force"), (miniature, ("--sheet", "nowhere/x.png"), 2, "no folder"),
+    (miniature, ("--sheet", "x.docx"), 2, ".png"), (miniature, ("--out", f"{FILE}/x", "--train", 1, "--val", 4, "--test", 4), 1, FILE),
+    (pretrain, ("--view", 25), 2, "multiple of 8"), (pretrain, ("--view", 1000), 2, "at most"), (pretrain, ("--scenes", HUGE), 2, "at most"),
+    (pretrain, ("--lr", "nan"), 2, "finite"), (pretrain, ("--resume", "--out", "nowhere"), 2, "no such file"),
+    (pretrain, ("--out", "."), 2, "not empty"), (pretrain, ("--shift", 1), 2, "unknown flag")]
+
+
+@pytest.mark.parametrize("script, flags, status, words", PROMISE, ids=[f"{s.__name__} {' '.join(map(str, f))}"[:90] for s, f, *_ in PROMISE])
+def test_bad_input_is_one_line_and_leaves_nothing(script, flags, status, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / FILE).write_text("somebody's notes\n")
+    monkeypatch.chdir(tmp_path)
+    line = fails(script.main, *flags, status=status)(capsys)
+    assert words in line and "Traceback" not in line
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if not p.name.endswith(".lock"))
+    assert left == [FILE] and (tmp_path / FILE).read_text() == "somebody's notes\n"
