@@ -25,21 +25,20 @@ Floor: commands. Read ifam.refuse (what an intervention does to a model) first. 
 import copy
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 
 import data
+from benchmarks.files import is_our_picture
 from ifam import limits_of
 from measure import figures
 from measure.metrics import auroc
 from predict import OnCheckpoint, open_split
 from runs import describe_intervention, hash_of, load_model, pick_device
-from settings import UsageError, opt, parse, progress, run_script, write_json
+from settings import UsageError, may_write, opt, parse, progress, run_script, write_json
 
 
 @dataclass
@@ -53,6 +52,7 @@ class Config(OnCheckpoint):
     split: str = opt("val", "images that effects are measured on and the rule decides by; test only if you mean it",
                      choices=("val", "test"))
     out: str = opt("", "file to write; pictures lie beside it (default intervention.json beside the checkpoint)")
+    force: bool = opt(False, "replace files that this script did not write")
 
     def __post_init__(self):
         super().__post_init__()
@@ -304,15 +304,13 @@ def check(cfg, model, method):
     if len(cfg.drop) == k:
         raise UsageError(f"--drop removes all {k} parts, and nothing would be left to see; leave at least one")
     out = Path(cfg.out)
-    if out.suffix != ".json" or not out.parent.is_dir() or out.is_dir():
+    if out.suffix != ".json":
         raise UsageError(f"--out {out}: name a .json file in a folder that exists")
     if out.stem in (*data.SPLITS, *data.BENCHMARKS):
         raise UsageError(f"--out {out} would take the place of the report on {out.stem}; choose another name")
-    may_write(out, is_intervention)
-    for part in range(k):
-        may_write(beside(out, f"part-{part}"), is_figure)
-    if cfg.q:
-        may_write(beside(out, "patches"), is_figure)
+    may_write(out, is_intervention, cfg.force)
+    for picture in (*(f"part-{part}" for part in range(k)), *["patches"] * bool(cfg.q)):
+        may_write(beside(out, picture), is_our_picture, cfg.force)
 
 
 def beside(out, what):
@@ -320,29 +318,10 @@ def beside(out, what):
     return out.with_name(f"{out.stem}-{what}.png")
 
 
-def may_write(path, is_ours):
-    """UsageError unless nothing is at path yet, or is_ours(path) says that this program wrote what is there."""
-    if os.path.lexists(path) and not is_ours(path):
-        raise UsageError(f"{path} was not written by this program and stays as it is: move it away, or choose another "
-                         "--out")
-
-
 def is_intervention(path):
-    """Is a file one of intervene.py?"""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return False
+    """Is a JSON file one of intervene.py? ValueError if it is no JSON."""
+    content = json.loads(path.read_text())
     return isinstance(content, dict) and {"checkpoint", "decision", "rows"} <= content.keys()
-
-
-def is_figure(path):
-    """Is a file a picture that Matplotlib wrote, as measure/figures.py does?"""
-    try:
-        with Image.open(path) as picture:
-            return picture.format == "PNG" and picture.info.get("Software", "").startswith("Matplotlib")
-    except (OSError, ValueError, SyntaxError):           # Pillow raises all of these for what is no picture
-        return False
 
 
 def decide(trials, cfg):
