@@ -2,7 +2,6 @@
 import hashlib
 import json
 import math
-import os
 import shutil
 
 import numpy as np
@@ -451,14 +450,12 @@ def test_an_intervention_without_quantiles_or_with_several_is_as_sound(trained, 
 
 @pytest.mark.parametrize("name, content", [
     ("config.json", "{}"), ("notes.json", '{"decision": "mine"}'), ("list.json", "[]"), ("torn.json", '{"decision'), ("val.json", None), ("cub.json", None),
-    ("folder.json", None), ("x-part-2.png", "not a picture"), ("x-part-0.png", PIL.Image), ("x-patches.png", ""), ("x-part-1.png", os.symlink)])
+    ("folder.json", None), ("x-part-2.png", "not a picture"), ("x-part-0.png", PIL.Image), ("x-patches.png", "")])
 def test_a_result_never_takes_the_place_of_what_this_program_did_not_write(trained, tmp_path, capsys, name, content):
     shutil.copy(trained, tmp_path / "best.pt")
     (tmp_path / "folder.json").mkdir()
     if content is PIL.Image:
         PIL.Image.new("RGB", (8, 8)).save(tmp_path / name)                       # a picture of somebody else
-    elif content is os.symlink:
-        os.symlink("somewhere.png", tmp_path / name)
     elif content is not None:
         (tmp_path / name).write_text(content)
     before = sorted(p.name for p in tmp_path.iterdir())
@@ -473,6 +470,13 @@ def test_an_earlier_intervention_and_its_pictures_are_replaced(trained, tmp_path
     for part in (0, 2):
         intervene.main(["--ckpt", str(trained), "--limit", "8", "--device", "cpu", "--out", str(tmp_path / "x.json"), "--drop", str(part), "--q", "0.9"])
         assert json.loads((tmp_path / "x.json").read_text())["drop"] == [part] and (tmp_path / "x-patches.png").is_file()
+
+
+def test_force_replaces_what_this_program_did_not_write(trained, tmp_path):
+    for name in ("x.json", "x-part-0.png"):
+        (tmp_path / name).write_text("mine")
+    intervene.main(["--ckpt", str(trained), "--limit", "8", "--device", "cpu", "--out", str(tmp_path / "x.json"), "--drop", "0", "--force"])
+    assert json.loads((tmp_path / "x.json").read_text())["drop"] == [0] and intervene.is_our_picture(tmp_path / "x-part-0.png")
 
 
 def test_names_with_dollars_tags_or_line_breaks_break_neither_table_nor_picture(trained, tmp_path, monkeypatch, capsys):

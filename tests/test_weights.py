@@ -494,9 +494,9 @@ def test_evaluating_a_snapshot_writes_a_report_that_says_so(few_birds, tmp_path,
     snapshot(tmp_path / "snapshot_best.pt")
     evaluate.main([*map(str, ("--ckpt", tmp_path / "snapshot_best.pt", "--data", "waterbirds", "--root", few_birds,
                               "--limit", 6, "--leakage", 4, "--device", "cpu"))])
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((tmp_path / "report-snapshot_best-limit6.json").read_text())
     assert report["source"] == "published snapshot" and report["images"] == 6 and report["leakage"]["repaint"]["max_logit_change"] == 0
-    assert report["selection"]["split"] == "unknown" and (tmp_path / "parts.png").is_file()
+    assert report["selection"]["split"] == "unknown" and (tmp_path / "parts-snapshot_best-limit6.png").is_file()
     assert "published snapshot; waterbirds test, 6 images" in capsys.readouterr().out
 
 
