@@ -123,7 +123,7 @@ def test_the_batch_size_of_the_evaluation_changes_no_leakage(trained, report, tm
 def test_one_image_has_no_swap_and_no_probe_but_a_report(trained, tmp_path):
     (tmp_path / "best.pt").write_bytes((trained / "best.pt").read_bytes())
     evaluate.main(["--ckpt", str(tmp_path / "best.pt"), "--limit", "1"])
-    leakage = json.loads((tmp_path / "report.json").read_text())["leakage"]
+    leakage = json.loads((tmp_path / "report-limit1.json").read_text())["leakage"]
     assert leakage["swap"]["flip_rate"] is None and leakage["probe"] is None
     assert leakage["repaint"]["max_logit_change"] == 0
 
