@@ -279,6 +279,8 @@ def build(settings, classes):
         return kind(**shared, masking=masking, pooling=settings["pooling"])
     if method == "pdiscoformer":
         return PDiscoFormer(**shared, **parts)
+    if method != "ifam":
+        raise ValueError(f"no method is called {method!r}: one of {', '.join(METHODS)}")
     return IFAM(**shared, **parts, dropout2=settings["part_dropout2"], joint=settings["joint"],
                 masking=settings["masking"], hardness=settings["hardness"], pooling=settings["pooling"],
                 # checkpoints from before these options do not have them

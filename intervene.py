@@ -303,6 +303,9 @@ def check(cfg, model, method):
         raise UsageError(f"--drop {cfg.drop[-1]}: this model has no such part; its parts are 0 to {k - 1}")
     if len(cfg.drop) == k:
         raise UsageError(f"--drop removes all {k} parts, and nothing would be left to see; leave at least one")
+    if cfg.tolerance != Config.tolerance and not cfg.loo and len(cfg.q) < 2:
+        raise UsageError("--tolerance is the rule's, and nothing here is decided by it: add --loo or several --q, or "
+                         "leave it out")
     out = Path(cfg.out)
     if out.suffix != ".json" or not out.parent.is_dir() or out.is_dir():
         raise UsageError(f"--out {out}: name a .json file in a folder that exists")

@@ -115,14 +115,20 @@ class Config:
 # data.BENCHMARKS says what differs from Config's defaults by benchmark, this by miniature.
 MINI = dict(arch="mini", size=96, weights="mini", k=4, epochs=2, batch=8, lr=7e-4, lr_tokens=1e-5, lr_prototypes=2.5e-3,
             lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, weight_variation=0.33, workers=0)
-FREE = {"root", "strict_data", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}     # to change
+SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class",          # a setting, and what switches it off
+            **{f"weight_{loss}": "shaping" for loss in ("presence", "background", "orthogonality", "equivariance",
+                                                        "variation", "entropy", "concentration")}}
+FREE = {"root", "strict_data", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}  # to change
 
 
 def preset(typed, earlier=None):
     """What was typed, and the settings of --config -> those of the benchmark that replace Config's defaults.
 
-    UsageError for a setting that was typed and that the method does not have.
+    UsageError for a setting that was typed and that the method does not have, or that another one switches off.
     """
+    for name, switch in SWITCHES.items():
+        if name in typed and typed.get(switch) is False:
+            raise UsageError(f"{flag(name)} means nothing with --no-{flag(switch)[2:]}: leave one of them out")
     known = {"data": Config.data, "mini": Config.mini, "method": Config.method, **(earlier or {}), **typed}
     for name, methods in TAKES.items():
         if name in typed and known["method"] in METHODS and known["method"] not in methods:
@@ -186,17 +192,17 @@ def check(cfg):
 def refuse_too_large(cfg):
     """UsageError, with the estimate, for a model and a step that cannot fit into this machine's memory.
 
-    Counted are parameters, gradients and the optimizer's two moments, and what the blocks of one image keep for the
-    way back: a floor, and only what exceeds all of memory is refused.
+    Counted are the parameters of one ViT, the images, and what the blocks of one stage keep for the way back: a floor,
+    and only what exceeds all of memory is refused.
     """
     arch = vit.ARCHS[cfg.arch]
     depth, D, patches = arch.get("depth", 12), arch["width"], (cfg.size // arch.get("patch", 14)) ** 2
     tokens = 1 + cfg.registers + patches
-    stages = 2 if cfg.method == "ifam" else 1
-    weights = 4 * stages * (12 * depth * D * D + (tokens + cfg.k) * D)
+    views = 2 * (cfg.train_tokens or cfg.weights == "none")                      # of stage 1: the image and its warp
+    views = {"ifam": views, "pdiscoformer": views, "erm": 1, "late-truth": 1, "late-found": 1}.get(cfg.method, 0)
     images = min(cfg.batch, cfg.micro or cfg.batch)
-    each = 10 * stages * depth * tokens * D + 3 * cfg.size ** 2 + 4 * (cfg.k + 1) * tokens
-    needed = 4 * weights + 4 * images * each
+    each = 10 * views * depth * tokens * D + 3 * cfg.size ** 2 + (cfg.k + 1) * tokens
+    needed = 4 * (12 * depth * D * D + (tokens + cfg.k) * D + images * each)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * int(os.environ.get("WORLD_SIZE") or 1)
     if needed > there and pick_device(cfg.device).type == "cpu":
         raise UsageError(f"these settings need about {needed / 2 ** 30:,.0f} GiB of memory, this machine has "

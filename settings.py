@@ -270,14 +270,16 @@ class Unbroken:
 def signals(ends=(signal.SIGTERM, signal.SIGINT)):
     """Inside, the first of these signals does not end the process: it is noted in the list that this gives.
 
-    A second one ends it at once. Only the main thread may listen; elsewhere the list stays empty.
+    A second one ends it at once, but for a SIGTERM of the same moment: schedulers signal every process of a job, and
+    sweep.py passes its own on. Only the main thread may listen; elsewhere the list stays empty.
     """
     noted, before = [], {}
 
     def note(number, frame):
-        noted.append(number)
-        for one in before:
-            signal.signal(one, signal.SIG_DFL)
+        if noted and not (number == signal.SIGTERM == noted[0] and time.monotonic() < noted[1] + 2):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        noted[:] = noted or [number, time.monotonic()]
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, note) for number in ends}
     try:

@@ -147,7 +147,9 @@ def commands(cfg, flags, processes=1, measure=(), also=()):
                 *["--resume"] * (folder / "config.json").is_file()]
     measure = [sys.executable, str(here / "evaluate.py"), "--ckpt", str(folder / "best.pt"), "--device", cfg.device,
                *measure]
-    left = {"report.json": measure, **{f"report-{name}.json": [*measure, "--data", name] for name in also}}
+    named = lambda name: ["--out", str(folder / name)] * ("--limit" in measure)         # whole or not, it is this report
+    left = {"report.json": [*measure, *named("report.json")],
+            **{f"report-{name}.json": [*measure, "--data", name, *named(f"report-{name}.json")] for name in also}}
     if not trained(folder / "log.jsonl"):
         return [training, *left.values()]
     return [command for name, command in left.items() if not is_current(folder / name)]

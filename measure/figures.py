@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib
 
-NOTEBOOK = "MPLBACKEND" in os.environ                    # its kernel sets it
+NOTEBOOK = "inline" in os.environ.get("MPLBACKEND", "")  # its kernel sets it
 if not NOTEBOOK:
     matplotlib.use("Agg")                                # files, no window: also where there is no display
 import matplotlib.pyplot as plt

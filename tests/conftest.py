@@ -1,5 +1,6 @@
-"""Shared by the tests: the modules of the repository, two threads, and the golden numbers."""
+"""Shared by the tests: the modules of the repository, one thread for each process, and the golden numbers."""
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-torch.set_num_threads(2)
+torch.set_num_threads(1)                                 # as many test processes run as there are cores (pytest.ini)
+os.environ.setdefault("OMP_NUM_THREADS", "1")            # and so for those that they start
 
 
 @functools.cache

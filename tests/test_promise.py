@@ -28,6 +28,8 @@ PROMISE = [
     (train, (*MINI, "--tau", 0), 2, "above 0"), (train, (*MINI, "--lr", "inf"), 2, "finite"), (train, (*MINI, "--lr", "nan"), 2, "finite"),
     (train, (*MINI, "--ema", 1), 2, "below 1"), (train, (*MINI, "--clip", -1), 2, "at least 0"), (train, (*MINI, "--k", 0), 2, "at least 1"),
     (train, (*MINI, "--root", "elsewhere"), 2, "leave out --root"), (train, (*MINI, "--method", "erm", "--k", 3), 2, "means nothing to"),
+    (train, (*MINI, "--no-shaping", "--weight-entropy", 1), 2, "means nothing with --no-shaping"),
+    (train, (*MINI, "--no-stage1-class", "--weight-class1", 1), 2, "means nothing with --no-stage1-class"),
     (train, ("--data", "imagenet9"), 2, "for evaluation only"), (train, ("--data", "cub", "--root", FILE), 2, FILE),
     (train, ("--data", "cub", "--root", "nowhere"), 2, "CUB_200_2011.tgz"), (train, (*MINI, "--config", "nowhere.json"), 2, "no such file"),
     (train, (*MINI, "--config", FILE), 2, "not whole JSON"), (train, (*MINI, "--config", "."), 2, "directory"),

@@ -150,7 +150,7 @@ def trained(tmp_path_factory):
 def test_a_checkpoint_with_a_smaller_stage_1_is_evaluated_and_leaks_exactly_nothing(trained):
     import json
     evaluate.main(["--ckpt", str(trained / "best.pt"), "--limit", "32", "--speed"])
-    report = json.loads((trained / "report.json").read_text())
+    report = json.loads((trained / "report-limit32.json").read_text())
     assert report["leakage"]["repaint"]["max_logit_change"] == 0 and report["leakage"]["gradient"]["max_abs"] == 0
     assert 0 <= report["localisation"]["foreground_iou"] <= 1 and report["localisation"]["nmi"] is not None
     assert report["leakage"]["place_of_mask"]["weights"] == "stage 1"
