@@ -58,6 +58,7 @@ PROMISE = [
     (figures, (), 2, "--ckpt"), (figures, ("--ckpt", "nowhere.pt"), 2, "no such file"),
     # miniatures
     (miniature, ("--data", "waterbird"), 2, "waterbird"), (miniature, ("--train", HUGE), 2, "at most"), (miniature, ("--size", 33), 2, "multiple of 8"),
+    (miniature, ("--train", 10 ** 6, "--size", 4096), 2, "GiB"),
     (miniature, ("--things", 9, 3), 2, "smaller and a larger"), (miniature, ("--agreement", "nan"), 2, "finite"),
     (miniature, ("--sheet", FILE), 2, "--force"), (miniature, ("--sheet", "nowhere/x.png"), 2, "no folder"),
     (miniature, ("--sheet", "x.docx"), 2, ".png"), (miniature, ("--out", f"{FILE}/x", "--train", 1, "--val", 4, "--test", 4), 1, FILE),
