@@ -291,8 +291,9 @@ class Trainer:
 
     def rates(self):
         """Learning rates as the last step used them, by what they belong to."""
-        of = {id(p): name for name, p in self.model.named_parameters()}
-        return {role_of(of[id(group["params"][0])], self.cfg): group["lr"] for group in self.optimizer.param_groups}
+        name_of = {id(p): name for name, p in self.model.named_parameters()}
+        return {role_of(name_of[id(group["params"][0])], self.cfg) + ", warmed up" * bool(group["warmup"]): group["lr"]
+                for group in self.optimizer.param_groups}
 
     def __call__(self, batch, step):
         """Take a step on this process's share of the batch -> its averaged terms, the norm of the gradient."""

@@ -242,7 +242,9 @@ def test_the_rates_of_the_log_are_those_that_were_used(tmp_path):
     first = runs.read_log(out / "log.jsonl")[1]["lr"]
     cfg = parse(runs.Config, "", [*TINY], runs.preset)
     scale = (cfg.batch / 16) ** 0.5
-    assert first["backbone"] == pytest.approx(cfg.lr * scale / 100) and first["prototypes"] == pytest.approx(cfg.lr_prototypes * scale)
+    assert first["backbone, warmed up"] == pytest.approx(cfg.lr * scale / 100)
+    assert first["heads, warmed up"] == pytest.approx(cfg.lr_heads * scale / 100) and first["heads"] == pytest.approx(cfg.lr_heads * scale)
+    assert first["prototypes"] == pytest.approx(cfg.lr_prototypes * scale)
 
 
 def test_the_moving_average_warms_up(tmp_path):
