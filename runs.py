@@ -24,7 +24,7 @@ import vit
 from baselines import GIVEN, METHODS, PRETRAINED, TAKES, build
 from ifam import IFAM, limits_of
 from settings import (RunError, UsageError, alive, bounded, check_bounds, flag, opt, read_json, read_text, recorded,
-                      write_json, write_whole)
+                      world, write_json, write_whole)
 from weights import find_published, load_strictly, read_file, rename_published
 
 
@@ -115,10 +115,11 @@ class Config:
 # data.BENCHMARKS says what differs from Config's defaults by benchmark, this by miniature.
 MINI = dict(arch="mini", size=96, weights="mini", k=4, epochs=2, batch=8, lr=7e-4, lr_tokens=1e-5, lr_prototypes=2.5e-3,
             lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, weight_variation=0.33, workers=0)
-SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class",          # a setting, and what switches it off
-            **{f"weight_{loss}": "shaping" for loss in ("presence", "background", "orthogonality", "equivariance",
-                                                        "variation", "entropy", "concentration")}}
-FREE = {"root", "strict_data", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}  # to change
+# A setting, and what switches it off: --no-shaping every loss but those of the classes.
+SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class",
+            **{name: "shaping" for name in TAKES if name.startswith("weight_") and "class" not in name}}
+# What may change on --resume, for it changes no result.
+FREE = {"root", "strict_data", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}
 
 
 def preset(typed, earlier=None):
@@ -145,9 +146,16 @@ def preset(typed, earlier=None):
     return {"size": benchmark.size, "k": benchmark.k, **settings}
 
 
+def read_config(path):
+    """config.json of a run -> dict, as it is in the file. UsageError if its settings are not those of a run."""
+    content = read_json(path, "the config.json of a run")
+    recorded(Config, content, path)
+    return content
+
+
 def read_settings(path):
     """config.json of a run -> its settings but those of the folder, for --config. UsageError if it is none."""
-    found = recorded(Config, read_json(path, "the config.json of a run"), path)
+    found = recorded(Config, read_config(path), path)
     return {name: value for name, value in found.items() if name not in ("out", "resume")}
 
 
@@ -203,7 +211,7 @@ def refuse_too_large(cfg):
     images = min(cfg.batch, cfg.micro or cfg.batch)
     each = 10 * views * depth * tokens * D + 3 * cfg.size ** 2 + (cfg.k + 1) * tokens
     needed = 4 * (12 * depth * D * D + (tokens + cfg.k) * D + images * each)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * int(os.environ.get("WORLD_SIZE") or 1)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * world()
     if needed > there and pick_device(cfg.device).type == "cpu":
         raise UsageError(f"these settings need about {needed / 2 ** 30:,.0f} GiB of memory, this machine has "
                          f"{there / 2 ** 30:,.0f}: take a smaller --size, --batch, --micro, --registers or --k")
@@ -211,10 +219,9 @@ def refuse_too_large(cfg):
 
 def loss_weights(cfg):
     """-> {name of a loss term: its weight}; 0 for what --no-shaping and --no-stage1-class switch off."""
-    found = {f.name[len("weight_"):]: getattr(cfg, f.name) for f in fields(Config)
-             if f.name.startswith("weight_") and f.name != "weight_decay"}
-    on = {"class1": cfg.stage1_class, "class2": True}
-    return {name: weight * on.get(name, cfg.shaping) for name, weight in found.items()}
+    names = [f.name for f in fields(Config) if f.name.startswith("weight_") and f.name != "weight_decay"]
+    on = lambda name: getattr(cfg, SWITCHES[name]) if name in SWITCHES else True
+    return {name.removeprefix("weight_"): getattr(cfg, name) * on(name) for name in names}
 
 
 def as_published(config):
@@ -286,7 +293,7 @@ def earlier_state(cfg):
     if not (folder / "config.json").is_file() and not (folder / "last.pt").is_file():
         raise UsageError(f"--resume: no run at {folder}, it has neither last.pt nor config.json (name it with --out)")
     state = read_checkpoint(folder / "last.pt") if (folder / "last.pt").is_file() else None
-    config = state["config"] if state else read_json(folder / "config.json", "the settings of a run")
+    config = state["config"] if state else read_config(folder / "config.json")
     for name, (then, now) in differences(config, cfg).items():
         raise UsageError(f"--resume: {folder} was started with {flag(name)} {then}, not {now}; use the old value, "
                          "or another --out")

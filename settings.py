@@ -196,9 +196,14 @@ KNOWN = {       # what libraries raise as RuntimeError where the machine has too
     "PytorchStreamWriter": DISK, "unexpected pos": DISK}
 
 
+def world():
+    """How many processes torchrun started; 1 alone."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def rank():
     """This process's number among those of torchrun; 0 alone, whatever a job script left in RANK."""
-    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else 0
+    return int(os.environ.get("RANK", 0)) if world() > 1 else 0
 
 
 def run_script(main):
@@ -234,8 +239,7 @@ def run_script(main):
     finally:
         sys.stdout = sys.stdout.stream
     if text:
-        print(f"{f'[rank {rank()}] ' * (int(os.environ.get('WORLD_SIZE') or 1) > 1)}error: {' '.join(text.split())}",
-              file=sys.stderr, flush=True)
+        print(f"[rank {rank()}] " * (world() > 1) + f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 

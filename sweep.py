@@ -24,8 +24,8 @@ import data
 from baselines import TAKES
 from measure import tables
 from runs import Config as RunConfig
-from runs import check, differences, of_best, pick_device, preset
-from settings import RunError, UsageError, flag, nearest, opt, parse, read_json, recorded, run_script
+from runs import check, differences, of_best, pick_device, preset, read_config
+from settings import RunError, UsageError, flag, nearest, opt, parse, read_json, run_script
 
 
 @dataclass
@@ -128,9 +128,7 @@ def refuse_other_settings(cfg):
     path = Path(cfg.out) / "config.json"
     if not path.is_file():
         return
-    there = read_json(path, "the settings of a run")
-    recorded(RunConfig, there, path)
-    for name, (then, now) in differences(there, cfg).items():
+    for name, (then, now) in differences(read_config(path), cfg).items():
         raise UsageError(f"{cfg.out} was made with {flag(name)} {then}, not {now}: give the old value, "
                          f"or move {Path(cfg.out).parent} away")
 
@@ -147,7 +145,7 @@ def commands(cfg, flags, processes=1, measure=(), also=()):
                 *["--resume"] * (folder / "config.json").is_file()]
     measure = [sys.executable, str(here / "evaluate.py"), "--ckpt", str(folder / "best.pt"), "--device", cfg.device,
                *measure]
-    named = lambda name: ["--out", str(folder / name)] * ("--limit" in measure)         # whole or not, it is this report
+    named = lambda name: ["--out", str(folder / name)] * ("--limit" in measure)     # it is this report, whole or not
     left = {"report.json": [*measure, *named("report.json")],
             **{f"report-{name}.json": [*measure, "--data", name, *named(f"report-{name}.json")] for name in also}}
     if not trained(folder / "log.jsonl"):

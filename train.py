@@ -184,7 +184,7 @@ def refuse_non_finite(values, step):
 # ---------------------------------------------------------------- the loop
 def start_processes(cfg):
     """-> rank, number of processes, device, as torchrun set them."""
-    rank, world = settings.rank(), int(os.environ.get("WORLD_SIZE") or 1)
+    rank, world = settings.rank(), settings.world()
     device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)                    # collectives of Python objects use the current device

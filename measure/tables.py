@@ -19,9 +19,8 @@ from pathlib import Path
 import data
 from baselines import GIVEN
 from runs import Config as RunConfig
-from runs import chosen_on, differences, of_best, preset
-from settings import (UsageError, flag, may_write, opt, parse, read_json, recorded, run_script, write_json,
-                      write_whole)
+from runs import chosen_on, differences, of_best, preset, read_config
+from settings import (UsageError, flag, may_write, opt, parse, read_json, run_script, write_json, write_whole)
 
 # 97.5 % quantile of Student's t for n = 2, 3, ... numbers
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
@@ -174,8 +173,7 @@ def read_run(folder):
     """
     if not (folder / "config.json").is_file():
         return []
-    config, found = read_json(folder / "config.json", "the settings of a run"), []
-    recorded(RunConfig, config, folder / "config.json")
+    config, found = read_config(folder / "config.json"), []
     for path in sorted(folder.glob("report*.json"), key=lambda path: path.stem):
         report = read_json(path, "a report of evaluate.py")
         try:

@@ -46,8 +46,8 @@ def render(name, root=None, workers=None, **knobs):
         least = sum(getattr(benchmark, split) for split in benchmark.SPLITS) * benchmark.size ** 2 / 4 / 2 ** 30
         free = shutil.disk_usage(final.parent).free / 2 ** 30
         if least > free:                                        # a JPEG has two bits a pixel at the very least
-            raise UsageError(f"this miniature needs at least {least:,.0f} GiB, and {final.parent} has {free:,.0f} free: "
-                             "draw fewer or smaller pictures")
+            raise UsageError(f"this miniature needs at least {least:,.0f} GiB, and {final.parent} has {free:,.0f} "
+                             "free: draw fewer or smaller pictures")
         rows = benchmark.rows()
         for folder in benchmark.folders(rows):
             (temporary / folder).mkdir(parents=True)

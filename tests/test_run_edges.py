@@ -138,6 +138,13 @@ def test_settings_of_another_run_are_checked_like_typed_ones(tmp_path, capsys, t
     assert says in line and str(tmp_path / "config.json") in line
 
 
+def test_a_run_without_a_checkpoint_is_resumed_only_with_whole_settings(copied, capsys):
+    (copied / "last.pt").unlink()
+    for text in ("[]", "{", '{"tau": "hot"}'):
+        (copied / "config.json").write_text(text)
+        assert "config.json" in fails(train.main, *TINY, "--out", copied, "--resume")(capsys)
+
+
 def test_settings_of_another_run_start_a_run_and_typed_ones_replace_them(trained):
     cfg = parse(runs.Config, "", ["--config", str(trained / "config.json"), "--seed", "7"], runs.preset, runs.read_settings)
     then = json.loads((trained / "config.json").read_text())
