@@ -25,13 +25,13 @@ import torch
 from PIL import Image
 
 import data
-from benchmarks.files import SIGNATURE
+from benchmarks.files import SIGNATURE, is_our_picture
 from benchmarks.samples import patch_keep
 from ifam import refuse
 from measure.leakage import pixel_gradient, pixels, stage1_classifier, stage2_classifier
 from measure.metrics import wilson
 from runs import load_model
-from settings import UsageError, opt, parse, run_script, write_whole
+from settings import UsageError, may_write, opt, parse, run_script, write_whole
 
 if NOTEBOOK:                                             # PNG files of grain are four times as large
     from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -566,6 +566,7 @@ def save(figure, path, grain=False):
 class Config:
     ckpt: str = opt(MISSING, "checkpoint of a model of two stages, of train.py")
     out: Path = opt(Path("docs"), "folder that schematic.png and late_early.png are written to")
+    force: bool = opt(False, "replace pictures that this program did not draw")
 
 
 def main(argv=None):
@@ -579,6 +580,8 @@ def main(argv=None):
     samples = data.load(trained["data"], root, trained["size"], limit=trained["limit"], splits=("test",))["test"]
     given.out.mkdir(parents=True, exist_ok=True)
     drawing, pictures = given.out / "schematic.png", given.out / "late_early.png"
+    for path in (drawing, pictures):
+        may_write(path, is_our_picture, given.force)
     schematic(drawing)
     late_against_early(model, samples, pictures)
     print(f"  wrote {drawing} and {pictures}")
