@@ -49,8 +49,11 @@ MASKS = {"none": ("#999999", ""), "late, soft": ("#E69F00", "//"), "late, hard":
 
 # ---------------------------------------------------------------- an image as a picture
 def part_colour(k):
-    """Colour of part k, RGB in [0, 1]; after eight parts the same hues come again, darker."""
-    return np.array(matplotlib.colors.to_rgb(OKABE_ITO[k % 8])) * 0.6 ** (k // 8)
+    """Colour of part k, RGB in [0, 1]; after eight parts the same hues come again, darker.
+
+    The eighth is a violet, because grey could not be told from the picture.
+    """
+    return np.array(matplotlib.colors.to_rgb((*OKABE_ITO[:7], "#7A4FC4")[k % 8])) * 0.6 ** (k // 8)
 
 
 def to_picture(image, normalisation):
@@ -119,10 +122,10 @@ def outlined(picture, keep):
     return large
 
 
-def signed(values):
-    """(h, w) -> (h, w, 3): white is 0, blue below, red above; the largest is the strongest."""
+def signed(values, largest=None):
+    """(h, w) -> (h, w, 3): white is 0, blue below, red above; `largest` (default: theirs) is the strongest."""
     values = np.asarray(values)
-    return matplotlib.colormaps["RdBu_r"](0.5 + 0.5 * values / max(abs(values).max(), 1e-12))[..., :3]
+    return matplotlib.colormaps["RdBu_r"](0.5 + 0.5 * values / max(largest or abs(values).max(), 1e-12))[..., :3]
 
 
 HEAT = matplotlib.colors.ListedColormap(matplotlib.colormaps["plasma"](np.linspace(0.35, 1, 256)))
@@ -226,7 +229,8 @@ def grid(rows, titles=(), path=None, side=1.6, parts=(), heading="", largest=1.0
 def colour_bar(figure, axes, colours, low, high):
     """A bar beside the axes that says what the two ends of a colour map stand for."""
     colours = matplotlib.colormaps[colours] if isinstance(colours, str) else colours
-    bar = figure.colorbar(matplotlib.cm.ScalarMappable(cmap=colours), ax=axes, shrink=0.8, aspect=25, pad=0.02)
+    bar = figure.colorbar(matplotlib.cm.ScalarMappable(cmap=colours), ax=axes, shrink=min(0.8, 2 / len(axes)),
+                          aspect=15, pad=0.02)
     bar.set_ticks([0, 1], labels=[low, high], fontsize=SMALL)
 
 
@@ -428,16 +432,21 @@ def group_bars(groups, path=None, chance=None):
     save(figure, path)
 
 
-def ladder(measures, path=None):
-    """Small multiples, one for each measure, a bar for each kind of mask: {measure: {name of a mask: number}}."""
+def ladder(measures, path=None, n=0):
+    """Small multiples, one for each measure, a bar for each kind of mask: {measure: {name of a mask: number}}.
+
+    n: the numbers are shares of so many images, and get 95 % intervals (Wilson).
+    """
     figure, axes = plt.subplots(1, len(measures), figsize=(1.3 + 2.4 * len(measures), 2.6), sharey=True, squeeze=False,
                                 layout="constrained")
     for axis, (measure, values) in zip(axes[0], measures.items()):
-        largest = max(max(values.values()), 1e-9)
+        largest = max(*(wilson(x, n)[1] if n else x for x in values.values()), 1e-9)
         for name, value in values.items():
             axis.barh(name, value, 0.75, **bar_style(name))
             digits = "0" if value == 0 else f"{value:.3g}" if value >= 10 else f"{value:.2g}"
-            axis.text(value + 0.03 * largest, name, digits, va="center", fontsize=SMALL)
+            low, high = wilson(value, n) if n else (value, value)
+            axis.plot([low, high], [name, name], color="black", lw=1)
+            axis.text(high + 0.03 * largest, name, digits, va="center", fontsize=SMALL)
         axis.set_title(textwrap.fill(measure, 22), fontsize=TEXT)
         axis.spines["bottom"].set_visible(False)
         chart(axis, False, xlim=(0, 1.3 * largest), xticks=[])
