@@ -395,9 +395,13 @@ def schematic(path=None):
 
 
 # ---------------------------------------------------------------- charts
-def bar_style(name):
-    """Colour and hatching of a kind of mask: that of the first key of MASKS that its name contains, else black."""
-    colour, hatch = next((style for mask, style in MASKS.items() if mask in name), ("#000000", ""))
+def bar_style(name, other=0):
+    """Colour and hatching of a kind of mask: that of the first key of MASKS that its name contains.
+
+    Other names are black, or what comes after it: other counts them.
+    """
+    others = ("#000000", OKABE_ITO[6], OKABE_ITO[3])
+    colour, hatch = next((style for mask, style in MASKS.items() if mask in name), (others[other % 3], ""))
     return dict(color=colour, hatch=hatch, edgecolor="white", linewidth=0)
 
 
@@ -423,7 +427,7 @@ def group_bars(groups, path=None, chance=None):
         share = np.array([found[g]["accuracy"] for g in names])
         low, high = np.transpose([wilson(found[g]["accuracy"], found[g]["n"]) for g in names])
         axis.bar(np.arange(len(names)) + (i - (len(groups) - 1) / 2) * width, share, width * 0.92, label=model,
-                 yerr=np.maximum([share - low, high - share], 0), capsize=2, error_kw=dict(lw=1), **bar_style(model))
+                 yerr=np.maximum([share - low, high - share], 0), capsize=2, error_kw=dict(lw=1), **bar_style(model, i))
     few = len(names) < 5
     axis.set_xticks(range(len(names)), [short(g) if few else short(g).replace("\n", "") for g in names], fontsize=TEXT,
                     **({} if few else dict(rotation=20, ha="right")))
@@ -432,10 +436,11 @@ def group_bars(groups, path=None, chance=None):
     save(figure, path)
 
 
-def ladder(measures, path=None, n=0):
+def ladder(measures, path=None, n=0, form=""):
     """Small multiples, one for each measure, a bar for each kind of mask: {measure: {name of a mask: number}}.
 
-    n: the numbers are shares of so many images, and get 95 % intervals (Wilson).
+    n: the numbers are shares of so many images, and get 95 % intervals (Wilson). form: how to write all numbers, such
+    as ".1f"; by default two or three digits.
     """
     figure, axes = plt.subplots(1, len(measures), figsize=(1.3 + 2.4 * len(measures), 2.6), sharey=True, squeeze=False,
                                 layout="constrained")
@@ -443,7 +448,7 @@ def ladder(measures, path=None, n=0):
         largest = max(*(wilson(x, n)[1] if n else x for x in values.values()), 1e-9)
         for name, value in values.items():
             axis.barh(name, value, 0.75, **bar_style(name))
-            digits = "0" if value == 0 else f"{value:.3g}" if value >= 10 else f"{value:.2g}"
+            digits = format(value, form) if form else "0" if value == 0 else f"{value:.{3 if value >= 10 else 2}g}"
             low, high = wilson(value, n) if n else (value, value)
             axis.plot([low, high], [name, name], color="black", lw=1)
             axis.text(high + 0.03 * largest, name, digits, va="center", fontsize=SMALL)
@@ -549,7 +554,7 @@ def film(file, samples, path=None, steps=(), columns=8):
 
 # ---------------------------------------------------------------- interventions
 @torch.no_grad()
-def part_sheet(model, samples, part, census, title, path=None, device="cpu", columns=8):
+def part_sheet(model, samples, part, census, title, path=None, device="cpu", columns=8, lines=4):
     """What a part is: the patch that beats the background by most in each of up to 32 images, then 8 whole images.
 
     The largest margin comes first. The 8 images are spread over those with this part; a patch of it is drawn at random
@@ -559,7 +564,7 @@ def part_sheet(model, samples, part, census, title, path=None, device="cpu", col
     have = (census.count[:, part] > 0).nonzero()[:, 0]
     if not len(have):
         return one_line(f"part {part} is empty: no patch of any of the {len(census.count)} images goes to it", path)
-    strongest = have[census.margin[have, part].argsort(descending=True, stable=True)][:4 * columns]
+    strongest = have[census.margin[have, part].argsort(descending=True, stable=True)][:lines * columns]
     seen = lambda images: [as_seen(model.selector, x, samples.normalisation) for x in images]
     tile = lambda picture, token: neighbourhood(picture, patch, *divmod(int(token), w), part_colour(part))
     tiles = [tile(picture, census.where[i, part])

@@ -9,6 +9,7 @@ from tiny import ROOT
 # From the top to the ground; a module imports from lines below its own, and from its own line only to the right of it.
 # A folder stands for its files: inside one, imports may run either way, but in no circle.
 FLOORS = """
+notebooks
 sweep
 evaluate intervene speed miniature.pretrain
 train
@@ -30,7 +31,7 @@ ORDER = [name for line in FLOORS.split("\n") for name in line.split()]
 
 def modules():
     """{module: its file}: everything but tests."""
-    paths = [*ROOT.glob("*.py"), *(p for folder in ("measure", "benchmarks", "miniature") for p in (ROOT / folder).glob("*.py"))]
+    paths = [*ROOT.glob("*.py"), *(p for folder in ("measure", "benchmarks", "miniature", "notebooks") for p in (ROOT / folder).glob("*.py"))]
     return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
 
 
