@@ -436,16 +436,16 @@ def group_bars(groups, path=None, chance=None):
     save(figure, path)
 
 
-def ladder(measures, path=None, n=0, form=""):
+def ladder(measures, path=None, n=0, form="", top=0):
     """Small multiples, one for each measure, a bar for each kind of mask: {measure: {name of a mask: number}}.
 
     n: the numbers are shares of so many images, and get 95 % intervals (Wilson). form: how to write all numbers, such
-    as ".1f"; by default two or three digits.
+    as ".1f"; by default two or three digits. top: where the scale of all measures ends; by default each has its own.
     """
     figure, axes = plt.subplots(1, len(measures), figsize=(1.3 + 2.4 * len(measures), 2.6), sharey=True, squeeze=False,
                                 layout="constrained")
     for axis, (measure, values) in zip(axes[0], measures.items()):
-        largest = max(*(wilson(x, n)[1] if n else x for x in values.values()), 1e-9)
+        largest = top or max(*(wilson(x, n)[1] if n else x for x in values.values()), 1e-9)
         for name, value in values.items():
             axis.barh(name, value, 0.75, **bar_style(name))
             digits = format(value, form) if form else "0" if value == 0 else f"{value:.{3 if value >= 10 else 2}g}"
@@ -487,7 +487,7 @@ def growth(found, path=None):
                 axis.set(ylim=(0, 1.4 * top))
             else:
                 axis.set(xscale="log", yscale="log", ylim=(0.3 * low, 5 * top))
-                for slope, offset in ((1, (4, -14)), (2, (-14, -2))):     # from below the lowest point to the edge
+                for slope, offset in ((1, (4, -22)), (2, (-20, -12))):     # from below the lowest point to the edge
                     right = min(x[-1], x[0] * (10 * top / low) ** (1 / slope))
                     end = right, 0.5 * low * (right / x[0]) ** slope
                     axis.plot([x[0], right], [0.5 * low, end[1]], color="0.6", lw=0.8, zorder=0)
