@@ -260,8 +260,7 @@ def check(cfg):
         raise UsageError(f"--selector-size {cfg.selector_size} is larger than the image (--size {cfg.size}): there is "
                          "nothing more to see")
     if cfg.mini and cfg.data == "folder":
-        raise UsageError("--mini draws a benchmark, and --data folder is your own pictures: leave out one of them (its "
-                         "small network and short schedule are --recipe mini)")
+        data.find_root(cfg.data, cfg.root, cfg.mini)     # says why not
     if cfg.mini and cfg.root != Config.root:
         raise UsageError("--mini draws its own data: leave out --root or --mini")
 
