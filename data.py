@@ -276,6 +276,11 @@ def title_of(name, root):
     return folder.title_of(root) if name == "folder" else name
 
 
+def report_name(samples, mini=False):
+    """What a report calls the data of a split: "waterbirds-mini", "folder photos"."""
+    return f"folder {samples.title}" if samples.name == "folder" else samples.name + "-mini" * mini
+
+
 def benchmark_of(title):
     """The benchmark of what a report calls its data: "waterbirds-mini" -> "waterbirds", "folder photos" -> "folder"."""
     return "folder" if title.startswith("folder ") else title.removesuffix("-mini")

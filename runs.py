@@ -38,7 +38,8 @@ class Config:
     limit: int = opt(0, "use only N training and evaluation samples, spread evenly (0: all)", at_least=0)
     val_share: float = opt(0.0, "hold out this share of the training images of each class as validation, where a "
                                 "benchmark has none, such as 0.1 (0: none)", at_least=0, below=1)
-    strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones; else a line says so")
+    strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones, or a folder with files "
+                                   "that are odd; else a line says so")
 
     recipe: str = opt("paper", "settings by one word, which flags replace: those of the paper; mini, a small network and "
                                "a short schedule (the default with --mini); or fast, the usual ones with stage 1 at 3/4 "

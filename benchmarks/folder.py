@@ -133,8 +133,8 @@ def folder_rows(root):
                 empty += [f"{name}/{label}"] * (not pictures)
                 rows += [Row(split, file, root / file, label) for file in pictures]
     if other:
-        say(f"{title_of(root)}: {other.total()} files are no pictures by their ending "
-            f"({', '.join(kind for kind, _ in other.most_common(3))}): left out")
+        say(f"{title_of(root)}: left out {other.total()} file{'s' * (other.total() > 1)} with the ending of no picture "
+            f"({', '.join(kind for kind, _ in other.most_common(3))})")
     if empty:
         say(f"{title_of(root)}: no pictures in the folder{'s' * (len(empty) > 1)} {several(empty)}")
     if not rows:
@@ -250,6 +250,7 @@ def leave_out(some, notes):
         kept = [i for i in range(len(some)) if i not in faults]
         some.keep(kept)
         looks = [looks[i] for i in kept]
+    some.checked = True
     return looks
 
 
