@@ -120,9 +120,8 @@ def plan(names, seeds, flags, folder="sweep"):
             check(cfg)
             refuse_other_settings(cfg)
             runs[cfg.out] = cfg, [*typed, "--out", cfg.out]
-    for line in dict.fromkeys(left_out(cfg) for cfg, _ in runs.values()):
-        if line:
-            print(f"--recipe {cfg.recipe}: {line}")
+    for line in dict.fromkeys(f"--recipe {cfg.recipe}: {left}" for cfg, _ in runs.values() if (left := left_out(cfg))):
+        print(line)
     return list(runs.values())
 
 

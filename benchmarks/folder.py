@@ -127,9 +127,9 @@ def folder_rows(root):
             raise UsageError(f"folder: {root.resolve()} has {names[0]} and {names[1]}; keep one of them")
         for name in names:
             for label in folders(root / name):
-                found = [file for file in below(root, f"{name}/{label}")]
+                found = list(below(root, f"{name}/{label}"))
                 pictures = [file for file in found if file.lower().endswith(PICTURES)]
-                other.update(os.path.splitext(file)[1] or file for file in set(found) - set(pictures))
+                other.update(os.path.splitext(file)[1] or file for file in found if not file.lower().endswith(PICTURES))
                 empty += [f"{name}/{label}"] * (not pictures)
                 rows += [Row(split, file, root / file, label) for file in pictures]
     if other:
