@@ -22,10 +22,15 @@ from tqdm import tqdm
 import data
 import vit
 from baselines import GIVEN, METHODS, PRETRAINED, TAKES, build
-from ifam import IFAM, limits_of
+from ifam import IFAM, WEIGHTS, limits_of
 from settings import (RunError, UsageError, alive, bounded, check_bounds, flag, opt, read_json, read_text, recorded,
                       world, write_json, write_whole)
 from weights import find_published, load_strictly, read_file, rename_published
+
+
+def loss_weight(term, what):
+    """The option of a loss term; its default is the paper's weight."""
+    return opt(WEIGHTS[term], f"loss weight: {what}", at_least=0)
 
 
 @dataclass
@@ -68,15 +73,15 @@ class Config:
     shaping: bool = opt(True, "the losses that shape parts; without them ifam is a joint amortised model (JAM)",
                         group="losses")
     stage1_class: bool = opt(True, "the class loss of stage 1")
-    weight_class1: float = opt(1.0, "loss weight: class, stage 1", at_least=0)
-    weight_class2: float = opt(1.0, "loss weight: class, stage 2", at_least=0)
-    weight_presence: float = opt(1.0, "loss weight: every part occurs in the batch", at_least=0)
-    weight_background: float = opt(2.0, "loss weight: background in every image, at its border", at_least=0)
-    weight_orthogonality: float = opt(1.0, "loss weight: parts have different features", at_least=0)
-    weight_equivariance: float = opt(1.0, "loss weight: parts move with the image", at_least=0)
-    weight_variation: float = opt(1.0, "loss weight: neighbouring patches agree", at_least=0)
-    weight_entropy: float = opt(1.0, "loss weight: patches are sure of their part", at_least=0)
-    weight_concentration: float = opt(0.0, "loss weight: parts are compact (PDiscoNet)", at_least=0)
+    weight_class1: float = loss_weight("class1", "class, stage 1")
+    weight_class2: float = loss_weight("class2", "class, stage 2")
+    weight_presence: float = loss_weight("presence", "every part occurs in the batch")
+    weight_background: float = loss_weight("background", "background in every image, at its border")
+    weight_orthogonality: float = loss_weight("orthogonality", "parts have different features")
+    weight_equivariance: float = loss_weight("equivariance", "parts move with the image")
+    weight_variation: float = loss_weight("variation", "neighbouring patches agree")
+    weight_entropy: float = loss_weight("entropy", "patches are sure of their part")
+    weight_concentration: float = loss_weight("concentration", "parts are compact (PDiscoNet)")
 
     epochs: int = opt(90, "passes over the training set", at_least=1, at_most=10 ** 6, group="schedule")
     batch: int = opt(16, "images per step over all processes and accumulation steps", at_least=1)
