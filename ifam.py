@@ -13,6 +13,7 @@ H heads, K parts (index K is the background), C classes. keep (B, N): 1 = stage 
     out = model.eval()(images)                    # images (B, 3, 518, 518), normalised
     out.logits, out.maps, out.keep                # (B, C), (B, K+1, h, w), (B, N)
 """
+import copy
 import math
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit import build_vit
+from vit import ViT, build_vit
 
 
 # ---------------------------------------------------------------- stage 1: the selector
@@ -286,6 +287,35 @@ class IFAM(nn.Module):
         patches = math.prod(self.selector.backbone.grid)
         noise = Noise.draw(self.selector.k, patches, self.selector.dropout, self.dropout2, [None] * count)
         return noise.to(self.selector.prototypes.device)
+
+
+# ---------------------------------------------------------------- for export
+class Static(nn.Module):
+    """A trained model of the project with fixed shapes, for torch.export, torch.compile(fullgraph=True) and ONNX.
+
+        program = torch.export.export(Static(model), (images,))
+
+    forward(images, keep=None) -> (logits, maps, keep), as Output has them, None where the method has no such thing.
+    Masked attention runs over all tokens instead of packing the kept ones: equal to rounding, slower where few are
+    kept. keep (B, N) must be given to a model that is told the true mask. Evaluation only: no noise, no gradients. It
+    shares its weights with `model`, and has the intervention that is on now. ValueError for a model whose grid is not
+    known before its first images.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        if not all(vit.grid_is_known for vit in model.modules() if isinstance(vit, ViT)):
+            raise ValueError("the shape of the patch grid is not known yet: run the model on images first")
+        tensors = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+        tensors |= {id(b): b for b in model.buffers()}
+        self.model = copy.deepcopy(model, tensors).eval()            # every module is copied, no tensor
+        for module in self.modules():
+            if isinstance(module, ViT):
+                module.packed = False
+
+    def forward(self, images, keep=None):
+        out = self.model(images, keep)
+        return out.logits, out.maps, out.keep
 
 
 # ---------------------------------------------------------------- the loss of a step
