@@ -18,6 +18,7 @@ from benchmarks.imagenet import IN9_VARIANTS, load_imagenet, load_imagenet9
 from benchmarks.metashift import load_metashift
 from benchmarks.samples import describe, stratified
 from benchmarks.siim import load_siim
+from benchmarks.transforms import AS_THEY_ARE, FINE_GRAINED, PHOTOGRAPHS, RADIOGRAPHS, Pipeline
 from settings import UsageError
 
 
@@ -58,7 +59,7 @@ def load(name, root="data", size=None, seed=0, limit=0, splits=(), check=True, v
 def read(name, root, size, seed):
     """Every split of a benchmark as its loader finds it; UsageError that says which archive is missing."""
     try:
-        return BENCHMARKS[name].load(root, size, seed)
+        found = BENCHMARKS[name].load(root, size, seed)
     except NotThere as error:
         below, here = error.path.relative_to(root), root.resolve()
         for up, folder in enumerate(below.parts):          # --root data/CUB_200_2011
@@ -66,6 +67,9 @@ def read(name, root, size, seed):
                 raise UsageError(f"{name}: --root {root} is too deep, give {here.parents[up]}") from None
         offline = "; or use --mini, which needs no download" if name in miniature.BENCHMARKS else ""
         raise UsageError(f"{name}: {error}. Unpack {BENCHMARKS[name].source} under --root{offline}") from None
+    for samples in found.values():
+        samples.pipeline = BENCHMARKS[name].pipeline
+    return found
 
 
 def judge(benchmark, split, samples, root, limit):
@@ -118,6 +122,7 @@ class Benchmark:
     metrics: tuple               # names in report.json
     paper: dict                  # {parts: {metric or set: number in the paper's tables}}
     counts: dict                 # {split: published releases, of each the images by group, or (all of them,)}
+    pipeline: Pipeline = FINE_GRAINED                    # how its images reach the model
     settings: dict = field(default_factory=dict)         # of train.Config, where they are not its defaults
     rare: tuple = ()             # groups that are rare in training: the paper's worst group is the worst of these
     sets: tuple = ()             # splits that are measured beside "test"
@@ -164,19 +169,21 @@ BENCHMARKS = {
         ("auroc", "aa", "worst_group"), {8: {"auroc": 92.1, "robust": 65.9}},
         {"train": [(6798, 1926), (7880, 2216)], "test": [(1306, 192, 120, 333)], "robust": [(0, 192, 120, 0)],
          "non_robust": [(1306, 0, 0, 333)]}, rare=(1, 2),
-        sets=("robust", "non_robust"), settings={"weights": "rad-dino", "registers": 0, "weight_background": 0.0}),
+        sets=("robust", "non_robust"), pipeline=RADIOGRAPHS,
+        settings={"weights": "rad-dino", "registers": 0, "weight_background": 0.0}),
     "imagenet": Benchmark(
         load_imagenet, 1000, 224, 1, "imagenet/{train,val}/<wnid>/<file>.JPEG; of a part of the classes also Kaggle's "
         "LOC_synset_mapping.txt beside imagenet/",
         "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (image-net.org)", "registration, non-commercial research",
         ("aa",), {1: {"aa": 84.3}}, {"train": [(1281167,)], "test": [(50,) * 1000]},
-        settings={"epochs": 120, "ema": 0.9999}),
+        pipeline=PHOTOGRAPHS, settings={"epochs": 120, "ema": 0.9999}),
     "imagenet9": Benchmark(
         load_imagenet9, 9, 224, 1, "bg_challenge/<variant>/val/<class>/<file>.JPEG and fg_mask/val/<class>/<file>.npy",
         "backgrounds_challenge_data.tar.gz (github.com/MadryLab/backgrounds_challenge, release \"data\")",
         "none stated; images are ImageNet's", ("aa", "bg_gap"),
         {1: {"aa": 97.5, "mixed_same": 93.5, "mixed_rand": 91.1, "bg_gap": 2.4}},
-        {name: [(450,) * 9] for name in ("test", *IN9_VARIANTS[1:])}, sets=IN9_VARIANTS[1:], trained_on="imagenet"),
+        {name: [(450,) * 9] for name in ("test", *IN9_VARIANTS[1:])}, pipeline=AS_THEY_ARE, sets=IN9_VARIANTS[1:],
+        trained_on="imagenet"),
 }
 
 

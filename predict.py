@@ -13,6 +13,7 @@ import torch.distributed as dist
 import data
 from benchmarks.samples import patch_keep
 from measure.metrics import foreground_counts
+from runs import outputs_of
 from settings import RunError, UsageError, bounded, opt, progress
 
 
@@ -94,7 +95,7 @@ def open_split(cfg, trained, model):
         raise UsageError(f"{name} has no split {cfg.split!r}; {held}choose another --split: "
                          f"{', '.join(split for split in splits if split in known)}")
     samples = splits[cfg.split]
-    outputs = (model.predictor.head if model.predictor else model.selector.classifier).out_features
+    outputs = outputs_of(model)
     if samples.outputs != outputs:
         raise UsageError(f"--data {name} needs {samples.outputs} classes, the checkpoint has {outputs}; evaluate it on "
                          "the data it was trained on")
