@@ -43,6 +43,7 @@ def read_file(path, what, again="make it again"):
     what: what it should be, for the error; again: how to get another. UsageError, which says why, if the file is not
     there, cannot be read, is damaged (a bit that flipped shows in a checksum), or holds what could run code.
     """
+    zipped = False
     try:
         if not Path(path).is_file():
             raise UsageError(f"{path}: {'a folder, not a' if Path(path).is_dir() else 'no such'} file; expected {what}")
