@@ -9,8 +9,6 @@ correction by intervene.py. Two or three training seeds are printed from least t
 95 % interval (Student's t); a dash where a method has no such number. Each folder holds the config.json of train.py and
 the report*.json of evaluate.py; one that has none yet is named and left out.
 """
-import csv
-import io
 import json
 import math
 import re
@@ -22,7 +20,8 @@ import data
 from baselines import GIVEN
 from runs import Config as RunConfig
 from runs import chosen_on, differences, of_best, preset, read_config
-from settings import (UsageError, flag, may_write, opt, parse, read_json, run_script, write_json, write_whole)
+from settings import (UsageError, flag, may_write, opt, parse, read_json, run_script, write_csv, write_json,
+                      write_whole)
 
 # 97.5 % quantile of Student's t for n = 2, 3, ... numbers
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
@@ -303,19 +302,15 @@ def latex(data, split, images, rows):
 FIRST = ("data", "split", "images", "method")            # columns of every csv, before those of its tables
 
 
-def comma_separated(tables):
-    """All tables as one csv: a line a row, the cells of the Markdown; empty where a row has no number or no column."""
-    lines, columns = [], dict.fromkeys(FIRST)
+def flat(tables):
+    """All tables as the rows of one csv: cells of the Markdown, empty where there is no number or no such column."""
+    rows, columns = [], dict.fromkeys(FIRST, "")
     for table in tables:
         head, body, _ = layout(table["rows"])
         head = ["method", *(f"{before}, paper" if title == "paper" else title for before, title in zip(head, head[1:]))]
-        columns |= dict.fromkeys(head)
-        lines += [{**{x: table[x] for x in FIRST[:3]}, **dict(zip(head, row))} for row in body]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({title: "" if cell == DASH else cell for title, cell in line.items()} for line in lines)
-    return text.getvalue()
+        columns |= dict.fromkeys(head, "")
+        rows += [{**{x: table[x] for x in FIRST[:3]}, **dict(zip(head, cells))} for cells in body]
+    return [{**columns, **{title: "" if cell == DASH else cell for title, cell in row.items()}} for row in rows]
 
 
 def ours(number, seeds):
@@ -350,8 +345,9 @@ def write_tables(folders, out="", force=False):
     print(text, end="")
     if out:
         tex = TEX + "\n".join(latex(**table) for table in tables) + "\n"
-        for ending, content in ((".md", text), (".tex", tex), (".csv", comma_separated(tables))):
+        for ending, content in ((".md", text), (".tex", tex)):
             write_whole(f"{out}{ending}", lambda temporary: temporary.write_text(content, encoding="utf-8"))
+        write_csv(f"{out}.csv", flat(tables))
         write_json(f"{out}.json", {"paper": FOOTNOTE, "tables": tables})
 
 
