@@ -24,7 +24,7 @@ import data
 from baselines import TAKES
 from measure import tables
 from runs import Config as RunConfig
-from runs import check, differences, of_best, pick_device, preset, read_config
+from runs import check, differences, left_out, of_best, pick_device, preset, read_config
 from settings import RunError, UsageError, flag, nearest, opt, parse, read_json, run_script
 
 
@@ -116,10 +116,13 @@ def plan(names, seeds, flags, folder="sweep"):
             cfg = parsed(typed := [*given[name], *own, "--seed", seed])
             if cfg == parsed(plain := [*given[name], *METHODS[cfg.method], "--seed", seed]):
                 name, typed = cfg.method, plain
-            cfg.out = f"runs/{cfg.data}{'-mini' * cfg.mini}-{folder}/{name}-{seed}"
+            cfg.out = f"runs/{cfg.title}-{folder}/{name}-{seed}"
             check(cfg)
             refuse_other_settings(cfg)
             runs[cfg.out] = cfg, [*typed, "--out", cfg.out]
+    for line in dict.fromkeys(left_out(cfg) for cfg, _ in runs.values()):
+        if line:
+            print(f"--recipe {cfg.recipe}: {line}")
     return list(runs.values())
 
 

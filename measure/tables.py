@@ -122,7 +122,7 @@ def from_paper(benchmark, row, k):
     A method with parts is looked up at the run's K. A miniature ("-mini") has a K of its own: where the paper does not
     have it, its smallest.
     """
-    name = benchmark.removesuffix("-mini")
+    name = data.benchmark_of(benchmark)
     columns, rows = PAPER.get(name, ((), {}))
     for parts, found in data.BENCHMARKS[name].paper.items():
         titled = {METRICS[metric]: number for metric, number in found.items()}
@@ -141,10 +141,12 @@ def from_paper(benchmark, row, k):
 # ---------------------------------------------------------------- runs -> rows
 def row_name(config):
     """What a run is, from its config.json: its method, and as flags the settings that are not its defaults."""
-    given = {key: config[key] for key in ("data", "mini", "method")}
+    usual = "mini" if config["mini"] else "paper"
+    recipe = config.get("recipe", usual)                 # earlier runs do not say
+    given = {key: config[key] for key in ("data", "mini", "method")} | {"recipe": recipe}
     default = RunConfig(**{**preset(given), **given, "seed": config["seed"]})
     changed = differences({**asdict(default), **config}, default)
-    words = [config["method"]]
+    words = [config["method"], *[f"--recipe {recipe}"] * (recipe != usual)]
     for name, (value, _) in changed.items():
         typed = flag(name)
         words.append(typed if value is True else f"--no-{typed[2:]}" if value is False else f"{typed} {value}")

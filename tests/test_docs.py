@@ -43,7 +43,7 @@ def flags(cls):
     return found
 
 
-CONFIGS = {"train.py": [runs.Config], "evaluate.py": [evaluate.Config], "intervene.py": [intervene.Config], "predict.py": [predict.Config],
+CONFIGS = {"data.py": [data.Config], "train.py": [runs.Config], "evaluate.py": [evaluate.Config], "intervene.py": [intervene.Config], "predict.py": [predict.Config],
            "speed.py": [speed.Config], "sweep.py": [sweep.Config, runs.Config], "measure.tables": [tables.Config],
            "measure.figures": [figures.Config], "miniature.pretrain": [pretrain.Config],
            "miniature": list(miniature.BENCHMARKS.values())}
