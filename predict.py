@@ -15,8 +15,6 @@ half: a model over a split.
 
 Floor: commands, the lowest. Read runs.py first.
 """
-import csv
-import io
 import json
 from collections import Counter
 from dataclasses import MISSING, dataclass, fields
@@ -40,7 +38,7 @@ from benchmarks.transforms import FINE_GRAINED, View, squash, to_tensor
 from ifam import limits_of
 from measure.metrics import foreground_counts
 from runs import apply_intervention, hash_of, outputs_of, pick_device
-from settings import (RunError, UsageError, bounded, may_write, opt, parse, progress, run_script, write_json,
+from settings import (RunError, UsageError, bounded, may_write, opt, parse, progress, run_script, write_csv, write_json,
                       write_whole)
 from weights import load_pretrained
 
@@ -365,15 +363,6 @@ def flat(row):
     for part, answer in enumerate(row.get("without", ())):
         cells |= {f"without_{part}": answer["class"], f"without_{part}_probability": answer["probability"]}
     return cells
-
-
-def write_csv(path, rows):
-    """Rows, dicts with the same keys, as a csv with a header."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
 
 
 def arrays_of(out, i):
