@@ -302,7 +302,7 @@ def test_evaluate_measures_the_corrected_model_in_its_whole_report(done):
 def test_the_rows_are_what_the_model_does_when_set_to_that_intervention(trained, done):
     cfg = intervene.Config(str(trained), limit=24)
     model, state = runs.load_model(trained)
-    samples = predict.open_split(cfg, state["config"], model)[1]
+    samples = predict.open_split(cfg, state, model)[1]
     runs.apply_intervention(model, trained.with_name("intervention.json"), trained)
     result = predict.predict(model, samples)
     expected = metrics.accuracies(result, samples)
@@ -321,7 +321,7 @@ def test_each_sheet_says_what_the_removal_of_its_part_does_and_unused_parts_say_
     titles = []
     monkeypatch.setattr(figures, "part_sheet", lambda model, samples, part, census, title, *where: titles.append(title))
     model, state = runs.load_model(trained)
-    trials = intervene.Trials(model, predict.open_split(intervene.Config(str(trained), limit=24), state["config"], model)[1])
+    trials = intervene.Trials(model, predict.open_split(intervene.Config(str(trained), limit=24), state, model)[1])
     trials.measure(intervene.UNTOUCHED, ((0,), None), ((1,), None), ((2,), None))
     intervene.pictures(trials, trained.with_name("x.json"), "here", (), "cpu")
     for part, title in enumerate(titles):
@@ -482,7 +482,7 @@ def test_force_replaces_what_this_program_did_not_write(trained, tmp_path):
 def test_names_with_dollars_tags_or_line_breaks_break_neither_table_nor_picture(trained, tmp_path, monkeypatch, capsys):
     names = ["a $x^{$\nbird", "<b>two</b> $\\frac$\udcff"]
     model, state = runs.load_model(trained)
-    samples = predict.open_split(intervene.Config(str(trained), limit=8), state["config"], model)[1]
+    samples = predict.open_split(intervene.Config(str(trained), limit=8), state, model)[1]
     samples.classes, samples.groups, samples.group_names = names, samples.labels, names
     trials = intervene.Trials(model, samples)
     trials.measure(intervene.UNTOUCHED, ((0,), None), ((1,), None), ((2,), None))
