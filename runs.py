@@ -258,8 +258,9 @@ def check(cfg):
         raise UsageError(f"every loss of --method {cfg.method} has weight 0, and nothing would train: give one of "
                          f"{', '.join(map(flag, own))}")
     refuse_too_large(cfg)
-    for arch in filter(None, (cfg.arch, cfg.selector_arch)):
-        refuse_by_name(cfg.weights, arch.partition("/")[0], cfg.registers)
+    for arch in (cfg.arch, cfg.selector_arch.partition("/")[0]):
+        if arch in vit.ARCHS:                            # else the model says so
+            refuse_by_name(cfg.weights, arch, cfg.registers)
     if where := data.BENCHMARKS[cfg.data].trained_on:
         raise UsageError(f"--data {cfg.data} is for evaluation only: train with --data {where}, then "
                          f"evaluate.py --ckpt runs/{where}/best.pt --data {cfg.data}")
