@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Callable
 
 import miniature
+from benchmarks import folder
 from benchmarks.cub import load_cub, load_waterbird200, load_waterbirds
 from benchmarks.files import NotThere, exists, is_miniature, say
 from benchmarks.imagenet import IN9_VARIANTS, load_imagenet, load_imagenet9
@@ -26,19 +27,23 @@ def load(name, root="data", size=None, seed=0, limit=0, splits=(), check=True, v
     """Read a benchmark -> {"train": Samples, "val": Samples, "test": Samples, ...}, those that it has.
 
     root: folder that holds the unpacked archives; size in pixels (default: the benchmark's); limit: only so many
-    samples of each split; splits: only these (default: all); check: every image must be there; val_share: hold out
-    this share of the training images, of each class alike, as validation; strict: the counts must be the published
-    ones. Raises UsageError when something is not where it belongs or is not what the benchmark has.
+    samples of each split; splits: only these (default: all); check: every image must be there, or the names of the
+    splits in which it must; val_share: hold out this share of the training images, of each class alike, as validation;
+    strict: the counts must be the published ones. Raises UsageError when something is not where it belongs or is not
+    what the benchmark has.
     """
     benchmark, root = BENCHMARKS[name], Path(root)
     found = read(name, root, size or benchmark.size, seed)
+    if benchmark.survey:
+        benchmark.survey(found, None if check is True else check or ())
     for split, samples in found.items():
         judge(benchmark, split, samples, root, limit)
     if differs := "; ".join(f"{split}: {samples.differs}" for split, samples in found.items() if samples.differs):
         if strict:
             raise UsageError(f"{name} is not as published: {differs}; unpack {benchmark.source}, or leave out "
-                             "--strict-data")
-        say(f"{name} is not as published: {differs}")
+                             "--strict-data" if benchmark.classes else f"--strict-data: {differs}")
+        if benchmark.classes:                            # of a folder of one's own, survey has said it
+            say(f"{name} is not as published: {differs}")
     if val_share:
         if "val" in found or "train" not in found:
             raise UsageError(f"--val-share: {name} has {'its own validation' if 'val' in found else 'no training'} "
@@ -48,8 +53,8 @@ def load(name, root="data", size=None, seed=0, limit=0, splits=(), check=True, v
     if "train" in splits and "train" not in found:
         raise UsageError(f"{name}: no training images under {root.resolve()}; expected {benchmark.layout}")
     found = {split: found[split].first(limit) for split in splits or found if split in found}
-    for samples in found.values():
-        if check:
+    for split, samples in found.items():
+        if not benchmark.survey and (check is True or check and split in check):
             samples.check()
         say(describe(samples))
     return found
@@ -64,6 +69,9 @@ def read(name, root, size, seed):
         for up, folder in enumerate(below.parts):          # --root data/CUB_200_2011
             if folder == here.name and exists(here.parents[up] / below):
                 raise UsageError(f"{name}: --root {root} is too deep, give {here.parents[up]}") from None
+        if not BENCHMARKS[name].counts:
+            raise UsageError(f"{name}: {error}; expected {BENCHMARKS[name].layout}; name the folder with --root"
+                             ) from None
         offline = "; or use --mini, which needs no download" if name in miniature.BENCHMARKS else ""
         raise UsageError(f"{name}: {error}. Unpack {BENCHMARKS[name].source} under --root{offline}") from None
 
@@ -79,7 +87,7 @@ def judge(benchmark, split, samples, root, limit):
     if is_miniature(root):
         return
     known = len(samples.classes)
-    if known != benchmark.classes:
+    if benchmark.classes and known != benchmark.classes:
         raise UsageError(f"{what}: {known} classes {where}, not {benchmark.classes}; unpack {benchmark.source} again")
     empty = [c for c, n in zip(samples.classes, samples.labels.bincount(minlength=known)) if not n]
     if empty and not samples.partial:
@@ -109,7 +117,7 @@ def difference(samples, releases):
 class Benchmark:
     """What the command line, the errors, the reports and the README say about a benchmark; settings are the paper's."""
     load: Callable               # (root, size, seed) -> {split: Samples}
-    classes: int
+    classes: int                 # 0: any
     size: int                    # pixels
     k: int                       # parts, as in the paper's main tables
     layout: str                  # under --root
@@ -123,6 +131,7 @@ class Benchmark:
     sets: tuple = ()             # splits that are measured beside "test"
     trained_on: str = ""         # only for evaluation: the benchmark that its models train on
     paper_split: str = "test"    # the split that the paper's numbers are of
+    survey: Callable = None      # ({split: Samples}, splits whose files are opened): instead of Samples.check
 
 
 BENCHMARKS = {
@@ -177,6 +186,9 @@ BENCHMARKS = {
         "none stated; images are ImageNet's", ("aa", "bg_gap"),
         {1: {"aa": 97.5, "mixed_same": 93.5, "mixed_rand": 91.1, "bg_gap": 2.4}},
         {name: [(450,) * 9] for name in ("test", *IN9_VARIANTS[1:])}, sets=IN9_VARIANTS[1:], trained_on="imagenet"),
+    "folder": Benchmark(
+        folder.load_folder, 0, 224, 4, folder.LAYOUT, "pictures of your own, --root names their folder", "your own",
+        ("aa", "aa_train_weighted", "worst_group"), {}, {}, survey=folder.survey),
 }
 
 
@@ -186,7 +198,8 @@ SPLITS = ("test", "val", "train", *dict.fromkeys(name for b in BENCHMARKS.values
 def overview():
     """For --help: every benchmark with its classes, and what is for evaluation only."""
     only = lambda b: f", only to evaluate a model of {b.trained_on}" * bool(b.trained_on)
-    return "; ".join(f"{name}: {b.classes} classes{only(b)}" for name, b in BENCHMARKS.items())
+    known = lambda b: f"{b.classes} classes{only(b)}" if b.classes else "pictures of your own under --root"
+    return "; ".join(f"{name}: {known(b)}" for name, b in BENCHMARKS.items())
 
 
 def docs_table():
@@ -195,7 +208,7 @@ def docs_table():
     for name, b in BENCHMARKS.items():
         paper = "; ".join(f"K={k}: " + ", ".join(f"{m} {v}" for m, v in row.items()) for k, row in b.paper.items())
         only = f" (evaluates models of `{b.trained_on}`)" * bool(b.trained_on)
-        lines.append(f"| `{name}`{only} | {b.classes} | {b.size} | {b.k} | {b.layout.replace('<', '&lt;')} | "
+        lines.append(f"| `{name}`{only} | {b.classes or 'any'} | {b.size} | {b.k} | {b.layout.replace('<', '&lt;')} | "
                      f"{b.source} | {b.licence} | {paper} |")
     return "\n".join(lines)
 
@@ -211,6 +224,32 @@ def available(name, root="data"):
         return False
     print(f"{name}: the real benchmark under {root}")
     return True
+
+
+def title_of(name, root):
+    """What the runs and reports of some data are called: the benchmark's name, or of a folder of one's own its own."""
+    return folder.title_of(root) if name == "folder" else name
+
+
+def benchmark_of(title):
+    """The benchmark of what a report calls its data: "waterbirds-mini" -> "waterbirds", "folder photos" -> "folder"."""
+    return "folder" if title.startswith("folder ") else title.removesuffix("-mini")
+
+
+def measured(splits, wanted="test", known=SPLITS):
+    """The split to measure on, {split: Samples} -> Samples. A folder of one's own without test: val, and it is said.
+
+    UsageError that names the splits that are known where there is no such split.
+    """
+    first = next(iter(splits.values()))
+    if wanted == "test" and "test" not in splits and "val" in splits and first.name == "folder":
+        say(f"{first.title} has no test split: measured on val, on which the best epoch was chosen too")
+        return splits["val"]
+    if wanted not in splits:
+        held = "train with --val-share 0.1 to have one, or " * ("val" not in splits and "train" in splits)
+        raise UsageError(f"{first.title} has no split {wanted!r}; {held}choose another --split: "
+                         f"{', '.join(split for split in splits if split in known)}")
+    return splits[wanted]
 
 
 def find_root(name, root, mini):

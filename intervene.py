@@ -366,7 +366,7 @@ def main(argv=None):
     model, state = load_model(cfg.ckpt, device, cfg.data)
     trained = state["config"]
     check(cfg, model, trained["method"])
-    name, samples, train, _ = open_split(cfg, trained, model)
+    name, samples, train, _ = open_split(cfg, state, model)
     trials = Trials(model, samples, device=device, batch=cfg.batch, workers=cfg.workers)
     if cfg.q and train is None:
         raise UsageError(f"--q is calibrated on training images, and {name} has none; make the intervention on "

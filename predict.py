@@ -1,6 +1,6 @@
 """predict.py: a trained model over a split: train.py validates with it, evaluate.py and intervene.py begin with it.
 
-    name, samples, train, sets = open_split(cfg, state["config"], model)         # the images of a checkpoint
+    name, samples, train, sets = open_split(cfg, state, model)                   # the images of a checkpoint
     result = predict(model, samples)                     # {"logits": (n, C), "keep": (n, N), ...}
 
 Floor: commands, the lowest. Read runs.py first.
@@ -77,28 +77,40 @@ def predict(model, samples, batch=32, device="cpu", workers=0):
     return {name: torch.cat([p[name] for _, p in pieces])[order] for name in pieces[0][1]}
 
 
-def open_split(cfg, trained, model):
-    """-> (name for the report, the split to measure on, the training split or None, {name: other sets})."""
+def open_split(cfg, state, model):
+    """-> (name for the report, the split to measure on, the training split or None, {name: other sets}).
+
+    state: the checkpoint. A folder of one's own without a test split is measured on its validation split, said so.
+    """
+    trained = state["config"]
     name = cfg.data or trained["data"]
-    here = data.BENCHMARKS[name]
-    if trained["data"] not in (name, here.trained_on):
+    here, own = data.BENCHMARKS[name], name == "folder"
+    if not own and trained["data"] not in (name, here.trained_on):
         raise UsageError(f"--data {name} has {here.classes} classes that are not those of {trained['data']} "
                          f"({data.BENCHMARKS[trained['data']].classes}), which the checkpoint was trained on; evaluate "
                          f"a model of {here.trained_on or name}")
-    root = data.find_root(name, cfg.root or trained["root"], trained["mini"] and not cfg.root)
-    splits = data.load(name, root, trained["size"], limit=cfg.limit or trained["limit"], check=False,
-                       val_share=trained.get("val_share", 0.0) * (name == trained["data"]), strict=cfg.strict_data)
-    if cfg.split not in splits:
-        held = "train with --val-share 0.1 to have one, or " * (cfg.split == "val" and "train" in splits)
-        known = next(f for f in fields(cfg) if f.name == "split").metadata["choices"]
-        raise UsageError(f"{name} has no split {cfg.split!r}; {held}choose another --split: "
-                         f"{', '.join(split for split in splits if split in known)}")
-    samples = splits[cfg.split]
+    if own and trained["data"] != name and not cfg.root:
+        raise UsageError(f"--data folder needs --root PATH, the folder: {cfg.ckpt} was trained on {trained['data']}")
+    root = data.find_root(name, cfg.root or trained["root"], trained["mini"] and not own and not cfg.root)
+    same = data.title_of(name, root) == data.title_of(trained["data"], trained["root"])
+    looked = {cfg.split, *here.sets, *["val"] * (own and cfg.split == "test")}   # images of other splits may be away
+    splits = data.load(name, root, trained["size"], limit=cfg.limit or trained["limit"], check=looked,
+                       val_share=trained.get("val_share", 0.0) * same, strict=cfg.strict_data)
+    samples = data.measured(splits, cfg.split, next(f for f in fields(cfg) if f.name == "split").metadata["choices"])
+    refuse_other_classes(cfg, state, samples, model)
+    sets = {n: splits[n] for n in here.sets if n in splits and cfg.split == "test"}
+    title = f"folder {samples.title}" if own else name + "-mini" * trained["mini"]
+    return title, samples, splits.get("train"), sets
+
+
+def refuse_other_classes(cfg, state, samples, model):
+    """UsageError unless the outputs of a model are the classes of these samples."""
     outputs = (model.predictor.head if model.predictor else model.selector.classifier).out_features
     if samples.outputs != outputs:
-        raise UsageError(f"--data {name} needs {samples.outputs} classes, the checkpoint has {outputs}; evaluate it on "
-                         "the data it was trained on")
-    sets = {n: splits[n] for n in here.sets if n in splits and cfg.split == "test"}
-    for some in (samples, *sets.values()):
-        some.check()                                     # images of other splits need not be there
-    return name + "-mini" * trained["mini"], samples, splits.get("train"), sets
+        raise UsageError(f"--data {samples.name} needs {samples.outputs} classes, the checkpoint has {outputs}; "
+                         "evaluate it on the data it was trained on")
+    known = state.get("dataset", {}).get("classes")
+    if samples.name == "folder" and known and list(known) != list(samples.classes):
+        differ = next((a, b) for a, b in zip(known, samples.classes) if a != b)
+        raise UsageError(f"{samples.title} has other classes than {cfg.ckpt}, or in another order: {differ[1]} where the "
+                         f"checkpoint has {differ[0]}; name its folders, or labels, as in training")

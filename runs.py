@@ -32,7 +32,7 @@ from weights import find_published, load_strictly, read_file, rename_published
 class Config:
     """Settings of a run, the flags of train.py. Defaults are the paper's (appendix A.1)."""
     data: str = opt("waterbirds", f"benchmark ({data.overview()})", choices=tuple(data.BENCHMARKS), group="data")
-    root: str = opt("data", "folder that holds the unpacked benchmarks")
+    root: str = opt("data", "folder that holds the unpacked benchmarks, or with --data folder your pictures")
     mini: bool = opt(False, "use the miniature of the benchmark: drawn on first use, no download")
     limit: int = opt(0, "use only N training and evaluation samples, spread evenly (0: all)", at_least=0)
     val_share: float = opt(0.0, "hold out this share of the training images of each class as validation, where a "
@@ -101,15 +101,20 @@ class Config:
     device: str = opt("auto", "auto, cpu, cuda or mps")
     compile: bool = opt(False, "torch.compile both stages")
     workers: int = opt(4, "processes that load data, per training process", at_least=0)
-    out: str = opt("", "folder of the run (default runs/<data>, with -mini and -<method> where they apply)")
+    out: str = opt("", "folder of the run (default runs/<data>, of a folder of your own runs/<its name>, with -mini and "
+                       "-<method> where they apply)")
     resume: bool = opt(False, "go on from last.pt of this run")
     save_every: int = opt(500, "steps between saves of last.pt (it is also saved after every epoch)", at_least=1)
     log_every: int = opt(20, "steps between log lines", at_least=1)
 
     def __post_init__(self):
-        suffix = "-mini" * self.mini + f"-{self.method}" * (self.method != "ifam")
-        self.out = self.out or f"runs/{self.data}{suffix}"
+        self.out = self.out or f"runs/{self.title}" + f"-{self.method}" * (self.method != "ifam")
         self.workers = bounded(self.workers)
+
+    @property
+    def title(self):
+        """What the runs on these data are called."""
+        return data.title_of(self.data, self.root) + "-mini" * self.mini
 
 
 # data.BENCHMARKS says what differs from Config's defaults by benchmark, this by miniature.
@@ -415,7 +420,7 @@ def from_published(path, state_dict, name):
         raise UsageError(f"{path}: {error}") from None
     name = data.BENCHMARKS[name].trained_on or name
     classes, (height, width) = sizes.pop("classes"), sizes.pop("size")
-    if classes != data.BENCHMARKS[name].classes:
+    if data.BENCHMARKS[name].classes and classes != data.BENCHMARKS[name].classes:
         raise UsageError(f"{path} is a published snapshot with {classes} classes, --data {name} has "
                          f"{data.BENCHMARKS[name].classes}")
     if height != width:
@@ -527,7 +532,7 @@ def fields_of_intervention(content, k):
     of_parts = lambda x, holds: isinstance(x, list) and len(x) == k and all(map(holds, x))
     limits = lambda x: of_parts(x, lambda t: t is None or number(t))
     parts = lambda x: isinstance(x, list) and all(whole(p) and p < k for p in x) and len(set(x)) == len(x)
-    known = lambda x: isinstance(x, str) and x.removesuffix("-mini") in data.BENCHMARKS
+    known = lambda x: isinstance(x, str) and data.benchmark_of(x) in data.BENCHMARKS
     some, q = f"numbers of parts, 0 to {k - 1}, each once", content.get("q")
     measured_on = lambda where: [
         (f"{where}.data", known, "the name of a benchmark"),
@@ -582,6 +587,6 @@ def describe_intervention(content, name="", splits=()):
 
 
 def family(name):
-    """"waterbird200-mini" -> "cub": the benchmark whose objects it shows."""
-    name = name.removesuffix("-mini")
-    return name and (data.BENCHMARKS[name].trained_on or name)
+    """"waterbird200-mini" -> "cub": the benchmark whose objects it shows; a folder of one's own is its own."""
+    known = data.benchmark_of(name)
+    return name and (known == "folder" and name or data.BENCHMARKS[known].trained_on or known)

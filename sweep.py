@@ -116,7 +116,7 @@ def plan(names, seeds, flags, folder="sweep"):
             cfg = parsed(typed := [*given[name], *own, "--seed", seed])
             if cfg == parsed(plain := [*given[name], *METHODS[cfg.method], "--seed", seed]):
                 name, typed = cfg.method, plain
-            cfg.out = f"runs/{cfg.data}{'-mini' * cfg.mini}-{folder}/{name}-{seed}"
+            cfg.out = f"runs/{cfg.title}-{folder}/{name}-{seed}"
             check(cfg)
             refuse_other_settings(cfg)
             runs[cfg.out] = cfg, [*typed, "--out", cfg.out]

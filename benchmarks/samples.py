@@ -71,11 +71,13 @@ class Samples(torch.utils.data.Dataset):
     train_masks = False
     masks_tell = False          # True: masks mark what makes the label, so that no model may be given them
     partial = False             # True: some of the classes are not there on purpose
+    upright = False             # True: pictures are turned as their EXIF orientation says
     differs = ""                # how this split is not the published one; data.load says it
 
     def __init__(self, name, split, size, classes, ids, paths, labels, places=(), groups=None, masks=None,
                  points=None, boxes=None, pipeline=FINE_GRAINED, seed=0, merge=None):
         self.name, self.split, self.size, self.seed, self.pipeline = name, split, size, seed, pipeline
+        self.title = name                                # of a folder of one's own, that of the folder
         self.normalisation, self.merge = pipeline.normalisation, merge
         self.classes, self.places = tuple(classes), tuple(places)
         self.ids, self.paths, self.masks, self.points, self.boxes = ids, paths, masks, points, boxes
@@ -140,7 +142,7 @@ class Samples(torch.utils.data.Dataset):
         """read_image; a small split keeps its pictures while there is room. They are shared: steps make new ones."""
         if (path, mode) in self.decoded:
             return self.decoded[path, mode]
-        picture = read_image(path, mode)
+        picture = read_image(path, mode, self.upright)
         size = len(mode) * picture.width * picture.height                        # "L", "RGB": a byte a letter
         if 3 * self.size ** 2 * len(self) <= SMALL and size <= self.room and isinstance(path, Path):
             self.decoded[path, mode], self.room = picture, self.room - size
@@ -178,18 +180,21 @@ def describe(samples):
     named = f"{seen} of " * (seen < known) + f"{known} classes"
     if len(counts) <= 9:
         named = ", ".join(f"{n} {g}" for n, g in zip(counts, samples.group_names))
-    return f"{samples.name} {samples.split}: {len(samples)} images ({named})"
+    return f"{samples.title} {samples.split}: {len(samples)} images ({named})"
 
 
 def crosstab(splits):
     """How often each class meets each place, {name: Samples} -> text: a shortcut is a table that is nearly diagonal."""
     places = list(dict.fromkeys(place for samples in splits.values() for place in samples.places or ("all",)))
-    lines = [f"{'':32}" + "".join(f"{place:>16}" for place in places)]
+    wide, column = (max([least, *(len(name) + 2 for name in names)]) for least, names in (
+        (18, (name for samples in splits.values() for name in samples.classes)), (16, places)))
+    lines = [" " * (14 + wide) + "".join(f"{place:>{column}}" for place in places)]
     for name, samples in splits.items():
         counts = torch.bincount(samples.groups, minlength=len(samples.group_names)).view(len(samples.classes), -1)
         for label in samples.labels.unique().tolist():
             row = dict(zip(samples.places or ("all",), counts[label].tolist()))
-            lines.append(f"{name:14}{samples.classes[label]:18}" + "".join(f"{row.get(p, '-'):>16}" for p in places))
+            lines.append(f"{name:14}{samples.classes[label]:{wide}}"
+                         + "".join(f"{row.get(p, '-'):>{column}}" for p in places))
     return "\n".join(lines)
 
 

@@ -120,7 +120,7 @@ def from_paper(benchmark, row, k):
     A method with parts is looked up at the run's K. A miniature ("-mini") has a K of its own: where the paper does not
     have it, its smallest.
     """
-    name = benchmark.removesuffix("-mini")
+    name = data.benchmark_of(benchmark)
     columns, rows = PAPER.get(name, ((), {}))
     for parts, found in data.BENCHMARKS[name].paper.items():
         titled = {METRICS[metric]: number for metric, number in found.items()}
