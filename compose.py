@@ -311,10 +311,9 @@ def ground(rng, picture, cfg):
     left, top = (int(rng.integers(n - side + 1)) for n in picture.size)
     square = picture.resize((cfg.size,) * 2, Image.Resampling.BICUBIC, box=(left, top, left + side, top + side),
                             reducing_gap=3)
-    if cfg.flips and rng.random() < .5:
+    if rng.random() < .5 * cfg.flips:
         square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = np.asarray(square, float)
-    return recolour(rng, pixels) if cfg.recolour_backgrounds else pixels
+    return np.asarray(square, float)
 
 
 # luma and two chromas from red, green, blue, and back (ITU-R BT.601, as in JPEG)
@@ -340,7 +339,7 @@ def pasted(rng, picture, cfg):
     """A cut-out, scaled, turned and put somewhere -> (S, S, 4) uint8: its colours, and its alpha at these pixels."""
     S = FINER * cfg.size
     scale = rng.uniform(*cfg.sizes) * S / max(picture.size)
-    if cfg.flips and rng.random() < .5:
+    if rng.random() < .5 * cfg.flips:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     picture = picture.resize([max(1, round(n * scale)) for n in picture.size], Image.Resampling.BICUBIC)
     picture = picture.rotate(rng.uniform(-cfg.rotation, cfg.rotation), Image.Resampling.BICUBIC, expand=True)
@@ -361,8 +360,10 @@ def pasted(rng, picture, cfg):
 def picture_of(job, cfg):
     """A job -> image (S, S, 3) uint8, mask (S, S) uint8: the alpha that was pasted, 255 = opaque."""
     rng = np.random.default_rng([cfg.seed, SPLITS.index(job.split), job.index])
-    behind = ground(rng, photograph(job.background, cfg.size, cfg.crops[0]), cfg)
     object = pasted(rng, cut_out(job.object), cfg)
+    behind = ground(rng, photograph(job.background, cfg.size, cfg.crops[0]), cfg)
+    if cfg.recolour_backgrounds:                         # drawn last: the flag changes colours and nothing else
+        behind = recolour(rng, behind)
     alpha = object[..., 3:] / 255
     return (alpha * object[..., :3] + (1 - alpha) * behind).round().astype(np.uint8), object[..., 3]
 
