@@ -33,14 +33,13 @@ import PIL
 import torch
 from PIL import Image, ImageFilter
 
-from benchmarks.files import Kind, TEXT, files, folders, read_image, read_rows
+from benchmarks.files import FILE, PICTURES, Kind, files, folders, one_of, read_image, read_rows
 from benchmarks.samples import patch_keep
 from measure.leakage import admitted, linear_head
 from miniature.scenes import in_parallel, save
 from settings import UsageError, flag, nearest, need_room, new_folder, opt, parse, run_script
 
 SPLITS = ("train", "val", "test")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 FAINT = 13              # alpha of less than 5 %: an invisible veil, which the mask would count as object
 FINER = 2               # pasted at so many times the resolution, then averaged
 FIRST_LINE = "Composed by compose.py of iFAM: cut-outs of objects on photographs of places"
@@ -106,13 +105,13 @@ def part(text):
     return box
 
 
-def split_name(text):
-    if text and text not in SPLITS:
+def not_empty(text):
+    if not text:
         raise ValueError
     return text
 
 
-OPTIONAL = {"split": Kind(f"one of {', '.join(SPLITS)}, or nothing", split_name),
+OPTIONAL = {"split": one_of({split: split for split in SPLITS} | {"": ""}),
             "crop": Kind("left top right bottom as shares from 0 to 1, or nothing", part)}
 
 
@@ -123,16 +122,9 @@ def find_sources(path, what, root=""):
     """
     path = Path(path)
     if path.is_file():
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            header = [name.strip() for name in file.readline().split(",")]
-        extra = {name: kind for name, kind in OPTIONAL.items() if name in header}
-        found = []
-        for number, file, kind, *rest in read_rows(path, {"file": TEXT, what: TEXT, **extra}, commas=True):
-            if not file or not kind:
-                raise UsageError(f"{path}, line {number}: file and {what} must not be empty")
-            rest = dict(zip(extra, rest))
-            found.append(Source(Path(root or path.parent) / file, file, kind, rest.get("split", ""),
-                                rest.get("crop", WHOLE)))
+        found, columns = [], {"file": FILE, what: Kind(f"a {what}", not_empty), **OPTIONAL}
+        for _, file, kind, split, crop in read_rows(path, columns, commas=True, optional=list(OPTIONAL)):
+            found.append(Source(Path(root or path.parent) / file, file, kind, split or "", crop or WHOLE))
         names = [source.name for source in found]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UsageError(f"{path}: names {twice} twice; a file belongs to one {what}")
