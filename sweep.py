@@ -24,7 +24,7 @@ import data
 from baselines import TAKES
 from measure import tables
 from runs import Config as RunConfig
-from runs import check, differences, of_best, pick_device, preset, read_config
+from runs import check, differences, left_out, of_best, pick_device, preset, read_config
 from settings import RunError, UsageError, flag, nearest, opt, parse, read_json, run_script
 
 
@@ -120,6 +120,9 @@ def plan(names, seeds, flags, folder="sweep"):
             check(cfg)
             refuse_other_settings(cfg)
             runs[cfg.out] = cfg, [*typed, "--out", cfg.out]
+    for line in dict.fromkeys(left_out(cfg) for cfg, _ in runs.values()):
+        if line:
+            print(f"--recipe {cfg.recipe}: {line}")
     return list(runs.values())
 
 

@@ -102,15 +102,16 @@ def fetch(url, cached):
 
 
 # ---------------------------------------------------------------- a pretrained backbone
-def load_pretrained(model, name, arch, registers=4, selector_arch=""):
+def load_pretrained(model, name, arch, registers=4, selector_arch="", read=None):
     """Start every backbone of a model from pretrained weights: all from the same, but for a stage 1 of its own size.
 
     name: "dinov2", "rad-dino", "mini", the path of a file, or "none". arch, selector_arch ("": as arch): as build_vit
-    has them; "b/6" takes the first 6 blocks of b's file. UsageError when it is not there or does not fit.
+    has them; "b/6" takes the first 6 blocks of b's file. read: what reader() gave, so that no file is read again.
+    UsageError when it is not there or does not fit.
     """
     if name == "none":
         return
-    read = functools.cache(lambda size: read_weights(name, size, registers))     # once, and its line is printed once
+    read = read or reader(name, registers)
     for stage, whole in ((model.selector, selector_arch or arch), (model.predictor, arch)):
         if stage is not None:
             size, _, blocks = whole.partition("/")
@@ -122,19 +123,33 @@ def load_pretrained(model, name, arch, registers=4, selector_arch=""):
                 raise UsageError(f"--weights {name} with --arch {whole}: {reason}") from None
 
 
+def reader(name, registers=4):
+    """A function of a named size that reads the weights --weights NAME, each file once; its line is printed once."""
+    return functools.cache(lambda size: read_weights(name, size, registers))
+
+
+def refuse_by_name(name, arch, registers=4):
+    """UsageError for weights of which the name alone tells that they do not fit a named size; nothing is read."""
+    if name == "dinov2" and arch == "mini":
+        raise UsageError("--weights dinov2 has no mini architecture: add --weights mini (or none) to --arch mini, or "
+                         "choose another --arch")
+    if name == "dinov2" and registers not in (0, 4):
+        raise UsageError(f"--weights dinov2 has 4 registers or none: --registers {registers} fits neither")
+    if name == "mini" and arch != "mini":
+        raise UsageError(f"--weights mini is the small backbone of the miniatures and does not fit --arch {arch}: add "
+                         "--arch mini, or choose other --weights")
+    if name == "rad-dino" and (arch != "b" or registers):
+        raise UsageError("--weights rad-dino is a ViT-B without registers: add --arch b --registers 0")
+
+
 def read_weights(name, arch, registers):
     """The dict of tensors that --weights NAME is for a named size."""
+    refuse_by_name(name, arch, registers)
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     if name == "dinov2":
-        if arch == "mini":
-            raise UsageError("--weights dinov2 has no mini architecture: choose another --arch, or --weights none")
-        if registers not in (0, 4):
-            raise UsageError(f"--weights dinov2 has 4 registers or none: --registers {registers} fits neither")
         url = DINOV2_URL.format(name=f"dinov2_vit{arch}14", registers="_reg4" if registers else "")
         state = fetch(url, cache / Path(url).name)
     elif name == "rad-dino":
-        if arch != "b" or registers:
-            raise UsageError("--weights rad-dino is a ViT-B without registers: add --arch b --registers 0")
         state = fetch(RAD_DINO_URL, cache / "rad-dino" / "model.safetensors")
     else:
         state = read_file(MINI if name == "mini" else name,

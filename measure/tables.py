@@ -139,10 +139,12 @@ def from_paper(benchmark, row, k):
 # ---------------------------------------------------------------- runs -> rows
 def row_name(config):
     """What a run is, from its config.json: its method, and as flags the settings that are not its defaults."""
-    given = {key: config[key] for key in ("data", "mini", "method")}
+    usual = "mini" if config["mini"] else "paper"
+    recipe = config.get("recipe", usual)                 # earlier runs do not say
+    given = {key: config[key] for key in ("data", "mini", "method")} | {"recipe": recipe}
     default = RunConfig(**{**preset(given), **given, "seed": config["seed"]})
     changed = differences({**asdict(default), **config}, default)
-    words = [config["method"]]
+    words = [config["method"], *[f"--recipe {recipe}"] * (recipe != usual)]
     for name, (value, _) in changed.items():
         typed = flag(name)
         words.append(typed if value is True else f"--no-{typed[2:]}" if value is False else f"{typed} {value}")
