@@ -481,7 +481,7 @@ def is_ours(folder):
 # ---------------------------------------------------------------- the whole
 def gather(cfg):
     """Sources of a command -> objects and backgrounds {split: {kind: sources}}, hashes {source: SHA-256}."""
-    workers, found, hashes = cfg.workers or None, {}, {}
+    found, hashes = {}, {}
     for setting, column, path, wanted in (("classes", "label", cfg.objects, cfg.classes),
                                           ("places", "place", cfg.backgrounds, cfg.places)):
         groups = choose(find_sources(path, column, cfg.root), wanted, setting)
@@ -490,6 +490,7 @@ def gather(cfg):
     for setting, groups in found.items():
         sources = [source for some in groups.values() for source in some]
         read = partial(inspect, cut_out=setting == "classes")
+        workers = min(cfg.workers, 1 + len(sources) // 100) or None      # a process starts slowly
         hashes |= dict(zip(sources, in_parallel(read, sources, f"reading {len(sources)} files", workers)))
     objects, backgrounds = (without_copies(groups, hashes, what) for groups, what in
                             zip(found.values(), ("cut-out", "photograph")))
