@@ -118,27 +118,38 @@ OPTIONAL = {"split": one_of({split: split for split in SPLITS} | {"": ""}),
 def find_sources(path, what, root=""):
     """A folder of folders or a csv table -> [Source], sorted by kind and name. what: "label" or "place".
 
-    UsageError where there is neither.
+    UsageError where there is neither, and for a line of the table that is not as expected. Files are not opened.
     """
     path = Path(path)
-    if path.is_file():
-        found, columns = [], {"file": FILE, what: Kind(f"a {what}", not_empty), **OPTIONAL}
-        for _, file, kind, split, crop in read_rows(path, columns, commas=True, optional=list(OPTIONAL)):
-            found.append(Source(Path(root or path.parent) / file, file, kind, split or "", crop or WHOLE))
-        names = [source.name for source in found]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise UsageError(f"{path}: names {twice} twice; a file belongs to one {what}")
-        return sorted(found, key=lambda source: (source.kind, source.name))
-    found = []
-    for kind in folders(path):
-        below = sorted(folder.relative_to(path) for folder in (path / kind).rglob("*") if folder.is_dir())
-        for folder in (Path(kind), *below):
-            split = folder.parts[1] if len(folder.parts) > 1 and folder.parts[1] in SPLITS else ""
-            found += [Source(path / folder / file, (folder / file).as_posix(), kind, split, WHOLE)
-                      for file in files(path / folder, *PICTURES)]
+    found = from_table(path, what, root) if path.is_file() else from_folder(path)
     if not found:
         raise UsageError(f"{path} has no pictures in folders below it: expected {path}/<{what}>/<picture>, or a csv "
                          f"table with the columns file and {what}")
+    return sorted(found, key=lambda source: (source.kind, source.name))
+
+
+def from_table(path, what, root):
+    found, columns = {}, {"file": FILE, what: Kind(f"a {what}", not_empty), **OPTIONAL}
+    for line, file, kind, split, crop in read_rows(path, columns, commas=True, optional=list(OPTIONAL)):
+        if file in found:
+            raise UsageError(f"{path}, line {line}: {file} a second time; a file belongs to one {what}")
+        found[file] = Source(Path(root or path.parent) / file, file, kind, split or "", crop or WHOLE)
+    return list(found.values())
+
+
+def from_folder(path):
+    found, other = [], 0
+    for kind in folders(path):
+        waiting = [Path(kind)]
+        while waiting:
+            folder = waiting.pop()
+            waiting += [folder / name for name in folders(path / folder)]
+            split = folder.parts[1] if len(folder.parts) > 1 and folder.parts[1] in SPLITS else ""
+            pictures = files(path / folder, *PICTURES)
+            other += len(files(path / folder, "")) - len(pictures)
+            found += [Source(path / folder / name, (folder / name).as_posix(), kind, split, WHOLE) for name in pictures]
+    if other:
+        print(f"{path}: {other} files that are no pictures by their ending are left out")
     return found
 
 
@@ -388,7 +399,7 @@ def rims(image, mask, patch):
 
 
 # ---------------------------------------------------------------- what is said of it
-def check(cfg, classes, places):
+def check(cfg):
     """UsageError for settings that contradict each other."""
     for name in ("sizes", "crops"):
         low, high = getattr(cfg, name)
@@ -399,6 +410,13 @@ def check(cfg, classes, places):
                          f"up to 1, not {sum(cfg.shares):g}")
     if cfg.patch > cfg.size:
         raise UsageError(f"--patch {cfg.patch} is larger than --size {cfg.size}")
+    if os.path.lexists(cfg.out):
+        mine = " (compose.py wrote it: delete it to compose it anew)" * is_ours(Path(cfg.out))
+        raise UsageError(f"--out {cfg.out} is there already{mine}; name a new folder")
+
+
+def check_counts(cfg, classes, places):
+    """UsageError unless every class gets a training picture, and val and test divide into groups of equal size."""
     if cfg.train < classes:
         raise UsageError(f"--train {cfg.train}: there are {classes} classes, and each needs a picture")
     groups = classes * places
@@ -486,7 +504,7 @@ def gather(cfg):
                                           ("places", "place", cfg.backgrounds, cfg.places)):
         groups = choose(find_sources(path, column, cfg.root), wanted, setting)
         found[setting] = groups
-    check(cfg, *map(len, found.values()))
+    check_counts(cfg, *map(len, found.values()))
     for setting, groups in found.items():
         sources = [source for some in groups.values() for source in some]
         read = partial(inspect, cut_out=setting == "classes")
@@ -500,10 +518,8 @@ def gather(cfg):
 
 def compose(cfg):
     """Write the data set -> what is said of it, lines. UsageError for bad sources; cfg.out is whole or not there."""
+    check(cfg)
     out = Path(cfg.out)
-    if os.path.lexists(out):
-        mine = " (compose.py wrote it: delete it to compose it anew)" * is_ours(out)
-        raise UsageError(f"--out {out} is there already{mine}; name a new folder")
     objects, backgrounds, hashes = gather(cfg)
     jobs = plan(cfg, objects, backgrounds)
     need_room(out.parent, len(jobs) * cfg.size ** 2 / (4 if cfg.format == "jpg" else 1), "this data set")

@@ -112,7 +112,8 @@ def recolour(x, strength=1.0):
     grey = x.mean((1, 2, 3), keepdim=True)
     x = (x - grey) * (.3 * torch.randn(B, 1, 1, 1)).exp().clamp(.4, 2) + grey + .12 * torch.randn(B, 1, 1, 1)
     x = x * (.15 * torch.randn(B, 3, 1, 1)).exp()
-    x = before + strength * (x + .02 * torch.randn_like(x) - before)
+    x = x + .02 * torch.randn_like(x)
+    x = x if strength == 1 else before + strength * (x - before)
     return (x.clamp(0, 1) - MEAN) / STD
 
 
@@ -184,11 +185,11 @@ class Words:
 class Reader(nn.Module):
     """The ViT, and linear heads that read words, and what is object, from its patches. Only the ViT is kept."""
 
-    def __init__(self, words):
+    def __init__(self, words, masks=False):
         super().__init__()
         self.vit = build_vit("mini", 96)
         self.own, self.bag = nn.Linear(self.vit.width, words), nn.Linear(self.vit.width, words)
-        self.pasted = nn.Linear(self.vit.width, 1)
+        self.pasted = nn.Linear(self.vit.width, 1) if masks else None
         frequency = 10000 ** (-torch.arange(self.vit.width // 4) / (self.vit.width // 4))
         rows, columns = torch.meshgrid(*(torch.arange(float(n)) for n in self.vit.grid), indexing="ij")
         waves = [f(x.reshape(-1, 1) * frequency) for x in (rows, columns) for f in (torch.sin, torch.cos)]
@@ -231,7 +232,7 @@ def loss_terms(model, words, scenes, cfg, step, device):
     terms = {"invariance": cfg.weight_invariance * ramp * apart,
              "own": cfg.weight_words * cross_entropy(model.own(z), own),
              "bag": cfg.weight_words * cross_entropy(model.bag(z), bag)}
-    if cfg.weight_pasted or cfg.weight_ground:
+    if model.pasted:
         cover = F.avg_pool2d(masks, 8).flatten(1).to(device)
         terms["pasted"] = cfg.weight_pasted * F.binary_cross_entropy_with_logits(model.pasted(z)[..., 0], cover)
         bare = z[cover < .05]
@@ -371,7 +372,7 @@ def pretrain(cfg):
     test = (unseen[:, :3] - MEAN) / STD, patch_keep(unseen[:, 3] > .5, 8).bool()
 
     torch.manual_seed(cfg.seed)
-    model = Reader(cfg.words)
+    model = Reader(cfg.words, masks=bool(cfg.weight_pasted or cfg.weight_ground))
     if cfg.start:
         start_from(model.vit, cfg.start)
     words = Words(scenes, cfg)

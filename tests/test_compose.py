@@ -216,8 +216,9 @@ def test_a_table_decides_files_order_split_and_part(sources, tmp_path):
     assert np.mean([home[row["label"]] == row["place"] for row in table(out) if row["split"] == "train"]) == .95
 
 
-def test_a_folder_named_like_a_split_decides_the_split(sources, tmp_path):
+def test_a_folder_named_like_a_split_decides_the_split(sources, tmp_path, capsys):
     shutil.copytree(sources / "cutouts", tmp_path / "cutouts")
+    (tmp_path / "cutouts" / "landbird" / "notes.txt").write_text("mine")
     for label in CLASSES:
         for i in range(6):
             split = compose.SPLITS[i % 3]
@@ -225,6 +226,7 @@ def test_a_folder_named_like_a_split_decides_the_split(sources, tmp_path):
             (tmp_path / "cutouts" / label / f"{i}.png").rename(tmp_path / "cutouts" / label / split / f"{i}.png")
     out = run(tmp_path, tmp_path / "out", "--backgrounds", sources / "scenes")
     assert all(row["object"].split("/")[1] == row["split"] for row in table(out))
+    assert "1 files that are no pictures" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the folder

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import baselines
+import compose
 import data
 import evaluate
 import ifam
@@ -45,7 +46,7 @@ def flags(cls):
     return found
 
 
-CONFIGS = {"train.py": [runs.Config], "evaluate.py": [evaluate.Config], "intervene.py": [intervene.Config],
+CONFIGS = {"train.py": [runs.Config], "compose.py": [compose.Config], "evaluate.py": [evaluate.Config], "intervene.py": [intervene.Config],
            "speed.py": [speed.Config], "sweep.py": [sweep.Config, runs.Config], "measure.tables": [tables.Config],
            "measure.figures": [figures.Config], "miniature.pretrain": [pretrain.Config],
            "miniature": list(miniature.BENCHMARKS.values())}
