@@ -1,25 +1,32 @@
 """data.py: the benchmarks, in one table, and the door to them: a name -> splits of samples.
 
-Floor: data. Read benchmarks/samples.py first (what a split is), then the benchmark that you need.
-
     train = load("waterbirds", root="data", size=518)["train"]
     train[epoch, index]      # {"image": (3, S, S), "label": int, "group": int, "id": str}, the same at every call
 
+    python data.py --root photos --sheet sheet.png       # look at pictures of your own before training
+    python data.py --data waterbirds --mini              # or at a benchmark
+
+The command says what is odd about the data, prints how often each class meets each place, and draws some of each group.
 Every split of every benchmark is a Samples; a loader in benchmarks/ finds its files, labels, groups and annotations.
+
+Floor: data. Read benchmarks/samples.py first (what a split is), then the benchmark that you need.
 """
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
+
 import miniature
 from benchmarks import folder
 from benchmarks.cub import load_cub, load_waterbird200, load_waterbirds
-from benchmarks.files import NotThere, exists, is_miniature, say
+from benchmarks.files import SIGNATURE, NotThere, exists, is_miniature, is_our_picture, say
 from benchmarks.imagenet import IN9_VARIANTS, load_imagenet, load_imagenet9
 from benchmarks.metashift import load_metashift
-from benchmarks.samples import describe, stratified
+from benchmarks.samples import crosstab, describe, stratified
 from benchmarks.siim import load_siim
-from settings import UsageError
+from benchmarks.transforms import AS_THEY_ARE, FINE_GRAINED, PHOTOGRAPHS, RADIOGRAPHS, Pipeline
+from settings import UsageError, may_write, opt, parse, run_script, write_whole
 
 
 # ---------------------------------------------------------------- loaders
@@ -36,6 +43,8 @@ def load(name, root="data", size=None, seed=0, limit=0, splits=(), check=True, v
     found = read(name, root, size or benchmark.size, seed)
     if benchmark.survey:
         benchmark.survey(found, None if check is True else check or ())
+        if check is True:
+            say(table(found))
     for split, samples in found.items():
         judge(benchmark, split, samples, root, limit)
     if differs := "; ".join(f"{split}: {samples.differs}" for split, samples in found.items() if samples.differs):
@@ -60,20 +69,38 @@ def load(name, root="data", size=None, seed=0, limit=0, splits=(), check=True, v
     return found
 
 
+ROWS = 40                                                # lines of a table, at most, that is printed before training
+
+
+def table(found):
+    """crosstab of {split: Samples}, or where it is long a line that says how to see it."""
+    first = next(iter(found.values()))
+    if len(found) * len(first.classes) <= ROWS:
+        return crosstab(found)
+    return f"{first.title}: {len(first.classes)} classes; python data.py --root PATH prints how many images each has"
+
+
 def read(name, root, size, seed):
     """Every split of a benchmark as its loader finds it; UsageError that says which archive is missing."""
     try:
-        return BENCHMARKS[name].load(root, size, seed)
+        found = BENCHMARKS[name].load(root, size, seed)
     except NotThere as error:
-        below, here = error.path.relative_to(root), root.resolve()
-        for up, folder in enumerate(below.parts):          # --root data/CUB_200_2011
-            if folder == here.name and exists(here.parents[up] / below):
-                raise UsageError(f"{name}: --root {root} is too deep, give {here.parents[up]}") from None
-        if not BENCHMARKS[name].counts:
+        if above := too_deep(root, error.paths):
+            raise UsageError(f"{name}: --root {root} is too deep, give {above}") from None
+        if not BENCHMARKS[name].classes:
             raise UsageError(f"{name}: {error}; expected {BENCHMARKS[name].layout}; name the folder with --root"
                              ) from None
         offline = "; or use --mini, which needs no download" if name in miniature.BENCHMARKS else ""
         raise UsageError(f"{name}: {error}. Unpack {BENCHMARKS[name].source} under --root{offline}") from None
+    for samples in found.values():
+        samples.pipeline = BENCHMARKS[name].pipeline
+    return found
+
+
+def too_deep(root, paths):
+    """The folder above `root` that has one of these paths, which were looked for under root; None if none has."""
+    above = root.resolve().parents[:4] if root.is_dir() else ()                  # --root data/CUB_200_2011/images
+    return next((up for path in paths for up in above if exists(up / path.relative_to(root))), None)
 
 
 def judge(benchmark, split, samples, root, limit):
@@ -126,6 +153,7 @@ class Benchmark:
     metrics: tuple               # names in report.json
     paper: dict                  # {parts: {metric or set: number in the paper's tables}}
     counts: dict                 # {split: published releases, of each the images by group, or (all of them,)}
+    pipeline: Pipeline = FINE_GRAINED                    # how its images reach the model
     settings: dict = field(default_factory=dict)         # of train.Config, where they are not its defaults
     rare: tuple = ()             # groups that are rare in training: the paper's worst group is the worst of these
     sets: tuple = ()             # splits that are measured beside "test"
@@ -173,19 +201,21 @@ BENCHMARKS = {
         ("auroc", "aa", "worst_group"), {8: {"auroc": 92.1, "robust": 65.9}},
         {"train": [(6798, 1926), (7880, 2216)], "test": [(1306, 192, 120, 333)], "robust": [(0, 192, 120, 0)],
          "non_robust": [(1306, 0, 0, 333)]}, rare=(1, 2),
-        sets=("robust", "non_robust"), settings={"weights": "rad-dino", "registers": 0, "weight_background": 0.0}),
+        sets=("robust", "non_robust"), pipeline=RADIOGRAPHS,
+        settings={"weights": "rad-dino", "registers": 0, "weight_background": 0.0}),
     "imagenet": Benchmark(
         load_imagenet, 1000, 224, 1, "imagenet/{train,val}/<wnid>/<file>.JPEG; of a part of the classes also Kaggle's "
         "LOC_synset_mapping.txt beside imagenet/",
         "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (image-net.org)", "registration, non-commercial research",
         ("aa",), {1: {"aa": 84.3}}, {"train": [(1281167,)], "test": [(50,) * 1000]},
-        settings={"epochs": 120, "ema": 0.9999}),
+        pipeline=PHOTOGRAPHS, settings={"epochs": 120, "ema": 0.9999}),
     "imagenet9": Benchmark(
         load_imagenet9, 9, 224, 1, "bg_challenge/<variant>/val/<class>/<file>.JPEG and fg_mask/val/<class>/<file>.npy",
         "backgrounds_challenge_data.tar.gz (github.com/MadryLab/backgrounds_challenge, release \"data\")",
         "none stated; images are ImageNet's", ("aa", "bg_gap"),
         {1: {"aa": 97.5, "mixed_same": 93.5, "mixed_rand": 91.1, "bg_gap": 2.4}},
-        {name: [(450,) * 9] for name in ("test", *IN9_VARIANTS[1:])}, sets=IN9_VARIANTS[1:], trained_on="imagenet"),
+        {name: [(450,) * 9] for name in ("test", *IN9_VARIANTS[1:])}, pipeline=AS_THEY_ARE, sets=IN9_VARIANTS[1:],
+        trained_on="imagenet"),
     "folder": Benchmark(
         folder.load_folder, 0, 224, 4, folder.LAYOUT, "pictures of your own, --root names their folder", "your own",
         ("aa", "aa_train_weighted", "worst_group"), {}, {}, survey=folder.survey),
@@ -220,9 +250,9 @@ def available(name, root="data"):
         read(name, Path(root), here.size, 0)
     except UsageError as error:
         why = str(error).removeprefix(f"{name}: ").replace(str(Path(root).resolve()), str(root))
-        print(f"{name}: the miniature ({why})")
+        print(f"{name}: {'the miniature' if name in miniature.BENCHMARKS else 'not there'} ({why})")
         return False
-    print(f"{name}: the real benchmark under {root}")
+    print(f"{name}: the real benchmark under {root}" if here.classes else f"{name}: your pictures under {root}")
     return True
 
 
@@ -256,6 +286,71 @@ def find_root(name, root, mini):
     """The folder to read: `root` as it is, or the rendered miniature of the benchmark (rendered on first use)."""
     if not mini:
         return Path(root)
+    if name == "folder":
+        raise UsageError("--mini draws a benchmark, and --data folder is your own pictures: leave out one of them (the "
+                         "small network and short schedule of --mini alone are --recipe mini)")
     if name not in miniature.BENCHMARKS:
         raise UsageError(f"there is no miniature of {name} yet (there is one of: {', '.join(miniature.BENCHMARKS)})")
     return miniature.render(name)
+
+
+# ---------------------------------------------------------------- the command
+@dataclass
+class Config:
+    """What to look at."""
+    root: str = opt("data", "folder of your pictures; of a benchmark, the folder that holds the unpacked archives")
+    data: str = opt("folder", "folder: pictures of your own; or a benchmark", choices=tuple(BENCHMARKS))
+    mini: bool = opt(False, "use the miniature of the benchmark: drawn on first use, no download")
+    sheet: str = opt("", "also draw some pictures of each group, with the outlines of their masks, into this .png file")
+    force: bool = opt(False, "replace a picture that this program did not draw")
+
+
+def contact_sheet(splits, columns=8, side=96, most=60):
+    """{name: Samples} -> PIL picture: a row for each group of each split, with pictures spread evenly over its files.
+
+    Pictures are whole, with the outline of their true mask. Of more than `most` rows as many, spread evenly.
+    """
+    rows = [(some, group, (some.groups == group).nonzero()[:, 0].tolist()) for some in splits.values()
+            for group in some.groups.unique().tolist()]
+    if len(rows) > most:
+        say(f"the sheet shows {most} of {len(rows)} groups, spread evenly")
+        rows = [rows[i * len(rows) // most] for i in range(most)]
+    words = 220                                          # pixels, for the name of a row
+    sheet = Image.new("RGB", (words + columns * side, len(rows) * side), "white")
+    for y, (some, group, mine) in enumerate(rows):
+        count = min(columns, len(mine))
+        ImageDraw.Draw(sheet).text((4, y * side + side // 3), f"{some.split}: {len(mine)}\n{some.group_names[group]}",
+                                   fill="black")
+        for x in range(count):
+            sheet.paste(shown(some, mine[x * len(mine) // count], side - 2), (words + x * side + 1, y * side + 1))
+    return sheet
+
+
+def shown(some, i, side):
+    """Sample i of a split as a square picture of this side."""
+    picture = ImageOps.pad(some.read(some.paths[i], "RGB"), (side, side), color="white")
+    if some.masks:
+        mask = some.read(some.masks[i], "L").point(lambda value: 255 * (value > 0))
+        mask = ImageOps.pad(mask, (side, side), Image.Resampling.NEAREST, color=0)
+        edge = ImageChops.difference(mask, mask.filter(ImageFilter.MinFilter(3)))
+        picture.paste("magenta", (0, 0), edge)
+    return picture
+
+
+def main(argv=None):
+    given = parse(Config, __doc__, argv)
+    if given.sheet:
+        may_write(given.sheet, is_our_picture, given.force)
+        if Path(given.sheet).suffix.lower() != ".png":
+            raise UsageError(f"--sheet {given.sheet}: name a .png file")
+    splits = load(given.data, find_root(given.data, given.root, given.mini))
+    if given.data != "folder" or table(splits) != crosstab(splits):              # else it was printed
+        print(crosstab(splits))
+    if given.sheet:
+        sheet = contact_sheet(splits)
+        write_whole(given.sheet, lambda temporary: sheet.save(temporary, "PNG", pnginfo=SIGNATURE))
+        print(f"  wrote {given.sheet}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import data
 import vit
 from baselines import GIVEN, METHODS, PRETRAINED, TAKES, build
+from benchmarks.transforms import PIPELINES
 from ifam import IFAM, limits_of
 from settings import (RunError, UsageError, alive, bounded, check_bounds, flag, opt, read_json, read_text, recorded,
                       world, write_json, write_whole)
@@ -259,8 +260,7 @@ def check(cfg):
         raise UsageError(f"--selector-size {cfg.selector_size} is larger than the image (--size {cfg.size}): there is "
                          "nothing more to see")
     if cfg.mini and cfg.data == "folder":
-        raise UsageError("--mini draws a benchmark, and --data folder is your own pictures: leave out one of them (its "
-                         "small network and short schedule are --recipe mini)")
+        data.find_root(cfg.data, cfg.root, cfg.mini)     # says why not
     if cfg.mini and cfg.root != Config.root:
         raise UsageError("--mini draws its own data: leave out --root or --mini")
 
@@ -400,14 +400,14 @@ def claim(cfg):
     write_json(folder / "config.json", asdict(cfg))
 
 
-def save(path, rank, cfg, step, best, parts, images=None, epoch=None):
+def save(path, rank, cfg, step, best, parts, images=None, epoch=None, dataset=None):
     """Rank 0 writes a checkpoint, whole or not at all; RunError if anything in it is not finite.
 
     parts: {name: what has a state_dict, or None}. images: which images the run is trained on, to compare on --resume.
-    epoch: how many epochs were done.
+    epoch: how many epochs were done. dataset: Samples.described() of them, to show the model others.
     """
     if rank == 0:
-        state = dict(config=plain(asdict(cfg)), step=step, epoch=epoch, best=best, images=images,
+        state = dict(config=plain(asdict(cfg)), step=step, epoch=epoch, best=best, images=images, dataset=dataset,
                      **{name: part.state_dict() for name, part in parts.items() if part is not None})
         tensors = [*state["model"].items(), *state.get("ema", {}).items()]
         if bad := [name for name, x in tensors if not x.isfinite().all()]:
@@ -467,6 +467,12 @@ def checked(path, state):
         raise UsageError(f"{path}: best is {best!r}, expected split, epoch and accuracy")
     if not isinstance(model, dict) or not all(isinstance(x, torch.Tensor) for x in model.values()):
         raise UsageError(f"{path}: model is no dict of tensors")
+    words = lambda x: isinstance(x, list) and all(isinstance(word, str) for word in x)
+    named = lambda x: isinstance(x, str) and x in PIPELINES
+    fields = [("dataset.classes", words, "names"), ("dataset.places", words, "names"),
+              ("dataset.pipeline", named, f"one of {', '.join(PIPELINES)}")]
+    if state.get("dataset") and (fault := wrong_field(state, fields)):           # older checkpoints have none
+        raise UsageError(f"{path}: {fault}; take a checkpoint that train.py wrote")
     return state
 
 
@@ -511,6 +517,37 @@ def load_model(path, device="cpu", name=""):
     except (IndexError, KeyError, ValueError) as error:
         raise UsageError(f"{path}: its weights do not fit its settings: {error}") from None
     return model.to(device).eval(), state
+
+
+def outputs_of(model):
+    """How many classes a model tells apart."""
+    return (model.predictor.head if model.predictor else model.selector.classifier).out_features
+
+
+def load(path, device="cpu", name=""):
+    """load_model -> a model that knows its images: model.classes and model.places (names), model.pipeline, model.size.
+
+    A checkpoint from before they were in it, or a published snapshot, has those of its benchmark; where the benchmark's
+    files are not there, its classes are called class 0, class 1, ... and a line says so.
+    """
+    model, state = load_model(path, device, name)
+    config, outputs = state["config"], outputs_of(model)
+    known = state.get("dataset")
+    if not known:
+        try:
+            root = data.find_root(config["data"], config.get("root", Config.root), config.get("mini", False))
+            known = next(iter(data.read(config["data"], root, config["size"], 0).values())).described()
+        except UsageError:
+            data.say(f"{path} does not say what its classes are called, and {config['data']} is not there to ask: they "
+                     "are numbers")
+            known = {"classes": [f"class {c}" for c in range(outputs)], "places": [],
+                     "pipeline": data.BENCHMARKS[config["data"]].pipeline.name}
+    if len(known["classes"]) != outputs:
+        raise UsageError(f"{path} has {outputs} classes, and names of {len(known['classes'])}: take a checkpoint that "
+                         "train.py wrote")
+    model.classes, model.places = tuple(known["classes"]), tuple(known["places"])
+    model.pipeline, model.size = PIPELINES[known["pipeline"]], config["size"]
+    return model
 
 
 def load_published(state_dict, heads=None, **settings):

@@ -297,8 +297,13 @@ class Trainer:
         self.averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
 
     @property
+    def weights(self):
+        """What evaluation needs of it: best.pt."""
+        return {"model": self.averaged or self.model}
+
+    @property
     def parts(self):
-        """What a checkpoint holds of it; resuming loads the same."""
+        """What resuming needs of it: last.pt."""
         return {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, "ema": self.averaged}
 
     def load(self, state, path):
@@ -416,7 +421,8 @@ def loop(cfg, trainer, samples, val, log, start, best, images):
     plan = Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world)
     batches = torch.utils.data.DataLoader(samples, batch_sampler=plan, num_workers=cfg.workers,
                                           worker_init_fn=leave_signals, pin_memory=device.type == "cuda")
-    keep = lambda name: save(folder / name, rank, cfg, done, best, trainer.parts, images, done / per_epoch)
+    dataset = samples.described()
+    keep = lambda name, parts: save(folder / name, rank, cfg, done, best, parts, images, done / per_epoch, dataset)
     trainer.model.train()
     with signals() as noted:
         for step, batch in enumerate(progress(batches, cfg.method, every=math.inf), start):
@@ -433,10 +439,10 @@ def loop(cfg, trainer, samples, val, log, start, best, images):
                 accuracy = trainer.validate(val, log, done, epoch) if val else None
                 if not val or best["accuracy"] is None or accuracy > best["accuracy"]:
                     best = {"split": best["split"], "epoch": epoch, "accuracy": accuracy}
-                    keep("best.pt")
+                    keep("best.pt", trainer.weights)
             stop = agreed(noted, world, device)
             if end_of_epoch or stop or done % cfg.save_every == 0:
-                keep("last.pt")
+                keep("last.pt", trainer.parts)
             if stop and done < steps:
                 log({"step": done, "stopped": stop}, f"stopped by signal {stop} after step {done}, which is saved in "
                                                      f"{folder / 'last.pt'}: go on with --resume")

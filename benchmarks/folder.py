@@ -15,8 +15,8 @@ from typing import NamedTuple
 from PIL import Image, ImageOps
 
 from benchmarks.files import (FILE, PICTURES, TEXT, Kind, NotThere, Unusable, digest_of_rest, exists, folders, listed,
-                              look_at, one_of, read_rows, refused, say)
-from benchmarks.samples import Samples, crosstab
+                              look_at, one_of, read_rows, say)
+from benchmarks.samples import Samples
 from settings import UsageError
 
 SPLITS = {"train": ("train", "0"), "val": ("val", "valid", "validation", "1"), "test": ("test", "2")}
@@ -207,21 +207,16 @@ def survey(found, looked=None):
     What cannot be read is left out, and a line says so, as of everything else that is odd. UsageError where training, or
     measuring, would be meaningless: a split without a readable file, a class to measure without training images.
     """
-    notes = {split: [] for split in found}
-    looks = {split: leave_out(some, notes[split]) for split, some in found.items() if looked is None or split in looked}
-    lacking(found, notes)
+    lacking(found)                                       # before a file is opened
+    faults = {split: [] for split in found}
+    looks = {split: leave_out(some, faults[split]) for split, some in found.items() if looked is None or split in looked}
+    notes = {split: faults[split] + more for split, more in lacking(found).items()}
     if looked is None:
-        title = next(iter(found.values())).title
-        say(crosstab(found) if len(next(iter(found.values())).classes) <= ROWS else
-            f"{title}: the table of classes and places is long: python data.py prints it")
         duplicates(found, looks, notes)
     for split, some in found.items():
         some.differs = "; ".join(notes[split])
         for line in notes[split] if looked is None or split in looked else ():
             say(f"{some.title}: {line}")
-
-
-ROWS = 40                       # classes, at most, of a table that is printed before training
 
 
 def leave_out(some, notes):
@@ -245,10 +240,11 @@ def leave_out(some, notes):
     return looks
 
 
-def lacking(found, notes):
-    """Classes and groups that some split has and another lacks, to notes; UsageError for what cannot be learned."""
+def lacking(found):
+    """Classes and groups that some split has and another lacks -> {split: [line]}; UsageError for what is not learned."""
+    notes = {split: [] for split in found}
     if "train" not in found:
-        return
+        return notes
     train = found["train"]
     learned = train.labels.bincount(minlength=len(train.classes))
     for split, some in found.items():
@@ -258,12 +254,13 @@ def lacking(found, notes):
                              "learned; add some, or remove these")
         if absent := [some.classes[c] for c in (learned * (count == 0)).nonzero()[:, 0]]:
             notes[split].append(f"{split} has no images of {several(absent)}, which train has")
-        if some.places and some.places == train.places and split != "train":
+        if bool(some.places) != bool(train.places):
+            notes[split].append(f"{split} has {'places' if some.places else 'no places'}, unlike train")
+        elif some.places:
             here, there = (x.groups.bincount(minlength=len(x.group_names)) for x in (some, train))
             if new := [f"{some.group_names[g]} ({here[g]} images)" for g in (here * (there == 0)).nonzero()[:, 0]]:
                 notes[split].append(f"{split} has groups that train lacks: {several(new)}")
-        elif some.places != train.places:
-            notes[split].append(f"{split} has {'places' if some.places else 'no places'}, unlike train")
+    return notes
 
 
 def duplicates(found, looks, notes):

@@ -73,12 +73,12 @@ class Samples(torch.utils.data.Dataset):
     partial = False             # True: some of the classes are not there on purpose
     upright = False             # True: pictures are turned as their EXIF orientation says
     differs = ""                # how this split is not the published one; data.load says it
+    pipeline = FINE_GRAINED     # data.read gives that of the benchmark
 
     def __init__(self, name, split, size, classes, ids, paths, labels, places=(), groups=None, masks=None,
-                 points=None, boxes=None, pipeline=FINE_GRAINED, seed=0, merge=None):
-        self.name, self.split, self.size, self.seed, self.pipeline = name, split, size, seed, pipeline
+                 points=None, boxes=None, seed=0, merge=None):
+        self.name, self.split, self.size, self.seed, self.merge = name, split, size, seed, merge
         self.title = name                                # of a folder of one's own, that of the folder
-        self.normalisation, self.merge = pipeline.normalisation, merge
         self.classes, self.places = tuple(classes), tuple(places)
         self.ids, self.paths, self.masks, self.points, self.boxes = ids, paths, masks, points, boxes
         self.labels = torch.as_tensor(labels, dtype=torch.long)
@@ -90,6 +90,10 @@ class Samples(torch.utils.data.Dataset):
         return len(self.ids)
 
     @property
+    def normalisation(self):
+        return self.pipeline.normalisation
+
+    @property
     def outputs(self):
         """Outputs that a model needs to be evaluated here."""
         return len(self.classes) if self.merge is None else len(self.merge)
@@ -98,6 +102,10 @@ class Samples(torch.utils.data.Dataset):
         """The class that each row of logits (n, outputs) votes for, -1 where that is none of these classes."""
         guess = logits.argmax(1)
         return guess if self.merge is None else self.merge[guess]
+
+    def described(self):
+        """What a checkpoint says of the images that it was trained on: enough to show it others."""
+        return {"classes": list(self.classes), "places": list(self.places), "pipeline": self.pipeline.name}
 
     def digest(self):
         """What tells these images from others: 16 hexadecimal digits of a SHA-256 of their ids, in order."""

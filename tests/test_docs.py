@@ -14,6 +14,7 @@ import data
 import evaluate
 import ifam
 import intervene
+import predict
 import miniature
 import runs
 import settings
@@ -46,7 +47,8 @@ def flags(cls):
     return found
 
 
-CONFIGS = {"train.py": [runs.Config], "compose.py": [compose.Config], "evaluate.py": [evaluate.Config], "intervene.py": [intervene.Config],
+CONFIGS = {"train.py": [runs.Config], "evaluate.py": [evaluate.Config], "intervene.py": [intervene.Config], "predict.py": [predict.Config],
+           "compose.py": [compose.Config],
            "speed.py": [speed.Config], "sweep.py": [sweep.Config, runs.Config], "measure.tables": [tables.Config],
            "measure.figures": [figures.Config], "miniature.pretrain": [pretrain.Config],
            "miniature": list(miniature.BENCHMARKS.values())}

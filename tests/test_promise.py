@@ -12,6 +12,7 @@ import compose
 import evaluate
 import intervene
 import miniature.__main__ as miniature
+import predict
 import speed
 import sweep
 import train
@@ -46,6 +47,13 @@ PROMISE = [
         (("--ckpt", FILE, "--split", "tests"), "did you mean test"), (("--ckpt", FILE, "--device", "abacus"), "abacus"))),
     (evaluate, ("--ckpt", FILE, "--leakage", -1), 2, "at least 0"), (intervene, ("--ckpt", FILE, "--q", 1), 2, "below 1"),
     (intervene, ("--ckpt", FILE, "--tolerance", "inf"), 2, "finite"), (intervene, ("--ckpt", FILE, "--drop", "all"), 2, "invalid int"),
+    # predict.py
+    (predict, (), 2, "images"), (predict, (FILE,), 2, "give either --ckpt"), (predict, (FILE, "--ckpt", "x.pt", "--weights", "mini"), 2, "give either --ckpt"),
+    (predict, (FILE, "--weights", "mini", "--explain"), 2, "needs a trained model"), (predict, (FILE, "--ckpt", "nowhere.pt"), 2, "no such file"),
+    (predict, ("nowhere.jpg", "--ckpt", FILE), 2, "nowhere.jpg: no such file"), (predict, (FILE, "--ckpt", FILE, "--out", FILE), 2, "name a folder"),
+    (predict, (FILE, "--weights", "mini", "--arch", "mini", "--size", 96), 2, "none of 1 files"), (predict, (FILE, "--weights", "mini"), 2, "--arch"),
+    (predict, (FILE, "--weights", "mini", "--arch", "mini", "--size", 95), 2, "--size 95"), (predict, (FILE, "--ckpt", FILE, "--batch", 0), 2, "at least 1"),
+    (predict, (FILE, "--weights", "dinov2", "--arch", "mini", "--size", 96), 2, "no mini architecture"),
     # sweep.py
     (sweep, (), 2, "what"), (sweep, ("lader", *MINI), 2, "did you mean ladder"), (sweep, ("erm", *MINI, "--seeds", 0), 2, "at least 1"),
     (sweep, ("erm", *MINI, "--seed", 1), 2, "decided by the sweep"), (sweep, ("erm", *MINI, "--epochs", 0), 2, "at least 1"),
