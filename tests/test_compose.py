@@ -17,6 +17,7 @@ from PIL import Image
 
 import compose
 import evaluate
+import predict
 import train
 from miniature.objects import PLACE_KINDS, Frame, paint, scatter
 from miniature.scenes import bird_look, creature
@@ -334,8 +335,8 @@ def test_a_second_file_of_the_same_content_is_left_out_and_said(sources, tmp_pat
 
 
 # ---------------------------------------------------------------- to the end
-def test_a_composed_set_trains_and_is_evaluated_with_groups_and_masks(sources, tmp_path):
-    """Creatures and scenes of the miniature, composed; a model is trained on them and measured."""
+def test_a_composed_set_trains_is_evaluated_by_groups_and_masks_and_predicts(sources, tmp_path):
+    """Creatures and scenes of the miniature, composed; a model is trained on them, measured, and asked about pictures."""
     out = run(sources, tmp_path / "set", "--size", 96, "--train", 32)
     train.main(["--data", "folder", "--root", str(out), "--recipe", "mini", "--epochs", "1", "--batch", "8", "--warmup", "2",
                 "--device", "cpu", "--out", str(tmp_path / "run")])
@@ -346,3 +347,7 @@ def test_a_composed_set_trains_and_is_evaluated_with_groups_and_masks(sources, t
         for place in PLACES:
             assert f"{label} {place}" in text
     assert "admitted" in text and "iou" in text
+    pictures = [out / row["filename"] for row in table(out) if row["split"] == "test"]
+    predict.main(["--ckpt", str(tmp_path / "run" / "best.pt"), *map(str, pictures[:3]), "--device", "cpu", "--out", str(tmp_path / "predictions")])
+    rows = json.loads((tmp_path / "predictions" / "predictions.json").read_text())["pictures"]
+    assert len(rows) == 3 and all(row["prediction"] in CLASSES for row in rows)
