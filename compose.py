@@ -33,7 +33,8 @@ import PIL
 import torch
 from PIL import Image, ImageFilter
 
-from benchmarks.files import FILE, PICTURES, Kind, files, folders, one_of, read_image, read_rows
+from benchmarks.files import FILE, PICTURES, Kind, folders, one_of, read_image, read_rows
+from benchmarks.folder import below
 from benchmarks.samples import patch_keep
 from measure.leakage import admitted, linear_head
 from miniature.scenes import in_parallel, save
@@ -140,16 +141,14 @@ def from_table(path, what, root):
 def from_folder(path):
     found, other = [], 0
     for kind in folders(path):
-        waiting = [Path(kind)]
-        while waiting:
-            folder = waiting.pop()
-            waiting += [folder / name for name in folders(path / folder)]
-            split = folder.parts[1] if len(folder.parts) > 1 and folder.parts[1] in SPLITS else ""
-            pictures = files(path / folder, *PICTURES)
-            other += len(files(path / folder, "")) - len(pictures)
-            found += [Source(path / folder / name, (folder / name).as_posix(), kind, split, WHOLE) for name in pictures]
+        for name in below(path, kind):
+            split = name.split("/")[1]                   # DIR/<class>/test/x.png: the folder decides
+            if name.lower().endswith(PICTURES):
+                found.append(Source(path / name, name, kind, split if split in SPLITS else "", WHOLE))
+            else:
+                other += 1
     if other:
-        print(f"{path}: {other} files that are no pictures by their ending are left out")
+        print(f"{path}: files left out because they do not end as pictures do: {other}")
     return found
 
 
@@ -289,7 +288,7 @@ def plan(cfg, objects, backgrounds):
 
 
 # ---------------------------------------------------------------- one picture
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=32)
 def photograph(source, size, least):
     """A background, shrunk so far that its smallest square (a share of the shorter side) keeps 2 * size pixels."""
     picture = open_source(source, "RGB")
@@ -300,7 +299,7 @@ def photograph(source, size, least):
     return picture
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=32)
 def cut_out(source):
     """An object -> RGBA, cropped to what is not transparent."""
     picture = open_source(source, "RGBA")
@@ -413,6 +412,8 @@ def check(cfg):
     if os.path.lexists(cfg.out):
         mine = " (compose.py wrote it: delete it to compose it anew)" * is_ours(Path(cfg.out))
         raise UsageError(f"--out {cfg.out} is there already{mine}; name a new folder")
+    pixels = (cfg.train + cfg.val + cfg.test) * cfg.size ** 2
+    need_room(Path(cfg.out).parent, pixels / (4 if cfg.format == "jpg" else 1), "this data set")   # at the very least
 
 
 def check_counts(cfg, classes, places):
@@ -522,7 +523,6 @@ def compose(cfg):
     out = Path(cfg.out)
     objects, backgrounds, hashes = gather(cfg)
     jobs = plan(cfg, objects, backgrounds)
-    need_room(out.parent, len(jobs) * cfg.size ** 2 / (4 if cfg.format == "jpg" else 1), "this data set")
     with new_folder(out) as temporary:
         for top in ("images", "masks"):
             for split in SPLITS:

@@ -227,7 +227,7 @@ def test_a_folder_named_like_a_split_decides_the_split(sources, tmp_path, capsys
             (tmp_path / "cutouts" / label / f"{i}.png").rename(tmp_path / "cutouts" / label / split / f"{i}.png")
     out = run(tmp_path, tmp_path / "out", "--backgrounds", sources / "scenes")
     assert all(row["object"].split("/")[1] == row["split"] for row in table(out))
-    assert "1 files that are no pictures" in capsys.readouterr().out
+    assert "they do not end as pictures do: 1" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the folder

@@ -72,7 +72,7 @@ PROMISE = [
         (("--sizes", 0.9, 0.5), "smaller and a larger"), (("--crops", 0.9, 0.5), "smaller and a larger"), (("--shares", 0.5, 0.2, 0.2), "add up to 1"),
         (("--shares", 1, 0, 0), "above 0"), (("--sizes", 0.5, 2), "at most 1"), (("--rotation", -1), "at least 0"), (("--train", HUGE), "at most"),
         (("--patch", 100), "larger than --size"), (("--format", "bmp"), "unknown --format"), (("--out", FILE), "is there already"),
-        (("--shared-object",), "did you mean --shared-objects"))),
+        (("--train", 10 ** 7, "--size", 4096), "GiB"), (("--shared-object",), "did you mean --shared-objects"))),
     (compose, ("--objects", FILE, "--backgrounds", "b", "--out", "o"), 2, FILE), (compose, ("--objects", ".", "--backgrounds", ".", "--out", "o"), 2, "no pictures"),
     # miniatures
     (miniature, ("--data", "waterbird"), 2, "waterbird"), (miniature, ("--train", HUGE), 2, "at most"), (miniature, ("--size", 33), 2, "multiple of 8"),
