@@ -42,9 +42,9 @@ def load(name, root="data", size=None, seed=0, limit=0, splits=(), check=True, v
     benchmark, root = BENCHMARKS[name], Path(root)
     found = read(name, root, size or benchmark.size, seed)
     if benchmark.survey:
-        benchmark.survey(found, None if check is True else check or ())
-        if check is True:
-            say(table(found))
+        lines = benchmark.survey(found, None if check is True else check or ())
+        for line in [table(found)] * (check is True) + lines:
+            say(line)
     for split, samples in found.items():
         judge(benchmark, split, samples, root, limit)
     if differs := "; ".join(f"{split}: {samples.differs}" for split, samples in found.items() if samples.differs):
@@ -59,6 +59,8 @@ def load(name, root="data", size=None, seed=0, limit=0, splits=(), check=True, v
                              "split; leave it out")
         train, held = stratified(found["train"].labels, val_share)
         found |= {"train": found["train"].part("train", train), "val": found["train"].part("val", held)}
+    if benchmark.survey and check is True:
+        missing_splits(found)
     if "train" in splits and "train" not in found:
         raise UsageError(f"{name}: no training images under {root.resolve()}; expected {benchmark.layout}")
     found = {split: found[split].first(limit) for split in splits or found if split in found}
@@ -67,6 +69,19 @@ def load(name, root="data", size=None, seed=0, limit=0, splits=(), check=True, v
             samples.check()
         say(describe(samples))
     return found
+
+
+def missing_splits(found):
+    """Say what follows where a folder of one's own has no validation or no test split."""
+    if "train" not in found:
+        return
+    title, hold = next(iter(found.values())).title, "--val-share 0.1 holds out a tenth of the training images"
+    if "test" not in found and "val" in found:
+        say(f"{title}: no test split: evaluate.py measures on val, on which the best epoch is chosen too")
+    elif "test" not in found:
+        say(f"{title}: no val and no test split: nothing to measure on; {hold}")
+    elif "val" not in found:
+        say(f"{title}: no val split: best.pt is the last epoch; {hold}, to choose the best one")
 
 
 ROWS = 40                                                # lines of a table, at most, that is printed before training
@@ -159,7 +174,7 @@ class Benchmark:
     sets: tuple = ()             # splits that are measured beside "test"
     trained_on: str = ""         # only for evaluation: the benchmark that its models train on
     paper_split: str = "test"    # the split that the paper's numbers are of
-    survey: Callable = None      # ({split: Samples}, splits whose files are opened): instead of Samples.check
+    survey: Callable = None      # instead of Samples.check: ({split: Samples}, splits to check) -> lines to say
 
 
 BENCHMARKS = {
@@ -261,6 +276,11 @@ def title_of(name, root):
     return folder.title_of(root) if name == "folder" else name
 
 
+def report_name(samples, mini=False):
+    """What a report calls the data of a split: "waterbirds-mini", "folder photos"."""
+    return f"folder {samples.title}" if samples.name == "folder" else samples.name + "-mini" * mini
+
+
 def benchmark_of(title):
     """The benchmark of what a report calls its data: "waterbirds-mini" -> "waterbirds", "folder photos" -> "folder"."""
     return "folder" if title.startswith("folder ") else title.removesuffix("-mini")
@@ -315,12 +335,13 @@ def contact_sheet(splits, columns=8, side=96, most=60):
     if len(rows) > most:
         say(f"the sheet shows {most} of {len(rows)} groups, spread evenly")
         rows = [rows[i * len(rows) // most] for i in range(most)]
-    words = 220                                          # pixels, for the name of a row
+    names = [f"{some.split}: {len(mine)}\n{some.group_names[group]}" for some, group, mine in rows]
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    words = 12 + max(round(draw.multiline_textbbox((0, 0), name)[2]) for name in names)
     sheet = Image.new("RGB", (words + columns * side, len(rows) * side), "white")
     for y, (some, group, mine) in enumerate(rows):
         count = min(columns, len(mine))
-        ImageDraw.Draw(sheet).text((4, y * side + side // 3), f"{some.split}: {len(mine)}\n{some.group_names[group]}",
-                                   fill="black")
+        ImageDraw.Draw(sheet).text((4, y * side + side // 3), names[y], fill="black")
         for x in range(count):
             sheet.paste(shown(some, mine[x * len(mine) // count], side - 2), (words + x * side + 1, y * side + 1))
     return sheet

@@ -372,7 +372,7 @@ def main(argv=None):
         raise UsageError(f"--q is calibrated on training images, and {name} has none; make the intervention on "
                          f"{trained['data']}, it can be evaluated on {name} too")
     if cfg.q:
-        trials.calibrate(train, cfg.q, train.name + "-mini" * trained["mini"])
+        trials.calibrate(train, cfg.q, data.report_name(train, trained["mini"]))
     chosen = decide(trials, cfg)
     print(f"{cfg.ckpt}: {trained['method']}, {model.selector.k} parts; {name} {samples.split}, {len(samples)} images")
     print(table(trials, chosen))

@@ -15,8 +15,6 @@ half: a model over a split.
 
 Floor: commands, the lowest. Read runs.py first.
 """
-import csv
-import io
 import json
 from collections import Counter
 from dataclasses import MISSING, dataclass, fields
@@ -40,7 +38,7 @@ from benchmarks.transforms import FINE_GRAINED, View, squash, to_tensor
 from ifam import limits_of
 from measure.metrics import foreground_counts
 from runs import apply_intervention, hash_of, outputs_of, pick_device
-from settings import (RunError, UsageError, bounded, may_write, opt, parse, progress, run_script, write_json,
+from settings import (RunError, UsageError, bounded, may_write, opt, parse, progress, run_script, write_csv, write_json,
                       write_whole)
 from weights import load_pretrained
 
@@ -216,12 +214,13 @@ class OnCheckpoint:
     """The options of every script that takes a checkpoint and runs it on images."""
     ckpt: str = opt(MISSING, "checkpoint of train.py (best.pt or last.pt), or snapshot of the published code",
                     group="checkpoint and images")
-    data: str = opt("", "another benchmark for the same model (cub: waterbird200; imagenet: imagenet9); if not given, "
-                        "the one it was trained on, which a published snapshot does not say",
-                    choices=("", *data.BENCHMARKS))
-    root: str = opt("", "folder of the benchmarks, if they moved since training")
+    data: str = opt("", "another benchmark for the same model (cub: waterbird200; imagenet: imagenet9; folder: pictures "
+                        "of your own, of the same classes); if not given, the one it was trained on, which a published "
+                        "snapshot does not say", choices=("", *data.BENCHMARKS))
+    root: str = opt("", "folder of the benchmarks, or of your own pictures, if it is not that of training")
     limit: int = opt(0, "use only N images of each split, spread evenly (0: as in training)", at_least=0)
-    strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones; else a line says so")
+    strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones, or a folder with files "
+                                   "that are odd; else a line says so")
     batch: int = opt(32, "images at once", at_least=1)
     workers: int = opt(0, "processes that load data", at_least=0)
     device: str = opt("auto", "auto, cpu, cuda or mps")
@@ -288,14 +287,13 @@ def open_split(cfg, state, model):
         raise UsageError(f"--data folder needs --root PATH, the folder: {cfg.ckpt} was trained on {trained['data']}")
     root = data.find_root(name, cfg.root or trained["root"], trained["mini"] and not own and not cfg.root)
     same = data.title_of(name, root) == data.title_of(trained["data"], trained["root"])
-    looked = {cfg.split, *here.sets, *["val"] * (own and cfg.split == "test")}   # images of other splits may be away
+    looked = {cfg.split, *here.sets} if not own else {"train", "val", cfg.split}  # images of other splits may be away
     splits = data.load(name, root, trained["size"], limit=cfg.limit or trained["limit"], check=looked,
                        val_share=trained.get("val_share", 0.0) * same, strict=cfg.strict_data)
     samples = data.measured(splits, cfg.split, next(f for f in fields(cfg) if f.name == "split").metadata["choices"])
     refuse_other_classes(cfg, state, samples, model)
     sets = {n: splits[n] for n in here.sets if n in splits and cfg.split == "test"}
-    title = f"folder {samples.title}" if own else name + "-mini" * trained["mini"]
-    return title, samples, splits.get("train"), sets
+    return data.report_name(samples, trained["mini"]), samples, splits.get("train"), sets
 
 
 def refuse_other_classes(cfg, state, samples, model):
@@ -365,15 +363,6 @@ def flat(row):
     for part, answer in enumerate(row.get("without", ())):
         cells |= {f"without_{part}": answer["class"], f"without_{part}_probability": answer["probability"]}
     return cells
-
-
-def write_csv(path, rows):
-    """Rows, dicts with the same keys, as a csv with a header."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
 
 
 def arrays_of(out, i):

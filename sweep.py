@@ -5,9 +5,9 @@
     python sweep.py erm ifam --data metashift --epochs 30 --list    # two runs: what is left to do; flags are train.py's
 
 Runs lie in runs/<data>-sweep/<name>-<seed> (-mini-sweep for miniatures), which all sets share: ifam is trained once.
-The same command again skips what is finished and resumes what is not. The table is <set>.md and <set>.json beside the
-runs. A flag that only some of the methods have is left out for the others. A run that fails stops no other; the exit
-status then is 1. SIGTERM and Ctrl-C are passed on to the run, which saves where it is, and end the sweep.
+The same command again skips what is finished and resumes what is not. The table is <set>.md, .tex, .csv and .json
+beside the runs. A flag that only some of the methods have is left out for the others. A run that fails stops no other;
+the exit status then is 1. SIGTERM and Ctrl-C are passed on to the run, which saves where it is, and end the sweep.
 
 Floor: commands, the highest: it starts train.py and evaluate.py, and reads nothing but their files.
 """

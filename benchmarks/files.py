@@ -240,7 +240,7 @@ def read_image(path, mode=None, upright=False):
     except (UsageError, MemoryError):
         raise
     except Exception as error:                           # decoders raise many kinds
-        raise UsageError(f"cannot read image {path}: {why_not(error)}") from None
+        raise UsageError(f"cannot read image {getattr(path, 'path', path)}: {why_not(error)}") from None
 
 
 @contextmanager
@@ -289,8 +289,9 @@ HEAD = 4096                     # bytes of a file that are read to look at it; m
 class Look(NamedTuple):
     """What the head of a file says."""
     fault: str                  # why it cannot be read; "" if it can
-    size: int
-    head: bytes                 # digest of the first HEAD bytes
+    size: int = 0
+    head: bytes = b""           # digest of the first HEAD bytes
+    alpha: bool = False         # has it transparency?
 
 
 def look(path):
@@ -299,12 +300,16 @@ def look(path):
         with open(path, "rb") as file:
             size, head = os.fstat(file.fileno()).st_size, hashlib.blake2b(file.read(HEAD), digest_size=16).digest()
             file.seek(0)
-            decoded(file, path)
-            return Look("", size, head)
+            if path.suffix in (".dcm", ".npy"):
+                decoded(file, path)
+                return Look("", size, head)
+            with Image.open(file) as image:
+                white_of(image)
+                return Look("", size, head, has_alpha(image))
     except MemoryError:
         raise
     except Exception as error:
-        return Look(why_not(error), 0, b"")
+        return Look(why_not(error))
 
 
 def look_at(paths, title, at_once=8, portion=256):
@@ -343,6 +348,11 @@ def white_of(image):
     return 2 ** bits - 1
 
 
+def has_alpha(image):
+    """May pixels of a picture be transparent?"""
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+
+
 def eight_bits(image, mode, white=None):
     """A picture of any kind -> PIL image of this mode. white: as white_of says.
 
@@ -361,7 +371,7 @@ def eight_bits(image, mode, white=None):
         return Image.fromarray(np.rint(pixels * (255 / white)).astype(np.uint8)).convert(mode)
     if mode == "RGBA":
         return image.convert(mode)
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if has_alpha(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, BEHIND[mode]), image)
     return image.convert(mode)

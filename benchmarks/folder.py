@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
-from benchmarks.files import (FILE, PICTURES, TEXT, Kind, NotThere, Unusable, digest_of_rest, exists, folders, listed,
-                              look_at, one_of, read_rows, say)
+from benchmarks.files import (FILE, PICTURES, TEXT, Kind, NotThere, Unusable, digest_of_rest, exists, folders, has_alpha,
+                              listed, look_at, one_of, read_rows, say)
 from benchmarks.samples import Samples
 from settings import UsageError
 
@@ -35,6 +35,9 @@ class Row(NamedTuple):
     mask: object = None
 
 
+NO_ALPHA = "its mask is to be its transparency, and it has none; save it with an alpha channel, or name a mask"
+
+
 class Alpha:
     """A true mask that is the transparency of its picture: what is transparent is background."""
 
@@ -44,11 +47,9 @@ class Alpha:
     def image(self):
         """-> PIL image in mode L, upright as the picture."""
         with Image.open(self.path) as picture:
-            picture = ImageOps.exif_transpose(picture)
-            if "A" not in picture.getbands() and "transparency" not in picture.info:
-                raise Unusable("its mask is said to be its alpha channel, and it has none; save it with one, or name a "
-                               "file")
-            return picture.convert("RGBA").getchannel("A")
+            if not has_alpha(picture):
+                raise Unusable(NO_ALPHA)
+            return ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
 
 
 def title_of(root):
@@ -57,7 +58,7 @@ def title_of(root):
 
 
 def in_order(words):
-    """Names of classes or places, each once: numbers by their size, all others sorted."""
+    """Labels or places, each once: numbers by their size, all others sorted."""
     def number(word):
         value = float(word)
         if not math.isfinite(value):
@@ -68,6 +69,12 @@ def in_order(words):
         return sorted(words, key=number)
     except ValueError:
         return sorted(words)
+
+
+def named(kind, words):
+    """Names of classes or places: a number says what it is a number of."""
+    return [f"{kind} {word}" if word[-1].isdecimal() and word.replace(".", "").lstrip("-").isdecimal() else word
+            for word in words]
 
 
 # ---------------------------------------------------------------- the two layouts
@@ -101,8 +108,9 @@ def samples(title, split, rows, size, seed, classes, places):
     masks = [row.mask for row in rows]
     if bare := masks.count(None) * any(masks):
         say(f"{title}: {bare} of {len(rows)} rows of {split} have no mask: its masks are not used")
-    found = Samples("folder", split, size, classes, [row.id for row in rows], [row.path for row in rows], labels,
-                    places if known else (), groups, None if None in masks else masks, seed=seed)
+    found = Samples("folder", split, size, named("class", classes), [row.id for row in rows],
+                    [row.path for row in rows], labels, named("place", places) if known else (), groups,
+                    None if None in masks else masks, seed=seed)
     found.title, found.partial, found.upright = title, True, True
     return found
 
@@ -125,8 +133,8 @@ def folder_rows(root):
                 empty += [f"{name}/{label}"] * (not pictures)
                 rows += [Row(split, file, root / file, label) for file in pictures]
     if other:
-        say(f"{title_of(root)}: {other.total()} files are no pictures by their ending "
-            f"({', '.join(kind for kind, _ in other.most_common(3))}): left out")
+        say(f"{title_of(root)}: left out {other.total()} file{'s' * (other.total() > 1)} with the ending of no picture "
+            f"({', '.join(kind for kind, _ in other.most_common(3))})")
     if empty:
         say(f"{title_of(root)}: no pictures in the folder{'s' * (len(empty) > 1)} {several(empty)}")
     if not rows:
@@ -189,9 +197,9 @@ def table_rows(root):
         rows.append(Row(split, name or file, root / file, label, place or None, mask or None))
     if not rows:
         raise UsageError(f"{table} has no rows; expected {LAYOUT}")
-    if twice := [name for name, n in Counter(row.id for row in rows).items() if n > 1]:
-        raise UsageError(f"{table}: {twice[0]} stands in two rows (and {len(twice) - 1} others); give each an id of its "
-                         "own, or remove one")
+    if twice := [f"{name} of {split}" for (split, name), n in Counter(row[:2] for row in rows).items() if n > 1]:
+        raise UsageError(f"{table}: two rows have the same id (or filename, without ids): {several(twice)}; give each "
+                         "one of its own, or remove one")
     return rows
 
 
@@ -202,21 +210,23 @@ def several(names, most=3):
 
 
 def survey(found, looked=None):
-    """Look at the files of these splits (default: all) and at the labels of all; {split: Samples} is changed.
+    """Look at the files of these splits (default: all), and at the labels of all -> lines on what is odd.
 
-    What cannot be read is left out, and a line says so, as of everything else that is odd. UsageError where training, or
-    measuring, would be meaningless: a split without a readable file, a class to measure without training images.
+    What cannot be read is left out of {split: Samples}. UsageError where training, or measuring, would be meaningless:
+    a split without a readable file, a class to measure without training images.
     """
     lacking(found)                                       # before a file is opened
     faults = {split: [] for split in found}
     looks = {split: leave_out(some, faults[split]) for split, some in found.items() if looked is None or split in looked}
-    notes = {split: faults[split] + more for split, more in lacking(found).items()}
+    try:
+        notes = {split: faults[split] + more for split, more in lacking(found).items()}
+    except UsageError as error:                          # it was not so before files were left out
+        raise UsageError(f"{error} ({'; '.join(line for lines in faults.values() for line in lines)})") from None
     if looked is None:
         duplicates(found, looks, notes)
     for split, some in found.items():
         some.differs = "; ".join(notes[split])
-        for line in notes[split] if looked is None or split in looked else ():
-            say(f"{some.title}: {line}")
+    return [f"{some.title}: {line}" for split, some in found.items() if split in looks for line in notes[split]]
 
 
 def leave_out(some, notes):
@@ -225,10 +235,13 @@ def leave_out(some, notes):
     faults = {i: f"{some.paths[i]}: {look.fault}" for i, look in enumerate(looks) if look.fault}
     if some.masks:
         masks = [getattr(mask, "path", mask) for mask in some.masks]
-        own = [i for i, mask in enumerate(masks) if mask != some.paths[i]]
+        own = [i for i, mask in enumerate(some.masks) if not isinstance(mask, Alpha)]
+        faults |= {i: f"{masks[i]}: {NO_ALPHA}" for i in set(range(len(some))) - set(own) - faults.keys()
+                   if not looks[i].alpha}
         for i, look in zip(own, look_at([masks[i] for i in own], f"{some.title} {some.split} masks")):
             if look.fault:
                 faults.setdefault(i, f"{masks[i]}: {look.fault}")
+    faults = dict(sorted(faults.items()))
     if len(faults) == len(some):
         raise UsageError(f"folder: none of the {len(some)} files of {some.split} can be read, first {faults[0]}")
     if faults:
@@ -237,6 +250,7 @@ def leave_out(some, notes):
         kept = [i for i in range(len(some)) if i not in faults]
         some.keep(kept)
         looks = [looks[i] for i in kept]
+    some.checked = True
     return looks
 
 
@@ -247,18 +261,20 @@ def lacking(found):
         return notes
     train = found["train"]
     learned = train.labels.bincount(minlength=len(train.classes))
+    if (learned > 0).sum() < 2:
+        raise UsageError("folder: train has images of one class only: there is nothing to tell apart")
     for split, some in found.items():
         count = some.labels.bincount(minlength=len(train.classes))
         if never := [some.classes[c] for c in (count * (learned == 0)).nonzero()[:, 0]]:
             raise UsageError(f"folder: {split} has images of {several(never)}, and train has none: this cannot be "
                              "learned; add some, or remove these")
-        if absent := [some.classes[c] for c in (learned * (count == 0)).nonzero()[:, 0]]:
-            notes[split].append(f"{split} has no images of {several(absent)}, which train has")
+        if absent := [some.classes[c] for c in (count == 0).nonzero()[:, 0]]:
+            notes[split].append(f"{split} has no images of {several(absent)}")
         if bool(some.places) != bool(train.places):
             notes[split].append(f"{split} has {'places' if some.places else 'no places'}, unlike train")
         elif some.places:
             here, there = (x.groups.bincount(minlength=len(x.group_names)) for x in (some, train))
-            if new := [f"{some.group_names[g]} ({here[g]} images)" for g in (here * (there == 0)).nonzero()[:, 0]]:
+            if new := [f"{some.group_names[g]} ({here[g]} image{'s' * (here[g] > 1)})" for g in (here * (there == 0)).nonzero()[:, 0]]:
                 notes[split].append(f"{split} has groups that train lacks: {several(new)}")
     return notes
 

@@ -71,6 +71,7 @@ class Samples(torch.utils.data.Dataset):
     train_masks = False
     masks_tell = False          # True: masks mark what makes the label, so that no model may be given them
     partial = False             # True: some of the classes are not there on purpose
+    checked = False             # True: every file was looked at (folder.survey)
     upright = False             # True: pictures are turned as their EXIF orientation says
     differs = ""                # how this split is not the published one; data.load says it
     pipeline = FINE_GRAINED     # data.read gives that of the benchmark
@@ -138,7 +139,7 @@ class Samples(torch.utils.data.Dataset):
         Only headers are read: pixels that do not decode stop the run when they are needed. Of Names, which come from
         listing a folder, not even those: a million would take an hour.
         """
-        for what, paths in (("image", self.paths), ("mask", self.masks or ())):
+        for what, paths in (("image", self.paths), ("mask", self.masks or ())) if not self.checked else ():
             for name, path in zip(self.ids, () if isinstance(paths, Names) else paths):
                 path = getattr(path, "path", path)       # None: runs of a csv that has been read
                 if path and not exists(path):
