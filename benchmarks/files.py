@@ -369,6 +369,8 @@ def eight_bits(image, mode, white=None):
             raise Unusable(f"its values go up to {high:g} of 65535: it seems to use fewer than 16 bits, and nothing "
                            "says how many; save it with 8 bits, or with white at 65535")
         return Image.fromarray(np.rint(pixels * (255 / white)).astype(np.uint8)).convert(mode)
+    if mode == "RGBA":
+        return image.convert(mode)
     if has_alpha(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, BEHIND[mode]), image)

@@ -8,6 +8,7 @@ import os
 import pytest
 from tiny import fails
 
+import compose
 import data
 import evaluate
 import intervene
@@ -72,6 +73,15 @@ PROMISE = [
     # measuring
     (tables, (), 2, "runs"), (tables, ("nowhere",), 2, "nowhere"), (tables, (FILE,), 2, "not a folder"), (tables, (".",), 2, "config.json"),
     (figures, (), 2, "--ckpt"), (figures, ("--ckpt", "nowhere.pt"), 2, "no such file"),
+    # compose.py
+    (compose, (), 2, "--objects"), (compose, ("--objects", "", "--backgrounds", "b", "--out", "o"), 2, "--objects is empty"),
+    *((compose, ("--objects", "nowhere", "--backgrounds", "nowhere", "--out", "o", *flags), 2, words) for flags, words in (
+        ((), "looked for"), (("--agreement", 1.5), "at most 1"), (("--agreement", "nan"), "finite"), (("--size", 8), "at least 16"),
+        (("--sizes", 0.9, 0.5), "smaller and a larger"), (("--crops", 0.9, 0.5), "smaller and a larger"), (("--shares", 0.5, 0.2, 0.2), "add up to 1"),
+        (("--shares", 1, 0, 0), "above 0"), (("--sizes", 0.5, 2), "at most 1"), (("--rotation", -1), "at least 0"), (("--train", HUGE), "at most"),
+        (("--patch", 100), "larger than --size"), (("--format", "bmp"), "unknown --format"), (("--out", FILE), "is there already"),
+        (("--train", 10 ** 7, "--size", 4096), "GiB"), (("--shared-object",), "did you mean --shared-objects"))),
+    (compose, ("--objects", FILE, "--backgrounds", "b", "--out", "o"), 2, FILE), (compose, ("--objects", ".", "--backgrounds", ".", "--out", "o"), 2, "no pictures"),
     # miniatures
     (miniature, ("--data", "waterbird"), 2, "waterbird"), (miniature, ("--train", HUGE), 2, "at most"), (miniature, ("--size", 33), 2, "multiple of 8"),
     (miniature, ("--train", 10 ** 6, "--size", 4096), 2, "GiB"),
