@@ -407,7 +407,12 @@ SIGNATURE = PngInfo()           # in every picture that this program draws
 SIGNATURE.add_text("Software", "iFAM")
 
 
+SIGNED = {".pdf": b"/Creator (iFAM)", ".svg": b"<dc:title>iFAM</dc:title>"}      # what "Creator" of matplotlib becomes
+
+
 def is_our_picture(path):
-    """Did this program draw the picture at path? Earlier versions left matplotlib's name in it."""
+    """Did this program draw the picture at path? Earlier versions left matplotlib's name in a PNG."""
+    if mark := SIGNED.get(Path(path).suffix.lower()):
+        return mark in Path(path).read_bytes()
     with Image.open(path) as picture:
         return str(picture.info.get("Software", "")).startswith(("iFAM", "Matplotlib"))
