@@ -51,9 +51,9 @@ class Config:
     strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones, or a folder with files "
                                    "that are odd; else a line says so")
 
-    recipe: str = opt("paper", "settings by one word, which flags replace: those of the paper; mini, a small network and "
-                               "a short schedule (the default with --mini); or fast, the usual ones with stage 1 at 3/4 "
-                               "of the side and with half of the blocks", choices=("paper", "mini", "fast"),
+    recipe: str = opt("paper", "settings by one word, which flags replace: those of the paper; mini, a small network "
+                               "and a short schedule (the default with --mini); or fast, the usual ones with stage 1 "
+                               "at 3/4 of the side and with half of the blocks", choices=("paper", "mini", "fast"),
                       group="model")
     method: str = opt("ifam", "ifam, or a baseline", choices=METHODS)
     arch: str = opt("b", "size of the vision transformers", choices=tuple(vit.ARCHS))
@@ -117,8 +117,8 @@ class Config:
     device: str = opt("auto", "auto, cpu, cuda or mps")
     compile: bool = opt(False, "torch.compile both stages")
     workers: int = opt(4, "processes that load data, per training process", at_least=0)
-    out: str = opt("", "folder of the run (default runs/<data>, of a folder of your own runs/<its name>, with -mini and "
-                       "-<method> where they apply)")
+    out: str = opt("", "folder of the run (default runs/<data>, of a folder of your own runs/<its name>, with -mini "
+                       "and -<method> where they apply)")
     resume: bool = opt(False, "go on from last.pt of this run")
     save_every: int = opt(500, "steps between saves of last.pt (it is also saved after every epoch)", at_least=1)
     log_every: int = opt(20, "steps between log lines", at_least=1)

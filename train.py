@@ -194,7 +194,7 @@ def start_model(cfg, classes, read=None):
 
 
 def try_out(cfg):
-    """-> a reader of the weights, for build_model, once a model was built and filled with them: errors come before data.
+    """-> a reader of the weights, for build_model, once a model was built and filled with them: errors before data.
 
     Weights that are to be downloaded are not: their name and the settings tell that they fit. The model has no memory,
     unless it is so small that this costs less.

@@ -374,7 +374,7 @@ def test_the_score_is_in_the_file_and_evaluation_applies_the_same_patches(traine
     assert made["score"] == score and made["thresholds"] == made["calibration"][name]["0.7"]
     assert all(t is None or t >= 0 for t in made["thresholds"]) and f"of the {score}" in capsys.readouterr().out
     model, state = runs.load_model(trained)
-    samples = predict.open_split(intervene.Config(str(trained), limit=24), state["config"], model)[1]
+    samples = predict.open_split(intervene.Config(str(trained), limit=24), state, model)[1]
     assert runs.apply_intervention(model, file, trained)["score"] == score
     row = next(r for r in made["rows"] if r["q"] == 0.7)
     assert row["kept_share"] == pytest.approx(predict.predict(model, samples)["keep"].mean().item())
@@ -615,7 +615,7 @@ def test_the_patch_that_beats_the_background_by_most_is_found_and_framed_in_the_
 
 def test_a_sheet_says_how_it_ranks_and_how_much_of_the_patches_is_object_and_an_empty_part_is_one_line(trained, monkeypatch):
     model, state = runs.load_model(trained)
-    samples = predict.open_split(intervene.Config(str(trained), limit=24), state["config"], model)[1]
+    samples = predict.open_split(intervene.Config(str(trained), limit=24), state, model)[1]
     trials = intervene.Trials(model, samples)
     trials.measure(intervene.UNTOUCHED)
     census, grids, lines = trials.census, [], []
