@@ -10,11 +10,14 @@ was asked for, film.json (the masks of a few images while it trained).
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,24 +26,36 @@ from tqdm import tqdm
 import data
 import vit
 from baselines import GIVEN, METHODS, PRETRAINED, TAKES, build
-from ifam import IFAM, SCORES, limits_of
+from benchmarks.transforms import PIPELINES
+from ifam import IFAM, SCORES, WEIGHTS, Static, limits_of
 from settings import (RunError, UsageError, alive, bounded, check_bounds, flag, opt, read_json, read_text, recorded,
                       world, write_json, write_whole)
-from weights import find_published, load_strictly, read_file, rename_published
+from weights import (checksum, find_published, load_strictly, read_file, refuse_by_name, rename_published,
+                     write_safetensors)
+
+
+def loss_weight(term, what):
+    """The option of a loss term; its default is the paper's weight."""
+    return opt(WEIGHTS[term], f"loss weight: {what}", at_least=0)
 
 
 @dataclass
 class Config:
     """Settings of a run, the flags of train.py. Defaults are the paper's (appendix A.1)."""
     data: str = opt("waterbirds", f"benchmark ({data.overview()})", choices=tuple(data.BENCHMARKS), group="data")
-    root: str = opt("data", "folder that holds the unpacked benchmarks")
+    root: str = opt("data", "folder that holds the unpacked benchmarks, or with --data folder your pictures")
     mini: bool = opt(False, "use the miniature of the benchmark: drawn on first use, no download")
     limit: int = opt(0, "use only N training and evaluation samples, spread evenly (0: all)", at_least=0)
     val_share: float = opt(0.0, "hold out this share of the training images of each class as validation, where a "
                                 "benchmark has none, such as 0.1 (0: none)", at_least=0, below=1)
-    strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones; else a line says so")
+    strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones, or a folder with files "
+                                   "that are odd; else a line says so")
 
-    method: str = opt("ifam", "ifam, or a baseline", choices=METHODS, group="model")
+    recipe: str = opt("paper", "settings by one word, which flags replace: those of the paper; mini, a small network "
+                               "and a short schedule (the default with --mini); or fast, the usual ones with stage 1 "
+                               "at 3/4 of the side and with half of the blocks", choices=("paper", "mini", "fast"),
+                      group="model")
+    method: str = opt("ifam", "ifam, or a baseline", choices=METHODS)
     arch: str = opt("b", "size of the vision transformers", choices=tuple(vit.ARCHS))
     registers: int = opt(4, "register tokens; 0 for weights without registers", at_least=0, at_most=1024)
     weights: str = opt("dinov2", "start of all backbones: dinov2 or rad-dino (downloaded once), mini "
@@ -69,15 +84,15 @@ class Config:
     shaping: bool = opt(True, "the losses that shape parts; without them ifam is a joint amortised model (JAM)",
                         group="losses")
     stage1_class: bool = opt(True, "the class loss of stage 1")
-    weight_class1: float = opt(1.0, "loss weight: class, stage 1", at_least=0)
-    weight_class2: float = opt(1.0, "loss weight: class, stage 2", at_least=0)
-    weight_presence: float = opt(1.0, "loss weight: every part occurs in the batch", at_least=0)
-    weight_background: float = opt(2.0, "loss weight: background in every image, at its border", at_least=0)
-    weight_orthogonality: float = opt(1.0, "loss weight: parts have different features", at_least=0)
-    weight_equivariance: float = opt(1.0, "loss weight: parts move with the image", at_least=0)
-    weight_variation: float = opt(1.0, "loss weight: neighbouring patches agree", at_least=0)
-    weight_entropy: float = opt(1.0, "loss weight: patches are sure of their part", at_least=0)
-    weight_concentration: float = opt(0.0, "loss weight: parts are compact (PDiscoNet)", at_least=0)
+    weight_class1: float = loss_weight("class1", "class, stage 1")
+    weight_class2: float = loss_weight("class2", "class, stage 2")
+    weight_presence: float = loss_weight("presence", "every part occurs in the batch")
+    weight_background: float = loss_weight("background", "background in every image, at its border")
+    weight_orthogonality: float = loss_weight("orthogonality", "parts have different features")
+    weight_equivariance: float = loss_weight("equivariance", "parts move with the image")
+    weight_variation: float = loss_weight("variation", "neighbouring patches agree")
+    weight_entropy: float = loss_weight("entropy", "patches are sure of their part")
+    weight_concentration: float = loss_weight("concentration", "parts are compact (PDiscoNet)")
 
     epochs: int = opt(90, "passes over the training set", at_least=1, at_most=10 ** 6, group="schedule")
     batch: int = opt(16, "images per step over all processes and accumulation steps", at_least=1)
@@ -102,7 +117,8 @@ class Config:
     device: str = opt("auto", "auto, cpu, cuda or mps")
     compile: bool = opt(False, "torch.compile both stages")
     workers: int = opt(4, "processes that load data, per training process", at_least=0)
-    out: str = opt("", "folder of the run (default runs/<data>, with -mini and -<method> where they apply)")
+    out: str = opt("", "folder of the run (default runs/<data>, of a folder of your own runs/<its name>, with -mini "
+                       "and -<method> where they apply)")
     resume: bool = opt(False, "go on from last.pt of this run")
     save_every: int = opt(500, "steps between saves of last.pt (it is also saved after every epoch)", at_least=1)
     log_every: int = opt(20, "steps between log lines", at_least=1)
@@ -111,19 +127,25 @@ class Config:
                     at_least=0, at_most=64)
 
     def __post_init__(self):
-        suffix = "-mini" * self.mini + f"-{self.method}" * (self.method != "ifam")
-        self.out = self.out or f"runs/{self.data}{suffix}"
+        self.out = self.out or f"runs/{self.title}" + f"-{self.method}" * (self.method != "ifam")
         self.workers = bounded(self.workers)
 
+    @property
+    def title(self):
+        """What the runs on these data are called."""
+        return data.title_of(self.data, self.root) + "-mini" * self.mini
 
-# data.BENCHMARKS says what differs from Config's defaults by benchmark, this by miniature.
+
+# data.BENCHMARKS says what differs from Config's defaults by benchmark (--recipe paper), this for --recipe mini: --mini
+# is this recipe on drawings. SMALLER are the settings of --recipe fast.
 MINI = dict(arch="mini", size=96, weights="mini", k=4, epochs=2, batch=8, lr=7e-4, lr_tokens=1e-5, lr_prototypes=2.5e-3,
             lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, weight_variation=0.33, workers=0, film=4)
+SMALLER = ("selector_size", "selector_arch")
 # A setting, and what switches it off: --no-shaping every loss but those of the classes.
 SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class",
             **{name: "shaping" for name in TAKES if name.startswith("weight_") and "class" not in name}}
 # What may change on --resume, for it changes no result.
-FREE = {"root", "strict_data", "device", "workers", "out", "resume", "save_every", "log_every", "compile",
+FREE = {"root", "strict_data", "recipe", "device", "workers", "out", "resume", "save_every", "log_every", "compile",
         "film"}
 
 
@@ -142,13 +164,64 @@ def preset(typed, earlier=None):
                              "leave it out")
     if known["data"] not in data.BENCHMARKS:             # parse() says so
         return {}
-    benchmark = data.BENCHMARKS[known["data"]]
-    settings = benchmark.settings
-    if known["mini"]:                                    # its own network and schedule, the benchmark's loss
-        settings = {**{name: x for name, x in settings.items() if name.startswith("weight_")}, **MINI}
+    recipe = known.get("recipe") or usual_recipe(known["mini"])
+    if "recipe" in typed and earlier:                    # what this recipe sets is no longer what --config says
+        for name in {*SMALLER, *(MINI if recipe != "fast" else ()), *data.BENCHMARKS[known["data"]].settings}:
+            earlier.pop(name, None)
+    settings = of_recipe(recipe, {**(earlier or {}), **typed}, known)
     if known["method"] in GIVEN:                         # early and late read the same, so that one thing differs
         settings = {**settings, "pooling": "mean"}
-    return {"size": benchmark.size, "k": benchmark.k, **settings}
+    return {"recipe": recipe, **{name: x for name, x in settings.items() if has(known["method"], name)}}
+
+
+def usual_recipe(mini):
+    return "mini" if mini else "paper"
+
+
+def has(method, setting):
+    """Is there such a setting in a method?"""
+    return method in TAKES.get(setting, METHODS)
+
+
+def of_recipe(recipe, given, known):
+    """-> {setting: value} of a recipe, on the benchmark of `known`. given: the settings that it does not replace."""
+    benchmark = data.BENCHMARKS[known["data"]]
+    settings = {"size": benchmark.size, "k": benchmark.k, **benchmark.settings}
+    if "mini" in (recipe, usual_recipe(known["mini"]) if recipe == "fast" else ""):
+        # its own network and schedule, the benchmark's loss
+        losses = {name: x for name, x in benchmark.settings.items() if name.startswith("weight_")}
+        settings = {"size": benchmark.size, "k": benchmark.k, **losses, **MINI}
+    if recipe == "fast":
+        now = {"arch": Config.arch, **settings, **given}
+        shape = vit.ARCHS.get(now["arch"], {})           # parse() refuses another
+        patch = shape.get("patch", 14)
+        settings = {**settings, "selector_size": max(3, round(0.75 * now["size"] / patch)) * patch,
+                    "selector_arch": f"{now['arch']}/{shape.get('depth', 12) // 2}"}
+    return settings
+
+
+def recipe_text(cfg):
+    """One line on a recipe that was chosen: what it sets, and what it has that the method has not; "" for the usual."""
+    if cfg.recipe == usual_recipe(cfg.mini):
+        return ""
+    used = [f"{flag(name)} {value}" for name, value in recipe_settings(cfg).items() if has(cfg.method, name)
+            and getattr(cfg, name) == value]
+    return "; ".join([f"--recipe {cfg.recipe}: {' '.join(used) or 'nothing'}", *filter(None, [left_out(cfg)])])
+
+
+def recipe_settings(cfg):
+    """What the recipe of a run would set for every method -> {setting: value}."""
+    own = SMALLER if cfg.recipe == "fast" else None
+    found = of_recipe(cfg.recipe, {"size": cfg.size, "arch": cfg.arch}, vars(cfg))
+    return {name: value for name, value in found.items() if not own or name in own}
+
+
+def left_out(cfg):
+    """The settings of a recipe that was chosen which the method of a run does not have, as text; "" for none."""
+    if cfg.recipe == usual_recipe(cfg.mini):
+        return ""
+    without = " ".join(f"{flag(name)} {x}" for name, x in recipe_settings(cfg).items() if not has(cfg.method, name))
+    return without and f"left out, for --method {cfg.method} has no such setting: {without}"
 
 
 def read_config(path):
@@ -161,6 +234,7 @@ def read_config(path):
 def read_settings(path):
     """config.json of a run -> its settings but those of the folder, for --config. UsageError if it is none."""
     found = recorded(Config, read_config(path), path)
+    found.setdefault("recipe", usual_recipe(found.get("mini")))                  # earlier runs do not say
     return {name: value for name, value in found.items() if name not in ("out", "resume")}
 
 
@@ -207,6 +281,9 @@ def check(cfg):
         raise UsageError(f"every loss of --method {cfg.method} has weight 0, and nothing would train: give one of "
                          f"{', '.join(map(flag, own))}")
     refuse_too_large(cfg)
+    for arch in (cfg.arch, cfg.selector_arch.partition("/")[0]):
+        if arch in vit.ARCHS:                            # else the model says so
+            refuse_by_name(cfg.weights, arch, cfg.registers)
     if where := data.BENCHMARKS[cfg.data].trained_on:
         raise UsageError(f"--data {cfg.data} is for evaluation only: train with --data {where}, then "
                          f"evaluate.py --ckpt runs/{where}/best.pt --data {cfg.data}")
@@ -216,6 +293,8 @@ def check(cfg):
     if cfg.selector_size > cfg.size:
         raise UsageError(f"--selector-size {cfg.selector_size} is larger than the image (--size {cfg.size}): there is "
                          "nothing more to see")
+    if cfg.mini and cfg.data == "folder":
+        data.find_root(cfg.data, cfg.root, cfg.mini)     # says why not
     if cfg.mini and cfg.root != Config.root:
         raise UsageError("--mini draws its own data: leave out --root or --mini")
 
@@ -263,10 +342,10 @@ def plain(value):
 def differences(config, cfg):
     """Settings of a run that was recorded (a dict) that are not those of cfg -> {name: (then, now)}.
 
-    A setting that did not exist then had its default.
+    A setting that did not exist then had its default. One that the method does not have is the same, whatever it is.
     """
     both = {f.name: (config.get(f.name, f.default), plain(getattr(cfg, f.name))) for f in fields(Config)
-            if f.name not in FREE}
+            if f.name not in FREE and has(cfg.method, f.name)}
     return {name: (then, now) for name, (then, now) in both.items() if then != now}
 
 
@@ -355,14 +434,14 @@ def claim(cfg):
     write_json(folder / "config.json", asdict(cfg))
 
 
-def save(path, rank, cfg, step, best, parts, images=None, epoch=None):
+def save(path, rank, cfg, step, best, parts, images=None, epoch=None, dataset=None):
     """Rank 0 writes a checkpoint, whole or not at all; RunError if anything in it is not finite.
 
     parts: {name: what has a state_dict, or None}. images: which images the run is trained on, to compare on --resume.
-    epoch: how many epochs were done.
+    epoch: how many epochs were done. dataset: Samples.described() of them, to show the model others.
     """
     if rank == 0:
-        state = dict(config=plain(asdict(cfg)), step=step, epoch=epoch, best=best, images=images,
+        state = dict(config=plain(asdict(cfg)), step=step, epoch=epoch, best=best, images=images, dataset=dataset,
                      **{name: part.state_dict() for name, part in parts.items() if part is not None})
         tensors = [*state["model"].items(), *state.get("ema", {}).items()]
         if bad := [name for name, x in tensors if not x.isfinite().all()]:
@@ -401,6 +480,7 @@ def pick_device(name="auto", local_rank=0):
 
 
 CHECKPOINT = "a checkpoint of train.py, such as runs/<name>/best.pt"
+DESCRIPTION = ("config", "step", "epoch", "best", "images", "dataset")           # what it holds beside tensors
 
 
 def read_checkpoint(path):
@@ -422,6 +502,12 @@ def checked(path, state):
         raise UsageError(f"{path}: best is {best!r}, expected split, epoch and accuracy")
     if not isinstance(model, dict) or not all(isinstance(x, torch.Tensor) for x in model.values()):
         raise UsageError(f"{path}: model is no dict of tensors")
+    words = lambda x: isinstance(x, list) and all(isinstance(word, str) for word in x)
+    named = lambda x: isinstance(x, str) and x in PIPELINES
+    fields = [("dataset.classes", words, "names"), ("dataset.places", words, "names"),
+              ("dataset.pipeline", named, f"one of {', '.join(PIPELINES)}")]
+    if state.get("dataset") and (fault := wrong_field(state, fields)):           # older checkpoints have none
+        raise UsageError(f"{path}: {fault}; take a checkpoint that train.py wrote")
     return state
 
 
@@ -438,7 +524,7 @@ def from_published(path, state_dict, name):
         raise UsageError(f"{path}: {error}") from None
     name = data.BENCHMARKS[name].trained_on or name
     classes, (height, width) = sizes.pop("classes"), sizes.pop("size")
-    if classes != data.BENCHMARKS[name].classes:
+    if data.BENCHMARKS[name].classes and classes != data.BENCHMARKS[name].classes:
         raise UsageError(f"{path} is a published snapshot with {classes} classes, --data {name} has "
                          f"{data.BENCHMARKS[name].classes}")
     if height != width:
@@ -465,7 +551,39 @@ def load_model(path, device="cpu", name=""):
         load_strictly(model, state.get("ema") or state["model"])
     except (IndexError, KeyError, ValueError) as error:
         raise UsageError(f"{path}: its weights do not fit its settings: {error}") from None
+    model.checkpoint = {name: x for name, x in state.items() if name in DESCRIPTION}      # for save_safetensors, export
     return model.to(device).eval(), state
+
+
+def outputs_of(model):
+    """How many classes a model tells apart."""
+    return (model.predictor.head if model.predictor else model.selector.classifier).out_features
+
+
+def load(path, device="cpu", name=""):
+    """load_model -> a model that knows its images: model.classes and model.places (names), model.pipeline, model.size.
+
+    A checkpoint from before they were in it, or a published snapshot, has those of its benchmark; where the benchmark's
+    files are not there, its classes are called class 0, class 1, ... and a line says so.
+    """
+    model, state = load_model(path, device, name)
+    config, outputs = state["config"], outputs_of(model)
+    known = state.get("dataset")
+    if not known:
+        try:
+            root = data.find_root(config["data"], config.get("root", Config.root), config.get("mini", False))
+            known = next(iter(data.read(config["data"], root, config["size"], 0).values())).described()
+        except UsageError:
+            data.say(f"{path} does not say what its classes are called, and {config['data']} is not there to ask: they "
+                     "are numbers")
+            known = {"classes": [f"class {c}" for c in range(outputs)], "places": [],
+                     "pipeline": data.BENCHMARKS[config["data"]].pipeline.name}
+    if len(known["classes"]) != outputs:
+        raise UsageError(f"{path} has {outputs} classes, and names of {len(known['classes'])}: take a checkpoint that "
+                         "train.py wrote")
+    model.classes, model.places = tuple(known["classes"]), tuple(known["places"])
+    model.pipeline, model.size = PIPELINES[known["pipeline"]], config["size"]
+    return model
 
 
 def load_published(state_dict, heads=None, **settings):
@@ -479,6 +597,86 @@ def load_published(state_dict, heads=None, **settings):
     model.selector.backbone.grid_is_known = model.predictor.backbone.grid_is_known = False
     load_strictly(model, state)
     return model
+
+
+# ---------------------------------------------------------------- files for other programs
+def save_safetensors(model, path):
+    """A trained model as one .safetensors file: weights, and as metadata config, step, best and dataset in JSON.
+
+    model: of load or load_model, or the content of a checkpoint, whose moving average is written where there is one.
+    Everything that reads a checkpoint reads this file too; resuming needs last.pt. An intervention stays a file of its
+    own. UsageError for a model that is not of a checkpoint of train.py.
+    """
+    said = model if isinstance(model, dict) else getattr(model, "checkpoint", {})
+    if not {"config", "step", "best"} <= said.keys() or said["step"] is None:
+        raise UsageError(f"{path}: only a model of a checkpoint of train.py can be written, see runs.load")
+    tensors = said.get("ema") or said["model"] if model is said else model.state_dict()
+    metadata = {name: json.dumps(said[name]) for name in DESCRIPTION if said.get(name) is not None}
+    metadata["sha256"] = checksum(tensors, metadata)
+    write_whole(path, lambda temporary: write_safetensors(temporary, tensors, metadata))
+
+
+def export(model, path, batch=1):
+    """A trained model as a file that runs without this repository. What it is, the end of `path` says:
+
+    .pt2          a program of torch.export: torch.export.load(path).module()(images)
+    .onnx         the same for ONNX runtimes; needs the package onnxscript
+    .safetensors  weights alone, see save_safetensors
+
+    Programs take images (batch, 3, height, width), normalised, always so many and of the size of the model, and give
+    logits, maps and keep, as ifam.Static does; a model that is told the true mask takes keep (batch, N) too. They carry
+    ifam.json: the checkpoint's settings and, for a model of `load`, names of classes, size and normalisation. The
+    program runs on the device where the model is. UsageError for another ending or a missing package.
+    """
+    path = Path(path)
+    if path.suffix not in (".pt2", ".onnx", ".safetensors"):
+        raise UsageError(f"{path}: a model is exported to a file that ends in .pt2, .onnx or .safetensors")
+    if path.suffix == ".onnx" and not all(map(find_spec, ("onnx", "onnxscript"))):
+        raise UsageError(f"{path}: ONNX needs packages that are not installed: pip install onnx onnxscript")
+    if path.suffix == ".onnx" and sum(p.numel() * p.dtype.itemsize for p in model.parameters()) > 3 << 29:
+        raise UsageError(f"{path}: one ONNX file cannot hold a model of this size; export it as .pt2")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: {path.parent} is no folder; name a file in a folder that exists")
+    if path.suffix == ".safetensors":
+        return save_safetensors(model, path)
+    program, inputs = traced(model, batch)
+    said = dict(getattr(model, "checkpoint", {}))
+    if hasattr(model, "pipeline"):
+        said |= {"classes": model.classes, "size": model.size, "normalisation": model.pipeline.normalisation}
+    if path.suffix == ".onnx":
+        return write_onnx(path, program, inputs, json.dumps(said))
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            torch.export.save(program, file, extra_files={"ifam.json": json.dumps(said)})
+    write_whole(path, write)
+
+
+def traced(model, batch):
+    """-> (torch.export's program of ifam.Static(model), {name of an input: an example})."""
+    static = Static(model)
+    backbone = (model.predictor or model.selector).backbone
+    parameter = next(model.parameters())
+    sides = getattr(model.selector, "given", None) or [n * backbone.patch for n in backbone.grid]
+    inputs = {"images": parameter.new_zeros(batch, 3, *sides)}
+    if model.needs_truth:
+        inputs["keep"] = parameter.new_ones(batch, math.prod(backbone.grid))
+    return torch.export.export(static, tuple(inputs.values())), inputs
+
+
+def write_onnx(path, program, inputs, said):
+    """torch.export's program as an ONNX file, whole or not at all; what it logs on the way is left out."""
+    outputs = ["logits", "maps", "kept" if "keep" in inputs else "keep"]         # an input has the other name
+    there = [name for name, spec in zip(outputs, program.graph_signature.user_outputs) if spec is not None]
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            found = torch.onnx.export(program, tuple(inputs.values()), input_names=list(inputs), output_names=there,
+                                      dynamo=True, verbose=False)
+            found.model.metadata_props["ifam.json"] = said
+            write_whole(path, lambda temporary: found.save(temporary, external_data=False))
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 # ---------------------------------------------------------------- an intervention on it
@@ -557,7 +755,7 @@ def fields_of_intervention(content, k):
     of_parts = lambda x, holds: isinstance(x, list) and len(x) == k and all(map(holds, x))
     limits = lambda x: of_parts(x, lambda t: t is None or number(t))
     parts = lambda x: isinstance(x, list) and all(whole(p) and p < k for p in x) and len(set(x)) == len(x)
-    known = lambda x: isinstance(x, str) and x.removesuffix("-mini") in data.BENCHMARKS
+    known = lambda x: isinstance(x, str) and data.benchmark_of(x) in data.BENCHMARKS
     some, q = f"numbers of parts, 0 to {k - 1}, each once", content.get("q")
     score = content.get("score", "distance")
     calibrated = f"calibration.{THRESHOLDS[score] if score in SCORES else ''}"
@@ -616,6 +814,6 @@ def describe_intervention(content, name="", splits=()):
 
 
 def family(name):
-    """"waterbird200-mini" -> "cub": the benchmark whose objects it shows."""
-    name = name.removesuffix("-mini")
-    return name and (data.BENCHMARKS[name].trained_on or name)
+    """"waterbird200-mini" -> "cub": the benchmark whose objects it shows; a folder of one's own is its own."""
+    known = data.benchmark_of(name)
+    return name and (known == "folder" and name or data.BENCHMARKS[known].trained_on or known)

@@ -3,13 +3,17 @@
 Floor: the ground; it needs tqdm and the standard library alone. Every script's Config shows what `opt` is for.
 """
 import argparse
+import csv
 import difflib
 import functools
 import glob
+import io
 import json
 import math
 import os
 import platform
+import re
+import shutil
 import signal
 import sys
 import threading
@@ -342,6 +346,43 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(final):
+    """Inside, a temporary sibling to write into; it takes the name `final` at the end, unless a folder has it by then.
+
+    A process killed at any moment leaves nothing that could be mistaken for the whole; what killed processes of this
+    machine left goes when the next one starts.
+    """
+    final = Path(final)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}@{platform.node()}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(final.parent)
+        temporary.mkdir()
+        yield temporary
+        if not final.is_dir():
+            temporary.rename(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_stale(root):
+    """Delete what killed processes of this machine left half written, one that had our number included."""
+    for folder in root.iterdir():
+        match = re.fullmatch(r"\..+\.(\d+)@(.+)", folder.name)
+        if match and match[2] == platform.node() and (int(match[1]) == os.getpid() or not alive(int(match[1]))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def need_room(folder, least, what):
+    """UsageError unless the disk of a folder, or of the first one above it that is there, has `least` bytes free."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(there).free
+    if least > free:
+        raise UsageError(f"{what} needs at least {least / 2 ** 30:,.0f} GiB, and {there} has {free / 2 ** 30:,.0f} "
+                         "free: make fewer or smaller pictures")
+
+
 def alive(pid):
     """Is there a process of this number on this machine?"""
     try:
@@ -378,6 +419,15 @@ def write_json(path, content):
     """Plain dict or dataclass -> indented JSON, whole or not at all."""
     content = content if isinstance(content, dict) else asdict(content)
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n"))
+
+
+def write_csv(path, rows):
+    """Dicts with the same keys -> a csv with a header, UTF-8, whole or not at all."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
 
 
 def read_text(path, what):

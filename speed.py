@@ -371,8 +371,8 @@ def reading(cfg, device, count=20):
             Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
 
         def read(pipeline, size):                        # from a new split: a small one stays decoded
-            samples = Samples("none", "train", size, ("none",), [p.name for p in paths], paths, [0] * count,
-                              pipeline=pipeline)
+            samples = Samples("none", "train", size, ("none",), [p.name for p in paths], paths, [0] * count)
+            samples.pipeline = pipeline
             return [samples[0, i] for i in range(count)]
         rows = in_turn({f"{name}, {size} px": partial(read, pipeline, size) for size in (518, 224) for name, pipeline in
                         (("birds, cats and dogs", FINE_GRAINED), ("ImageNet", PHOTOGRAPHS))}, count, cfg.rounds, device)

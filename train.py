@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -26,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 import data
@@ -38,9 +38,9 @@ from benchmarks.samples import Plan, spread_over_groups
 from measure.metrics import accuracies
 from predict import given_mask, predict
 from runs import (Config, Log, check, claim, earlier_state, loss_weights, owned, pick_device, preset, read_film,
-                  read_settings, refuse_other_images, save)
+                  read_settings, recipe_text, refuse_other_images, save)
 from settings import RunError, Stopped, UsageError, parse, progress, run_script, signals, write_json
-from weights import load_pretrained
+from weights import load_pretrained, reader
 
 
 # ---------------------------------------------------------------- functions of the step
@@ -114,23 +114,6 @@ def max_over_processes(local, world):
     return top + world * (local.detach() == top) * (local - local.detach())
 
 
-def loss_terms(model, out, warped_maps, labels, affine, wanted, world=1):
-    """The loss terms that this model has and that are wanted, by name, unweighted."""
-    terms = {}
-    if model.predictor is not None:
-        terms["class2"] = lambda: F.cross_entropy(out.logits.float(), labels)
-    if model.selector is not None:
-        terms["class1"] = lambda: F.cross_entropy(out.logits_stage1.float(), labels)
-        terms["presence"] = lambda: ifam.presence(out.maps, lambda peaks: max_over_processes(peaks, world))
-        terms["background"] = lambda: ifam.background_presence(out.maps)
-        terms["orthogonality"] = lambda: ifam.orthogonality(out.part_features)
-        terms["equivariance"] = lambda: ifam.equivariance(out.maps, warped_maps, affine)
-        terms["variation"] = lambda: ifam.total_variation(out.maps)
-        terms["entropy"] = lambda: ifam.entropy(out.maps)
-        terms["concentration"] = lambda: ifam.concentration(out.maps)
-    return {name: term() for name, term in terms.items() if name in wanted}
-
-
 def average_over_processes(tensors, world):
     """Replace tensors by their mean over processes, in one message.
 
@@ -145,13 +128,13 @@ def average_over_processes(tensors, world):
 
 
 def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None, scaler=None):
-    """Forward and backward of one step -> loss terms by name and "accuracy", averaged; p.grad has the mean gradient.
+    """Forward and backward of one step -> "loss", its terms by name and "accuracy", averaged; so is p.grad.
 
     batch: this process's share of the global batch, as the loader gives it. All randomness is a function of
     (seed, step, position in the global batch): one process, many, or accumulation compute the same step, except that
     under accumulation the presence loss takes its maximum within each portion.
     """
-    wanted = {name: weight for name, weight in loss_weights(cfg).items() if weight}
+    weights = loss_weights(cfg)
     share = len(batch["label"])
     affine = ifam.Affine.draw((cfg.size, cfg.size), generator(cfg.seed, step))    # one for the whole global batch
     sums = {}
@@ -163,12 +146,13 @@ def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None
             warped = None if model.selector is None else ifam.warp(images, affine)
             out, warped_maps = model.forward_pair(images, warped, noise and noise.to(device),
                                                   None if keep is None else keep[part])
-        terms = loss_terms(model, out, warped_maps, labels, affine, wanted, world)
-        loss = sum(wanted[name] * value for name, value in terms.items()) * (len(part) / share)
-        (scaler.scale(loss) if scaler else loss).backward()
-        terms["accuracy"] = (out.logits.argmax(1) == labels).float().mean()
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value.detach().float() * (len(part) / share)
+        terms, weight = {}, len(part) / share
+        loss = ifam.loss(out, warped_maps, labels, affine, weights,
+                         lambda peaks: max_over_processes(peaks, world), terms)
+        (scaler.scale(loss * weight) if scaler else loss * weight).backward()
+        accuracy = (out.logits.argmax(1) == labels).float().mean()
+        for name, value in {**terms, "accuracy": accuracy, "loss": loss}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().float() * weight
     average_over_processes(list(sums.values()) + [p.grad for p in model.parameters() if p.grad is not None], world)
     return sums
 
@@ -196,23 +180,42 @@ def start_processes(cfg):
     return rank, world, device
 
 
-def build_model(cfg, device, classes=None):
-    """classes: if they are not the benchmark's, on a miniature or a part of it."""
-    torch.manual_seed(cfg.seed)
+def start_model(cfg, classes, read=None):
+    """A model with its pretrained weights, where it is built; UsageError for settings or weights that make none."""
     try:
-        model = build(asdict(cfg), classes or data.BENCHMARKS[cfg.data].classes)
+        model = build(asdict(cfg), classes)
     except ValueError as error:
         raise UsageError(f"these settings make no model: {error}") from None
-    load_pretrained(model, cfg.weights, cfg.arch, cfg.registers, cfg.selector_arch)
+    if model.selector is not None and min(model.selector.backbone.grid) < 3:
+        raise UsageError(f"stage 1 looks at {' x '.join(map(str, model.selector.backbone.grid))} patches, and its "
+                         "losses need 3 x 3 at least: take a larger --size or --selector-size")
+    load_pretrained(model, cfg.weights, cfg.arch, cfg.registers, cfg.selector_arch, read)
+    return model
+
+
+def try_out(cfg):
+    """-> a reader of the weights, for build_model, once a model was built and filled with them: errors before data.
+
+    Weights that are to be downloaded are not: their name and the settings tell that they fit. The model has no memory,
+    unless it is so small that this costs less.
+    """
+    read = reader(cfg.weights, cfg.registers)
+    here = {**vars(cfg), "weights": "none"} if cfg.weights in ("dinov2", "rad-dino") else vars(cfg)
+    with torch.device("cpu" if cfg.arch == "mini" else "meta"), warnings.catch_warnings(action="ignore"):
+        start_model(Config(**here), 2, read)
+    return read
+
+
+def build_model(cfg, device, classes=None, read=None):
+    """classes: if they are not the benchmark's, on a miniature or a part of it. read: what try_out gave."""
+    torch.manual_seed(cfg.seed)
+    model = start_model(cfg, classes or data.BENCHMARKS[cfg.data].classes, read)
     if isinstance(model, FoundMask):
         model.copy_backbone()
     if cfg.weights != "none" and model.selector is not None:
         freeze_backbone(model.selector, cfg.train_tokens)
     if cfg.freeze_stage2:
         freeze_backbone(model.predictor)
-    if model.selector is not None and min(model.selector.backbone.grid) < 3:
-        raise UsageError(f"stage 1 looks at {' x '.join(map(str, model.selector.backbone.grid))} patches, and its "
-                         "losses need 3 x 3 at least: take a larger --size or --selector-size")
     model.to(device)
     if cfg.compile:
         compile_stages(model)
@@ -244,6 +247,8 @@ def open_data(cfg, rank, world):
         data.find_root(cfg.data, cfg.root, cfg.mini)
     if world > 1:
         dist.barrier()
+    if rank == 0 and (line := recipe_text(cfg)):
+        print(line)
     root = data.find_root(cfg.data, cfg.root, cfg.mini)
     splits = data.load(cfg.data, root, cfg.size, cfg.seed, cfg.limit, ("train", "val"), val_share=cfg.val_share,
                        strict=cfg.strict_data)
@@ -266,18 +271,23 @@ def give_truth(samples, method):
 class Trainer:
     """A model and what changes it: optimizer, fp16's scaler, moving average. A call is one step of training."""
 
-    def __init__(self, cfg, steps, rank, world, device, classes):
+    def __init__(self, cfg, steps, rank, world, device, classes, read=None):
         self.cfg, self.steps, self.rank, self.world, self.device = cfg, steps, rank, world, device
         self.dtype, scaler = autocast_of(cfg, device)
-        model = build_model(cfg, device, classes)
+        model = build_model(cfg, device, classes, read)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameter_groups(model, cfg, steps), fused=device.type in ("cpu", "cuda"))
         self.model, self.optimizer, self.scaler, self.skipped = model, optimizer, scaler, 0
         self.averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
 
     @property
+    def weights(self):
+        """What evaluation needs of it: best.pt."""
+        return {"model": self.averaged or self.model}
+
+    @property
     def parts(self):
-        """What a checkpoint holds of it; resuming loads the same."""
+        """What resuming needs of it: last.pt."""
         return {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, "ema": self.averaged}
 
     def load(self, state, path):
@@ -399,14 +409,13 @@ def log_step(log, trainer, pace, terms, norm, done, per_epoch):
     cfg, steps = trainer.cfg, trainer.steps
     values = {name: value.item() for name, value in terms.items()}
     speed, waiting, left = pace.report(done, cfg.batch, steps)
-    loss = sum(weight * values[name] for name, weight in loss_weights(cfg).items() if name in values)
     skipped = {"skipped_steps": trainer.skipped} if trainer.skipped else {}
     classes = "".join(f"  {name} {values[name]:.3f}" for name in ("class1", "class2") if name in values)
-    log({"step": done, "epoch": done / per_epoch, "lr": trainer.rates(), "loss": loss, **values,
+    log({"step": done, "epoch": done / per_epoch, "lr": trainer.rates(), **values,
          "gradient_norm": norm.item() if norm.isfinite() else None, "images_per_second": speed, "waiting": waiting,
          **skipped},
-        f"step {done}/{steps}  loss {loss:.3f}{classes}  accuracy {values['accuracy']:.3f}  {speed:.0f} images/s  "
-        f"{left:.0f} min left")
+        f"step {done}/{steps}  loss {values['loss']:.3f}{classes}  accuracy {values['accuracy']:.3f}  "
+        f"{speed:.0f} images/s  {left:.0f} min left")
 
 
 def agreed(noted, world, device):
@@ -432,7 +441,8 @@ def loop(cfg, trainer, samples, val, log, start, best, images):
     plan = Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world)
     batches = torch.utils.data.DataLoader(samples, batch_sampler=plan, num_workers=cfg.workers,
                                           worker_init_fn=leave_signals, pin_memory=device.type == "cuda")
-    keep = lambda name: save(folder / name, rank, cfg, done, best, trainer.parts, images, done / per_epoch)
+    dataset = samples.described()
+    keep = lambda name, parts: save(folder / name, rank, cfg, done, best, parts, images, done / per_epoch, dataset)
     film = Film(cfg, trainer.model, val or samples, rank, start)
     trainer.model.train()
     film(trainer.averaged or trainer.model, start, steps)
@@ -452,10 +462,10 @@ def loop(cfg, trainer, samples, val, log, start, best, images):
                 accuracy = trainer.validate(val, log, done, epoch) if val else None
                 if not val or best["accuracy"] is None or accuracy > best["accuracy"]:
                     best = {"split": best["split"], "epoch": epoch, "accuracy": accuracy}
-                    keep("best.pt")
+                    keep("best.pt", trainer.weights)
             stop = agreed(noted, world, device)
             if end_of_epoch or stop or done % cfg.save_every == 0:
-                keep("last.pt")
+                keep("last.pt", trainer.parts)
             if stop and done < steps:
                 log({"step": done, "stopped": stop}, f"stopped by signal {stop} after step {done}, which is saved in "
                                                      f"{folder / 'last.pt'}: go on with --resume")
@@ -472,10 +482,12 @@ def train(cfg):
         if cfg.resume and rank == 0:
             held.enter_context(owned(folder, new=False))
         state = earlier_state(cfg) if cfg.resume else None
+        read = try_out(cfg)
         samples, val = open_data(cfg, rank, world)
         images = {split.split: [len(split), split.digest()] for split in (samples, val) if split}
         steps = len(samples) // cfg.batch * cfg.epochs
-        trainer = Trainer(cfg, steps, rank, world, device, len(samples.classes))
+        trainer = Trainer(cfg, steps, rank, world, device, len(samples.classes), read)
+        del read                                         # the weights are in the model now
         if trainer.model.needs_truth:
             give_truth(samples, cfg.method)
         if state:

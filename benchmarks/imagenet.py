@@ -8,7 +8,6 @@ import torch
 
 from benchmarks.files import PHOTOS, TEXT, WORD, drawn_masks, exists, files, folders, is_miniature, read_keyed
 from benchmarks.samples import Names, Samples
-from benchmarks.transforms import AS_THEY_ARE, PHOTOGRAPHS
 from settings import UsageError, read_json
 
 
@@ -81,7 +80,7 @@ def load_imagenet(root, size, seed):
                              "unpack the archive again")
         names = Names(base, np.concatenate(blocks))
         found = Samples("imagenet", name, size, [wnid_of.get(i, str(i)) for i in range(CLASSES)], names.ids, names,
-                        np.repeat([known[wnid] for wnid in wnids], [len(b) for b in blocks]), pipeline=PHOTOGRAPHS,
+                        np.repeat([known[wnid] for wnid in wnids], [len(b) for b in blocks]),
                         masks=drawn_masks(root, (p.relative_to(base).with_suffix("") for p in names)), seed=seed)
         found.partial = len(wnids) < CLASSES
         if found.partial and not drawn:
@@ -140,7 +139,7 @@ def load_imagenet9(root, size, seed):
         if exists(base / "fg_mask") and name in IN9_VARIANTS[:4]:
             masks = [base / "fg_mask" / "val" / p.parent.name / f"{foreground(p)}.npy" for p in paths]
         return Samples("imagenet9", name, size, [c[3:] for c in IN9], [f"{name}/{p.stem}" for p in paths], paths,
-                       [list(IN9).index(p.parent.name) for p in paths], masks=masks, pipeline=AS_THEY_ARE, seed=seed,
+                       [list(IN9).index(p.parent.name) for p in paths], masks=masks, seed=seed,
                        merge=in9_classes())
     found = {name: variant(name) for name in IN9_VARIANTS
              if name in IN9_VARIANTS[:3] or not drawn or exists(base / name)}

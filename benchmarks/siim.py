@@ -14,7 +14,6 @@ from PIL import Image
 from benchmarks.files import (WORD, Kind, drawn_masks, exists, files, folders, is_miniature, one_of, read_bytes,
                               read_image, read_keyed, read_rows, say, there)
 from benchmarks.samples import Samples
-from benchmarks.transforms import RADIOGRAPHS
 from settings import UsageError
 
 SIDE = 1024                                                # pixels of every image and mask
@@ -126,7 +125,7 @@ def load_siim(root, size, seed):
         lungs = drawn_masks(root, uids)
         found = Samples("siim", name, size, ("healthy", "pneumothorax"), uids, paths, labels, places,
                         [2 * y + tube for y, tube in zip(labels, tubes)] if places else None,
-                        masks=lungs or (masks if all(masks) else None), pipeline=RADIOGRAPHS, seed=seed)
+                        masks=lungs or (masks if all(masks) else None), seed=seed)
         found.masks_tell = lungs is None
         return found
     test = split("test", [r for r in rows if r.tube is not None], ("without tube", "with tube"))

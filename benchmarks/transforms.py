@@ -225,16 +225,18 @@ def squash(view, size):
 
 # ---------------------------------------------------------------- together
 class Pipeline(NamedTuple):
-    """How a benchmark's images reach the model."""
+    """How a benchmark's images reach the model; checkpoints carry its name."""
+    name: str
     train: Callable              # (view, size, numpy generator); None for a benchmark that is only evaluated
     evaluate: Callable           # (view, size)
     normalisation: tuple = IMAGENET
 
 
-FINE_GRAINED = Pipeline(augment, centre)
-PHOTOGRAPHS = Pipeline(augment_imagenet, centre_imagenet)
-AS_THEY_ARE = Pipeline(None, unchanged)
-RADIOGRAPHS = Pipeline(augment_chest, squash, CHEST)
+FINE_GRAINED = Pipeline("fine-grained", augment, centre)
+PHOTOGRAPHS = Pipeline("photographs", augment_imagenet, centre_imagenet)
+AS_THEY_ARE = Pipeline("as they are", None, unchanged)
+RADIOGRAPHS = Pipeline("radiographs", augment_chest, squash, CHEST)
+PIPELINES = {pipeline.name: pipeline for pipeline in (FINE_GRAINED, PHOTOGRAPHS, AS_THEY_ARE, RADIOGRAPHS)}
 
 
 def to_tensor(image, normalisation=IMAGENET):

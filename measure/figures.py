@@ -303,6 +303,49 @@ def gradients(classifiers, samples, backbone, path=None, device="cpu", count=5, 
     grid(rows, titles, path, side=1.5, scale=(HEAT, "0", "largest\nof the\nimage"))
 
 
+# ---------------------------------------------------------------- pictures of one's own
+def whole(picture, longest=480):
+    """A predict.Picture as it is, what the model does not see of it pale -> (h, w, 3)."""
+    small = picture.original.copy()
+    small.thumbnail((longest, longest))
+    left, top, right, bottom = (max(0, round(at * small.width / picture.original.width)) for at in picture.seen)
+    opacity = np.full((small.height, small.width, 1), 0.3)
+    opacity[top:bottom, left:right] = 1
+    return 1 - opacity * (1 - np.asarray(small) / 255)
+
+
+def prediction(out, i, path=None):
+    """Picture i of a predict.Prediction: all of it, its parts, what stage 2 sees; below, without each part in turn."""
+    picture, shown = out.pictures[i], to_picture(out.pictures[i].image, out.pictures[i].normalisation)
+    said = lambda logits: "{} {:.2f}".format(short(out.classes[logits.argmax()]), logits.softmax(0).max())
+    cells = {textwrap.shorten(Path(picture.name).name, 30): whole(picture)}
+    there = []
+    if out.maps is not None:
+        there = occurring([out.parts[i]], K := out.maps.shape[1] - 1)
+        alone = "" if out.logits_stage1 is None else f"stage 1 alone: {said(out.logits_stage1[i])}"
+        cells["parts"] = overlay(shown, out.parts[i].numpy(), K), alone
+    if out.keep is None:
+        cells["what the model sees"] = shown, said(out.logits[i])
+    else:
+        alone = out.maps is not None and out.logits_stage1 is None               # one stage: nothing reads its mask
+        title = ("patches of parts" if alone else "what stage 2 sees") + f", {out.keep[i].mean():.0%}"
+        cells[title] = only_kept(shown, out.keep[i].clamp(0, 1).view(out.grid)), said(out.logits[i])
+    rows = {"": list(cells.values())}
+    if out.without is not None:
+        rows["without a part"] = [(only_kept(shown, out.without_keep[i, p].clamp(0, 1).view(out.grid)),
+                                   f"without part {p}: {said(out.without[i, p])}") for p in there]
+    grid(rows, list(cells), path, side=2.6, parts=there)
+
+
+def backbone_alone(picture, components, keep, path=None):
+    """What a backbone without a head sees: principal components of its patches as colours, and FOUND's mask (h, w)."""
+    shown = to_picture(picture.image, picture.normalisation)
+    cells = {textwrap.shorten(Path(picture.name).name, 30): whole(picture),
+             "first three components": spread(components, len(shown)),
+             "kept by FOUND's seed step": only_kept(shown, keep)}
+    grid({"": list(cells.values())}, list(cells), path, side=2.6)
+
+
 # ---------------------------------------------------------------- late against early
 @torch.no_grad()
 def late_against_early(model, samples, path=None, device="cpu", count=6):
@@ -672,7 +715,9 @@ def main(argv=None):
         raise UsageError(f"{given.ckpt} is of the method {trained['method']}, which has no two stages to compare; name "
                          "a checkpoint of ifam")
     root = data.find_root(trained["data"], trained["root"], trained["mini"])
-    samples = data.load(trained["data"], root, trained["size"], limit=trained["limit"], splits=("test",))["test"]
+    looked = ("test", "val") if trained["data"] == "folder" else ("test",)
+    samples = data.measured(data.load(trained["data"], root, trained["size"], limit=trained["limit"], splits=looked,
+                                      val_share=trained.get("val_share", 0.0)))
     given.out.mkdir(parents=True, exist_ok=True)
     drawing, pictures = (given.out / f"{name}.{given.format}" for name in ("schematic", "late_early"))
     for path in (drawing, pictures):

@@ -134,7 +134,7 @@ def landmarks(selector, samples, normalise=False, device="cpu", batch=32, worker
     samples = copy.copy(samples)                         # the caller's keeps its settings
     samples.masks = None                                 # not needed: spare their decoding
     if not normalise:
-        samples.normalisation = ((0, 0, 0), (1, 1, 1))
+        samples.pipeline = samples.pipeline._replace(normalisation=((0, 0, 0), (1, 1, 1)))
 
     def measure(part):
         maps = selector(part["image"].to(device)).maps.cpu()

@@ -374,7 +374,7 @@ def test_the_score_is_in_the_file_and_evaluation_applies_the_same_patches(traine
     assert made["score"] == score and made["thresholds"] == made["calibration"][name]["0.7"]
     assert all(t is None or t >= 0 for t in made["thresholds"]) and f"of the {score}" in capsys.readouterr().out
     model, state = runs.load_model(trained)
-    samples = predict.open_split(intervene.Config(str(trained), limit=24), state["config"], model)[1]
+    samples = predict.open_split(intervene.Config(str(trained), limit=24), state, model)[1]
     assert runs.apply_intervention(model, file, trained)["score"] == score
     row = next(r for r in made["rows"] if r["q"] == 0.7)
     assert row["kept_share"] == pytest.approx(predict.predict(model, samples)["keep"].mean().item())
@@ -398,7 +398,7 @@ def test_a_file_from_before_there_were_scores_is_read_as_one_of_the_distance(tra
 def test_the_rows_are_what_the_model_does_when_set_to_that_intervention(trained, done):
     cfg = intervene.Config(str(trained), limit=24)
     model, state = runs.load_model(trained)
-    samples = predict.open_split(cfg, state["config"], model)[1]
+    samples = predict.open_split(cfg, state, model)[1]
     runs.apply_intervention(model, trained.with_name("intervention.json"), trained)
     result = predict.predict(model, samples)
     expected = metrics.accuracies(result, samples)
@@ -418,7 +418,7 @@ def test_each_sheet_says_what_the_removal_of_its_part_does_and_unused_parts_say_
     titles = []
     monkeypatch.setattr(figures, "part_sheet", lambda model, samples, part, census, title, *where: titles.append(title))
     model, state = runs.load_model(trained)
-    trials = intervene.Trials(model, predict.open_split(intervene.Config(str(trained), limit=24), state["config"], model)[1])
+    trials = intervene.Trials(model, predict.open_split(intervene.Config(str(trained), limit=24), state, model)[1])
     trials.measure(intervene.UNTOUCHED, ((0,), None), ((1,), None), ((2,), None))
     intervene.pictures(trials, trained.with_name("x.json"), "here", (), "cpu")
     for part, title in enumerate(titles):
@@ -579,7 +579,7 @@ def test_force_replaces_what_this_program_did_not_write(trained, tmp_path):
 def test_names_with_dollars_tags_or_line_breaks_break_neither_table_nor_picture(trained, tmp_path, monkeypatch, capsys):
     names = ["a $x^{$\nbird", "<b>two</b> $\\frac$\udcff"]
     model, state = runs.load_model(trained)
-    samples = predict.open_split(intervene.Config(str(trained), limit=8), state["config"], model)[1]
+    samples = predict.open_split(intervene.Config(str(trained), limit=8), state, model)[1]
     samples.classes, samples.groups, samples.group_names = names, samples.labels, names
     trials = intervene.Trials(model, samples)
     trials.measure(intervene.UNTOUCHED, ((0,), None), ((1,), None), ((2,), None))
@@ -615,7 +615,7 @@ def test_the_patch_that_beats_the_background_by_most_is_found_and_framed_in_the_
 
 def test_a_sheet_says_how_it_ranks_and_how_much_of_the_patches_is_object_and_an_empty_part_is_one_line(trained, monkeypatch):
     model, state = runs.load_model(trained)
-    samples = predict.open_split(intervene.Config(str(trained), limit=24), state["config"], model)[1]
+    samples = predict.open_split(intervene.Config(str(trained), limit=24), state, model)[1]
     trials = intervene.Trials(model, samples)
     trials.measure(intervene.UNTOUCHED)
     census, grids, lines = trials.census, [], []

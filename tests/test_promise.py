@@ -8,9 +8,12 @@ import os
 import pytest
 from tiny import fails
 
+import compose
+import data
 import evaluate
 import intervene
 import miniature.__main__ as miniature
+import predict
 import speed
 import sweep
 import train
@@ -39,6 +42,12 @@ PROMISE = [
     (train, (*MINI, "--weights", FILE), 2, FILE), (train, (*MINI, "--arch", "b", "--size", 98, "--weights", "mini"), 2, "--arch"),
     (train, (*MINI, "--device", "abacus"), 2, "--device abacus"), (train, (*MINI, "--size", 100), 2, "not a multiple"),
     (train, (*MINI, "--size", 8), 2, "3 x 3"), (train, (*MINI, "--batch", 100000, "--micro", 8), 2, "larger than the training set"),
+    (train, ("--data", "folder"), 2, "--root"), (train, ("--data", "folder", "--root", FILE), 2, "not a folder"), (train, ("--data", "folder", "--root", "."), 2, "expected"),
+    (train, ("--data", "folder", "--mini"), 2, "--recipe mini"), (train, ("--recipe", "papr"), 2, "did you mean paper"), (train, ("--arch", "mini", "--size", 96), 2, "--weights mini"),
+    (train, (*MINI, "--method", "erm", "--recipe", "mini", "--k", 3), 2, "means nothing to"), (train, (*MINI, "--arch", "s", "--size", 98), 2, "--arch mini"),
+    # data.py
+    (data, (), 2, "--root"), (data, ("--root", FILE), 2, "not a folder"), (data, ("--mini",), 2, "leave out one"), (data, ("--data", "mars"), 2, "unknown --data"),
+    (data, ("--sheet", FILE), 2, "--force"), (data, ("--sheet", "nowhere/x.png"), 2, "no folder"), (data, ("--sheet", "x.docx"), 2, ".png"),
     # evaluate.py and intervene.py
     *((script, flags, 2, words) for script in (evaluate, intervene) for flags, words in (
         ((), "--ckpt"), (("--ckpt", ""), "--ckpt is empty"), (("--ckpt", "nowhere.pt"), "no such file"), (("--ckpt", "."), "a folder"),
@@ -47,8 +56,16 @@ PROMISE = [
     (evaluate, ("--ckpt", FILE, "--leakage", -1), 2, "at least 0"), (intervene, ("--ckpt", FILE, "--q", 1), 2, "below 1"),
     (intervene, ("--ckpt", FILE, "--score", "angle"), 2, "unknown --score"),
     (intervene, ("--ckpt", FILE, "--tolerance", "inf"), 2, "finite"), (intervene, ("--ckpt", FILE, "--drop", "all"), 2, "invalid int"),
+    # predict.py
+    (predict, (), 2, "images"), (predict, (FILE,), 2, "give either --ckpt"), (predict, (FILE, "--ckpt", "x.pt", "--weights", "mini"), 2, "give either --ckpt"),
+    (predict, (FILE, "--weights", "mini", "--explain"), 2, "needs a trained model"), (predict, (FILE, "--ckpt", "nowhere.pt"), 2, "no such file"),
+    (predict, ("nowhere.jpg", "--ckpt", FILE), 2, "nowhere.jpg: no such file"), (predict, (FILE, "--ckpt", FILE, "--out", FILE), 2, "name a folder"),
+    (predict, (FILE, "--weights", "mini", "--arch", "mini", "--size", 96), 2, "none of 1 files"), (predict, (FILE, "--weights", "mini"), 2, "--arch"),
+    (predict, (FILE, "--weights", "mini", "--arch", "mini", "--size", 95), 2, "--size 95"), (predict, (FILE, "--ckpt", FILE, "--batch", 0), 2, "at least 1"),
+    (predict, (FILE, "--weights", "dinov2", "--arch", "mini", "--size", 96), 2, "no mini architecture"),
     # sweep.py
     (sweep, (), 2, "what"), (sweep, ("lader", *MINI), 2, "did you mean ladder"), (sweep, ("erm", *MINI, "--seeds", 0), 2, "at least 1"),
+    (sweep, ("early-truth", "erm", "--data", "folder", "--recipe", "mini", "--k", 2), 2, "means nothing to"),
     (sweep, ("erm", *MINI, "--seed", 1), 2, "decided by the sweep"), (sweep, ("erm", *MINI, "--epochs", 0), 2, "at least 1"),
     (sweep, ("erm", *MINI, "--also", "waterbird200"), 2, "leave it out"), (sweep, ("erm", "--data", "mars"), 2, "unknown --data"),
     # speed.py
@@ -58,6 +75,15 @@ PROMISE = [
     # measuring
     (tables, (), 2, "runs"), (tables, ("nowhere",), 2, "nowhere"), (tables, (FILE,), 2, "not a folder"), (tables, (".",), 2, "config.json"),
     (figures, (), 2, "--ckpt"), (figures, ("--ckpt", "nowhere.pt"), 2, "no such file"), (figures, ("--ckpt", FILE, "--format", "docx"), 2, "unknown --format"),
+    # compose.py
+    (compose, (), 2, "--objects"), (compose, ("--objects", "", "--backgrounds", "b", "--out", "o"), 2, "--objects is empty"),
+    *((compose, ("--objects", "nowhere", "--backgrounds", "nowhere", "--out", "o", *flags), 2, words) for flags, words in (
+        ((), "looked for"), (("--agreement", 1.5), "at most 1"), (("--agreement", "nan"), "finite"), (("--size", 8), "at least 16"),
+        (("--sizes", 0.9, 0.5), "smaller and a larger"), (("--crops", 0.9, 0.5), "smaller and a larger"), (("--shares", 0.5, 0.2, 0.2), "add up to 1"),
+        (("--shares", 1, 0, 0), "above 0"), (("--sizes", 0.5, 2), "at most 1"), (("--rotation", -1), "at least 0"), (("--train", HUGE), "at most"),
+        (("--patch", 100), "larger than --size"), (("--format", "bmp"), "unknown --format"), (("--out", FILE), "is there already"),
+        (("--train", 10 ** 7, "--size", 4096), "GiB"), (("--shared-object",), "did you mean --shared-objects"))),
+    (compose, ("--objects", FILE, "--backgrounds", "b", "--out", "o"), 2, FILE), (compose, ("--objects", ".", "--backgrounds", ".", "--out", "o"), 2, "no pictures"),
     # miniatures
     (miniature, ("--data", "waterbird"), 2, "waterbird"), (miniature, ("--train", HUGE), 2, "at most"), (miniature, ("--size", 33), 2, "multiple of 8"),
     (miniature, ("--train", 10 ** 6, "--size", 4096), 2, "GiB"),
