@@ -60,7 +60,8 @@ def train(names, name, *flags, measure=("--leakage", "100"), also=(), folder="sw
 
 
 def readme_run():
-    """The folder of the model that the README trains, if it is there; else ifam of the sweep, which has its settings."""
+    """The folder of the model that the README trains, if it is there; else that of ifam of the sweep, the same settings.
+    """
     folder = Path("runs/waterbirds-mini" if MINI else "runs/waterbirds")
     own = parse(Config, "", ["--data", "waterbirds", *["--mini"] * MINI], preset)
     if not FAST and sweep.trained(folder / "log.jsonl") and not differences(read_config(folder / "config.json"), own):
@@ -74,7 +75,7 @@ def reports(runs, file="report.json"):
 
 
 def corrected(run, *flags):
-    """What intervene.py with these flags decides for a run, and evaluate.py before and after -> (file, {title: report}).
+    """What intervene.py decides for a run, given these flags, and what evaluate.py measures -> (file, {title: report}).
 
     Measured anew only where the files are of another checkpoint or another decision.
     """

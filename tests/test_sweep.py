@@ -108,9 +108,18 @@ def test_a_notebook_gets_its_runs_and_pays_for_them_once(commands, capsys):
     for run in runs.values():                            # side by side, but each is trained before it is measured
         training, measuring = (command for _, out, command in called if out == str(run))
         assert "train.py" in training[1] and measuring[-2:] == ["--leakage", "100"]
-    assert capsys.readouterr().out.count("only once") == 2
+    shown = capsys.readouterr().err
+    assert "training ifam, k8: minutes, but only once" in shown and "100%" in shown       # a bar for both
     called.clear()
-    assert sweep.finished(["ifam", "k8"], MINI, "fast") == runs and not called and not capsys.readouterr().out
+    assert sweep.finished(["ifam", "k8"], MINI, "fast") == runs and not called and capsys.readouterr() == ("", "")
+
+
+def test_the_bar_of_a_notebook_knows_how_far_a_run_is(tmp_path):
+    cfg = runs.Config(out=str(tmp_path / "run"), epochs=4)
+    (tmp_path / "run").mkdir()
+    assert sweep.epochs_done(cfg) == 0
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 0, "config": {"epochs": 4}}\n{"step": 3, "epoch": 1.5}\n{"step": 4, "epoch": 2')
+    assert sweep.epochs_done(cfg) == 2
 
 
 def test_a_notebook_is_told_why_a_run_failed(commands):
