@@ -323,7 +323,8 @@ def prediction(out, i, path=None):
     if out.maps is not None:
         there = occurring([out.parts[i]], K := out.maps.shape[1] - 1)
         alone = "" if out.logits_stage1 is None else f"stage 1 alone: {said(out.logits_stage1[i])}"
-        cells["parts"] = overlay(shown, out.parts[i].numpy(), K), alone
+        assigned = out.parts[i].numpy()
+        cells["parts"] = overlay(shown, assigned, K), alone, numbered(assigned, K)
     if out.keep is None:
         cells["what the model sees"] = shown, said(out.logits[i])
     else:

@@ -56,7 +56,8 @@ def train(names, name, *flags, measure=("--leakage", "100"), also=(), folder="sw
     if FAST:
         flags, folder = [*flags, "--limit", "32", *["--epochs", "1"] * ("--epochs" not in flags)], f"fast-{folder}"
         measure = ["--leakage", "2"] if also else measure
-    return sweep.finished(names, ["--data", name, *["--mini"] * MINI, *flags], folder, measure, also)
+    mini = ["--mini"] * (MINI and name != "folder")      # pictures of one's own are what they are
+    return sweep.finished(names, ["--data", name, *mini, *flags], folder, measure, also)
 
 
 def readme_run():
