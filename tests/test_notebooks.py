@@ -83,7 +83,7 @@ def test_formulas_are_what_jupyterlab_and_github_both_draw():
 def test_links_between_notebooks_and_to_the_docs_lead_somewhere():
     for path in BOOKS:
         for cell in cells(path, "markdown"):
-            for target in re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", cell.source):
+            for target in re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", re.sub(r"```.*?```", "", cell.source, flags=re.S)):
                 assert target.startswith("http") or (path.parent / target).exists(), (path.name, target)
 
 
@@ -117,7 +117,7 @@ def test_no_cell_defines_a_model_or_is_long(path):
         assert not [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
         assert not re.search(r"\bnn\.(?!functional)[A-Z]|\boptim\b", cell.source)
         lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith(("import ", "from "))]
-        assert len(lines) <= 16, f"{len(lines)} lines: {lines[0]}"
+        assert len(lines) <= 18, f"{len(lines)} lines: {lines[0]}"
         assert max(map(len, lines), default=0) <= 120
 
 
