@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from ifam import IFAM, Noise, Output, Predictor, Selector
+from ifam import WEIGHTS, IFAM, Noise, Output, Predictor, Selector
 from vit import build_vit
 
 
@@ -254,8 +254,7 @@ PRETRAINED = ("frozen", "ep", "aim", "early-found", "late-found")               
 METHODS = ("ifam", "pdiscoformer", "erm", "frozen", "ep", "aim", *GIVEN)
 TAKES = {   # settings that only these methods have; all others have no such thing, and refuse the flag
     **dict.fromkeys(("k", "tau", "part_dropout1", "train_tokens", "shaping", "lr_prototypes", "lr_tokens",
-                     *(f"weight_{loss}" for loss in ("class1", "presence", "background", "orthogonality",
-                                                     "equivariance", "variation", "entropy", "concentration"))),
+                     *(f"weight_{loss}" for loss in WEIGHTS if loss != "class2")),
                     ("ifam", "pdiscoformer")),
     **dict.fromkeys(("weight_class2", "warmup"), tuple(m for m in METHODS if m != "pdiscoformer")),
     **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "freeze_stage2", "selector_size",

@@ -13,6 +13,7 @@ H heads, K parts (index K is the background), C classes. keep (B, N): 1 = stage 
     out = model.eval()(images)                    # images (B, 3, 518, 518), normalised
     out.logits, out.maps, out.keep                # (B, C), (B, K+1, h, w), (B, N)
 """
+import copy
 import math
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit import build_vit
+from vit import ViT, build_vit
 
 
 # ---------------------------------------------------------------- stage 1: the selector
@@ -288,13 +289,86 @@ class IFAM(nn.Module):
         return noise.to(self.selector.prototypes.device)
 
 
+# ---------------------------------------------------------------- for export
+class Static(nn.Module):
+    """A trained model of the project with fixed shapes, for torch.export, torch.compile(fullgraph=True) and ONNX.
+
+        program = torch.export.export(Static(model), (images,))
+
+    forward(images, keep=None) -> (logits, maps, keep), as Output has them, None where the method has no such thing.
+    Masked attention runs over all tokens instead of packing the kept ones: equal to rounding, slower where few are
+    kept. keep (B, N) must be given to a model that is told the true mask. Evaluation only: no noise, no gradients. It
+    shares its weights with `model`, and has the intervention that is on now. ValueError for a model whose grid is not
+    known before its first images.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        if not all(vit.grid_is_known for vit in model.modules() if isinstance(vit, ViT)):
+            raise ValueError("the shape of the patch grid is not known yet: run the model on images first")
+        tensors = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+        tensors |= {id(b): b for b in model.buffers()}
+        self.model = copy.deepcopy(model, tensors).eval()            # every module is copied, no tensor
+        for module in self.modules():
+            if isinstance(module, ViT):
+                module.packed = False
+
+    def forward(self, images, keep=None):
+        out = self.model(images, keep)
+        return out.logits, out.maps, out.keep
+
+
+# ---------------------------------------------------------------- the loss of a step
+# Terms and their weights in the paper (appendix A.1). class1 and class2 are the cross entropies of the two stages.
+WEIGHTS = {"class1": 1.0, "class2": 1.0, "presence": 1.0, "background": 2.0, "orthogonality": 1.0, "equivariance": 1.0,
+           "variation": 1.0, "entropy": 1.0, "concentration": 0.0}
+
+
+def loss(out, warped_maps, labels, affine, weights=WEIGHTS, gather=None, terms=None):
+    """The training loss of a step, a scalar: the weighted sum of the terms that the model has.
+
+    out, warped_maps: what forward_pair returns, of any model of the project; labels (B,) class numbers; affine: the
+    Affine that warped the images. The last two of a model without parts are read by nobody and may be None.
+    weights: {term: weight}, with names of WEIGHTS; a term that is not in it, or has weight 0, is not computed.
+    gather: as in `presence`. terms: a dict that gets each computed term by name, unweighted and with its graph.
+    A model without stage 1 (out.maps is None) has class2 alone; one without stage 2 (out.logits is its
+    out.logits_stage1) has all but class2. ValueError for an unknown name, if no term is left, and if equivariance is
+    weighted without warped_maps and affine.
+    """
+    if unknown := weights.keys() - WEIGHTS.keys():
+        raise ValueError(f"no loss term is called {min(unknown)!r}: one of {', '.join(WEIGHTS)}")
+    known = {}
+    if out.logits is not out.logits_stage1:
+        known["class2"] = lambda: F.cross_entropy(out.logits.float(), labels)
+    if out.maps is not None:
+        if weights.get("equivariance") and (warped_maps is None or affine is None):
+            raise ValueError("equivariance compares with warped images: pass warped_maps and affine, or give it "
+                             "weight 0")
+        known["class1"] = lambda: F.cross_entropy(out.logits_stage1.float(), labels)
+        known["presence"] = lambda: presence(out.maps, gather)
+        known["background"] = lambda: background_presence(out.maps)
+        known["orthogonality"] = lambda: orthogonality(out.part_features)
+        known["equivariance"] = lambda: equivariance(out.maps, warped_maps, affine)
+        known["variation"] = lambda: total_variation(out.maps)
+        known["entropy"] = lambda: entropy(out.maps)
+        known["concentration"] = lambda: concentration(out.maps)
+    found = {name: term() for name, term in known.items() if weights.get(name)}
+    if not found:
+        raise ValueError(f"no term of this model has a weight: it has {', '.join(known)}")
+    if terms is not None:
+        terms.update(found)
+    return sum(weights[name] * value for name, value in found.items())
+
+
 # ---------------------------------------------------------------- part losses
-def presence(maps, gather=lambda peaks: peaks):
+def presence(maps, gather=None):
     """Every foreground part appears somewhere in the batch: 1 - mean over parts of the largest 3x3 average of its map.
 
-    maps (B, K+1, h, w) -> scalar. gather: peaks (K,) -> (K,), where a batch is spread over processes.
+    maps (B, K+1, h, w) -> scalar. gather: peaks (K,) -> (K,), the largest over all processes, where a batch is spread
+    over them; None where it is not.
     """
-    return 1 - gather(F.avg_pool2d(maps[:, :-1], 3, stride=1).amax((0, 2, 3))).mean()
+    peaks = F.avg_pool2d(maps[:, :-1], 3, stride=1).amax((0, 2, 3))
+    return 1 - (gather(peaks) if gather else peaks).mean()
 
 
 def background_presence(maps):

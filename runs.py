@@ -9,11 +9,14 @@ model) first. A run lives in runs/<name>: config.json, log.jsonl, last.pt (to re
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,10 +26,15 @@ import data
 import vit
 from baselines import GIVEN, METHODS, PRETRAINED, TAKES, build
 from benchmarks.transforms import PIPELINES
-from ifam import IFAM, limits_of
+from ifam import IFAM, WEIGHTS, Static, limits_of
 from settings import (RunError, UsageError, alive, bounded, check_bounds, flag, opt, read_json, read_text, recorded,
                       world, write_json, write_whole)
-from weights import find_published, load_strictly, read_file, rename_published
+from weights import (checksum, find_published, load_strictly, read_file, rename_published, write_safetensors)
+
+
+def loss_weight(term, what):
+    """The option of a loss term; its default is the paper's weight."""
+    return opt(WEIGHTS[term], f"loss weight: {what}", at_least=0)
 
 
 @dataclass
@@ -69,15 +77,15 @@ class Config:
     shaping: bool = opt(True, "the losses that shape parts; without them ifam is a joint amortised model (JAM)",
                         group="losses")
     stage1_class: bool = opt(True, "the class loss of stage 1")
-    weight_class1: float = opt(1.0, "loss weight: class, stage 1", at_least=0)
-    weight_class2: float = opt(1.0, "loss weight: class, stage 2", at_least=0)
-    weight_presence: float = opt(1.0, "loss weight: every part occurs in the batch", at_least=0)
-    weight_background: float = opt(2.0, "loss weight: background in every image, at its border", at_least=0)
-    weight_orthogonality: float = opt(1.0, "loss weight: parts have different features", at_least=0)
-    weight_equivariance: float = opt(1.0, "loss weight: parts move with the image", at_least=0)
-    weight_variation: float = opt(1.0, "loss weight: neighbouring patches agree", at_least=0)
-    weight_entropy: float = opt(1.0, "loss weight: patches are sure of their part", at_least=0)
-    weight_concentration: float = opt(0.0, "loss weight: parts are compact (PDiscoNet)", at_least=0)
+    weight_class1: float = loss_weight("class1", "class, stage 1")
+    weight_class2: float = loss_weight("class2", "class, stage 2")
+    weight_presence: float = loss_weight("presence", "every part occurs in the batch")
+    weight_background: float = loss_weight("background", "background in every image, at its border")
+    weight_orthogonality: float = loss_weight("orthogonality", "parts have different features")
+    weight_equivariance: float = loss_weight("equivariance", "parts move with the image")
+    weight_variation: float = loss_weight("variation", "neighbouring patches agree")
+    weight_entropy: float = loss_weight("entropy", "patches are sure of their part")
+    weight_concentration: float = loss_weight("concentration", "parts are compact (PDiscoNet)")
 
     epochs: int = opt(90, "passes over the training set", at_least=1, at_most=10 ** 6, group="schedule")
     batch: int = opt(16, "images per step over all processes and accumulation steps", at_least=1)
@@ -379,6 +387,7 @@ def pick_device(name="auto", local_rank=0):
 
 
 CHECKPOINT = "a checkpoint of train.py, such as runs/<name>/best.pt"
+DESCRIPTION = ("config", "step", "epoch", "best", "images", "dataset")           # what it holds beside tensors
 
 
 def read_checkpoint(path):
@@ -449,6 +458,7 @@ def load_model(path, device="cpu", name=""):
         load_strictly(model, state.get("ema") or state["model"])
     except (IndexError, KeyError, ValueError) as error:
         raise UsageError(f"{path}: its weights do not fit its settings: {error}") from None
+    model.checkpoint = {name: x for name, x in state.items() if name in DESCRIPTION}      # for save_safetensors, export
     return model.to(device).eval(), state
 
 
@@ -494,6 +504,86 @@ def load_published(state_dict, heads=None, **settings):
     model.selector.backbone.grid_is_known = model.predictor.backbone.grid_is_known = False
     load_strictly(model, state)
     return model
+
+
+# ---------------------------------------------------------------- files for other programs
+def save_safetensors(model, path):
+    """A trained model as one .safetensors file: weights, and as metadata config, step, best and dataset in JSON.
+
+    model: of load or load_model, or the content of a checkpoint, whose moving average is written where there is one.
+    Everything that reads a checkpoint reads this file too; resuming needs last.pt. An intervention stays a file of its
+    own. UsageError for a model that is not of a checkpoint of train.py.
+    """
+    said = model if isinstance(model, dict) else getattr(model, "checkpoint", {})
+    if not {"config", "step", "best"} <= said.keys() or said["step"] is None:
+        raise UsageError(f"{path}: only a model of a checkpoint of train.py can be written, see runs.load")
+    tensors = said.get("ema") or said["model"] if model is said else model.state_dict()
+    metadata = {name: json.dumps(said[name]) for name in DESCRIPTION if said.get(name) is not None}
+    metadata["sha256"] = checksum(tensors, metadata)
+    write_whole(path, lambda temporary: write_safetensors(temporary, tensors, metadata))
+
+
+def export(model, path, batch=1):
+    """A trained model as a file that runs without this repository. What it is, the end of `path` says:
+
+    .pt2          a program of torch.export: torch.export.load(path).module()(images)
+    .onnx         the same for ONNX runtimes; needs the package onnxscript
+    .safetensors  weights alone, see save_safetensors
+
+    Programs take images (batch, 3, height, width), normalised, always so many and of the size of the model, and give
+    logits, maps and keep, as ifam.Static does; a model that is told the true mask takes keep (batch, N) too. They carry
+    ifam.json: the checkpoint's settings and, for a model of `load`, names of classes, size and normalisation. The
+    program runs on the device where the model is. UsageError for another ending or a missing package.
+    """
+    path = Path(path)
+    if path.suffix not in (".pt2", ".onnx", ".safetensors"):
+        raise UsageError(f"{path}: a model is exported to a file that ends in .pt2, .onnx or .safetensors")
+    if path.suffix == ".onnx" and not all(map(find_spec, ("onnx", "onnxscript"))):
+        raise UsageError(f"{path}: ONNX needs packages that are not installed: pip install onnx onnxscript")
+    if path.suffix == ".onnx" and sum(p.numel() * p.dtype.itemsize for p in model.parameters()) > 3 << 29:
+        raise UsageError(f"{path}: one ONNX file cannot hold a model of this size; export it as .pt2")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: {path.parent} is no folder; name a file in a folder that exists")
+    if path.suffix == ".safetensors":
+        return save_safetensors(model, path)
+    program, inputs = traced(model, batch)
+    said = dict(getattr(model, "checkpoint", {}))
+    if hasattr(model, "pipeline"):
+        said |= {"classes": model.classes, "size": model.size, "normalisation": model.pipeline.normalisation}
+    if path.suffix == ".onnx":
+        return write_onnx(path, program, inputs, json.dumps(said))
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            torch.export.save(program, file, extra_files={"ifam.json": json.dumps(said)})
+    write_whole(path, write)
+
+
+def traced(model, batch):
+    """-> (torch.export's program of ifam.Static(model), {name of an input: an example})."""
+    static = Static(model)
+    backbone = (model.predictor or model.selector).backbone
+    parameter = next(model.parameters())
+    sides = getattr(model.selector, "given", None) or [n * backbone.patch for n in backbone.grid]
+    inputs = {"images": parameter.new_zeros(batch, 3, *sides)}
+    if model.needs_truth:
+        inputs["keep"] = parameter.new_ones(batch, math.prod(backbone.grid))
+    return torch.export.export(static, tuple(inputs.values())), inputs
+
+
+def write_onnx(path, program, inputs, said):
+    """torch.export's program as an ONNX file, whole or not at all; what it logs on the way is left out."""
+    outputs = ["logits", "maps", "kept" if "keep" in inputs else "keep"]         # an input has the other name
+    there = [name for name, spec in zip(outputs, program.graph_signature.user_outputs) if spec is not None]
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            found = torch.onnx.export(program, tuple(inputs.values()), input_names=list(inputs), output_names=there,
+                                      dynamo=True, verbose=False)
+            found.model.metadata_props["ifam.json"] = said
+            write_whole(path, lambda temporary: found.save(temporary, external_data=False))
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 # ---------------------------------------------------------------- an intervention on it

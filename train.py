@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 import data
@@ -113,23 +112,6 @@ def max_over_processes(local, world):
     return top + world * (local.detach() == top) * (local - local.detach())
 
 
-def loss_terms(model, out, warped_maps, labels, affine, wanted, world=1):
-    """The loss terms that this model has and that are wanted, by name, unweighted."""
-    terms = {}
-    if model.predictor is not None:
-        terms["class2"] = lambda: F.cross_entropy(out.logits.float(), labels)
-    if model.selector is not None:
-        terms["class1"] = lambda: F.cross_entropy(out.logits_stage1.float(), labels)
-        terms["presence"] = lambda: ifam.presence(out.maps, lambda peaks: max_over_processes(peaks, world))
-        terms["background"] = lambda: ifam.background_presence(out.maps)
-        terms["orthogonality"] = lambda: ifam.orthogonality(out.part_features)
-        terms["equivariance"] = lambda: ifam.equivariance(out.maps, warped_maps, affine)
-        terms["variation"] = lambda: ifam.total_variation(out.maps)
-        terms["entropy"] = lambda: ifam.entropy(out.maps)
-        terms["concentration"] = lambda: ifam.concentration(out.maps)
-    return {name: term() for name, term in terms.items() if name in wanted}
-
-
 def average_over_processes(tensors, world):
     """Replace tensors by their mean over processes, in one message.
 
@@ -144,13 +126,13 @@ def average_over_processes(tensors, world):
 
 
 def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None, scaler=None):
-    """Forward and backward of one step -> loss terms by name and "accuracy", averaged; p.grad has the mean gradient.
+    """Forward and backward of one step -> "loss", its terms by name and "accuracy", averaged; so is p.grad.
 
     batch: this process's share of the global batch, as the loader gives it. All randomness is a function of
     (seed, step, position in the global batch): one process, many, or accumulation compute the same step, except that
     under accumulation the presence loss takes its maximum within each portion.
     """
-    wanted = {name: weight for name, weight in loss_weights(cfg).items() if weight}
+    weights = loss_weights(cfg)
     share = len(batch["label"])
     affine = ifam.Affine.draw((cfg.size, cfg.size), generator(cfg.seed, step))    # one for the whole global batch
     sums = {}
@@ -162,12 +144,13 @@ def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None
             warped = None if model.selector is None else ifam.warp(images, affine)
             out, warped_maps = model.forward_pair(images, warped, noise and noise.to(device),
                                                   None if keep is None else keep[part])
-        terms = loss_terms(model, out, warped_maps, labels, affine, wanted, world)
-        loss = sum(wanted[name] * value for name, value in terms.items()) * (len(part) / share)
-        (scaler.scale(loss) if scaler else loss).backward()
-        terms["accuracy"] = (out.logits.argmax(1) == labels).float().mean()
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value.detach().float() * (len(part) / share)
+        terms, weight = {}, len(part) / share
+        loss = ifam.loss(out, warped_maps, labels, affine, weights,
+                         lambda peaks: max_over_processes(peaks, world), terms)
+        (scaler.scale(loss * weight) if scaler else loss * weight).backward()
+        accuracy = (out.logits.argmax(1) == labels).float().mean()
+        for name, value in {**terms, "accuracy": accuracy, "loss": loss}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().float() * weight
     average_over_processes(list(sums.values()) + [p.grad for p in model.parameters() if p.grad is not None], world)
     return sums
 
@@ -366,14 +349,13 @@ def log_step(log, trainer, pace, terms, norm, done, per_epoch):
     cfg, steps = trainer.cfg, trainer.steps
     values = {name: value.item() for name, value in terms.items()}
     speed, waiting, left = pace.report(done, cfg.batch, steps)
-    loss = sum(weight * values[name] for name, weight in loss_weights(cfg).items() if name in values)
     skipped = {"skipped_steps": trainer.skipped} if trainer.skipped else {}
     classes = "".join(f"  {name} {values[name]:.3f}" for name in ("class1", "class2") if name in values)
-    log({"step": done, "epoch": done / per_epoch, "lr": trainer.rates(), "loss": loss, **values,
+    log({"step": done, "epoch": done / per_epoch, "lr": trainer.rates(), **values,
          "gradient_norm": norm.item() if norm.isfinite() else None, "images_per_second": speed, "waiting": waiting,
          **skipped},
-        f"step {done}/{steps}  loss {loss:.3f}{classes}  accuracy {values['accuracy']:.3f}  {speed:.0f} images/s  "
-        f"{left:.0f} min left")
+        f"step {done}/{steps}  loss {values['loss']:.3f}{classes}  accuracy {values['accuracy']:.3f}  "
+        f"{speed:.0f} images/s  {left:.0f} min left")
 
 
 def agreed(noted, world, device):

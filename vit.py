@@ -203,6 +203,7 @@ class ViT(nn.Module):
             raise ValueError(f"width {width} is not a multiple of the number of heads {heads}")
         self.patch, self.width, self.grid = patch, width, (height // patch, across // patch)
         self.grid_is_known = True                        # False: the number of positions is, their shape is not yet
+        self.packed = True                               # False: shapes never depend on what a mask keeps (ifam.Static)
         hidden = hidden or {"mlp": 4 * width, "swiglu": (int(4 * width * 2 / 3) + 7) // 8 * 8}[ffn]
         self.patch_embed = PatchEmbed(patch, width)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
@@ -247,14 +248,15 @@ class ViT(nn.Module):
 
         class_only: only the class token, (B, 1, D); then the last block computes nothing for the others but the keys
         and values that it reads. A hard mask that needs no gradient takes the packed path: only kept tokens are
-        computed, and the rows of dropped patches are returned as zeros. What is kept equals the dense path to rounding.
+        computed, and the rows of dropped patches are returned as zeros. What is kept equals the dense path to rounding;
+        self.packed = False takes that one.
         """
         rows = (lambda x: x[:, :1]) if class_only else None
         if keep is None:
             return self._run(self.embed(images), attend_all, rows)
         mask = self.mask_of(keep)
-        if not hard:
-            return self._run(self.embed(images), lambda q, k, v: attend_masked(q, k, v, mask, hard=False), rows)
+        if not hard or not self.packed:
+            return self._run(self.embed(images), lambda q, k, v: attend_masked(q, k, v, mask, hard), rows)
         if mask.requires_grad:
             return self._run_joint(self.embed(images), mask, class_only)
         return self._run_packed(images, keep.bool(), class_only)

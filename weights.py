@@ -9,6 +9,8 @@ table of its family and must then fit exactly: what does not is an error that na
 """
 import argparse
 import functools
+import hashlib
+import json
 import math
 import os
 import re
@@ -37,19 +39,19 @@ INERT = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f4",
 def read_file(path, what, again="make it again"):
     """The content of a file of torch.save, plain types and tensors only, or of a .safetensors file.
 
+    A .safetensors file of runs.save_safetensors has the content of a checkpoint.
     what: what it should be, for the error; again: how to get another. UsageError, which says why, if the file is not
     there, cannot be read, is damaged (a bit that flipped shows in a checksum), or holds what could run code.
     """
     try:
         if not Path(path).is_file():
             raise UsageError(f"{path}: {'a folder, not a' if Path(path).is_dir() else 'no such'} file; expected {what}")
-        read_safetensors = import_safetensors(path) if Path(path).suffix == ".safetensors" else None
+        if Path(path).suffix == ".safetensors":
+            return content_of_safetensors(path, again)
         with open(path, "rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"       # as torch tells its files from those before version 1.6
         if zipped and (record := first_damaged(path)):
             raise UsageError(f"{path} is damaged, {record} is not what its checksum says; {again}")
-        if read_safetensors:
-            return read_safetensors(path)
         with torch.serialization.safe_globals(INERT), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UsageError:
@@ -79,19 +81,78 @@ def first_damaged(path):
         return f"its directory ({error})"
 
 
-def import_safetensors(path):
-    """-> safetensors.torch.load_file: a package that only such files need, so it is imported here."""
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UsageError(f"{path} needs a package that is not installed: pip install safetensors") from None
-    return load_file
+# The safetensors format (github.com/huggingface/safetensors), read and written here, so that no package is needed: 8
+# bytes, the length of the header as a little-endian number; the header, JSON: {name: {"dtype", "shape", "data_offsets":
+# [begin, end]}}, with texts by name under "__metadata__"; then the bytes of the tensors without a gap.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+CHECKPOINT = {"config", "step", "best"}                  # metadata, as JSON, of what runs.save_safetensors writes
+
+
+def content_of_safetensors(path, again="make it again"):
+    """A .safetensors file -> its tensors by name; of runs.save_safetensors, a checkpoint as train.py saves one."""
+    tensors, metadata = read_safetensors(path)
+    if not CHECKPOINT <= metadata.keys():
+        return tensors
+    if metadata.get("sha256") != checksum(tensors, metadata):
+        raise UsageError(f"{path} is damaged, its content is not what its checksum says; {again}")
+    return {**{name: json.loads(text) for name, text in metadata.items() if name != "sha256"}, "model": tensors}
+
+
+def read_safetensors(path):
+    """-> ({name: tensor}, metadata: {name: text}). ValueError, KeyError, TypeError where the format is not kept."""
+    with open(path, "rb") as file:
+        size, start = os.fstat(file.fileno()).st_size, 8 + int.from_bytes(file.read(8), "little")
+        if start > size:
+            raise ValueError("the header ends after the file")
+        header, tensors, at = json.loads(file.read(start - 8)), {}, 0
+        metadata = header.pop("__metadata__", {})
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            if begin != at or end > size - start or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} is not where its neighbours and its shape say")
+            content, at = bytearray(file.read(end - begin)), end
+            flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            tensors[name] = flat.view(shape)
+        if at != size - start:
+            raise ValueError("the file goes on after its tensors")
+    return tensors, metadata
+
+
+def write_safetensors(path, tensors, metadata):
+    """{name: tensor} and metadata {name: text} -> a .safetensors file. ValueError for a type that the format lacks."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, at, order = {"__metadata__": metadata}, 0, sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
+    for name in order:                                   # wide types first: each begins at a multiple of its size
+        x = tensors[name]
+        if x.dtype not in names:
+            raise ValueError(f"{name} is of type {x.dtype}, which is none of {', '.join(DTYPES)}")
+        end = at + x.numel() * x.dtype.itemsize
+        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(bytes_of(tensors[name]))
+
+
+def bytes_of(tensor):
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def checksum(tensors, metadata):
+    """SHA-256 over names and bytes of tensors and all metadata but "sha256", where it is kept."""
+    found = hashlib.sha256(json.dumps({k: v for k, v in sorted(metadata.items()) if k != "sha256"}).encode())
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(bytes_of(tensors[name]))
+    return found.hexdigest()
 
 
 def fetch(url, cached):
     """The content of the file at url, downloaded to `cached` unless it is there."""
-    if cached.suffix == ".safetensors":
-        import_safetensors(cached)                       # before the download, not after
     try:
         if not cached.is_file():
             cached.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +203,7 @@ def read_weights(name, arch, registers):
     if find_published(state):
         raise UsageError(f"--weights {name} is a snapshot of the published two-stage code, not a backbone; "
                          "evaluate it with evaluate.py --ckpt")
-    if isinstance(state, dict) and {"config", "step", "best", "model"} <= state.keys():
+    if isinstance(state, dict) and {*CHECKPOINT, "model"} <= state.keys():
         raise UsageError(f"--weights {name} is a checkpoint of train.py, a whole model and not a backbone; evaluate it "
                          "with evaluate.py --ckpt, or go on with train.py --resume")
     state, taken_off = unwrap(state)

@@ -85,7 +85,7 @@ def test_the_lesson_needs_torch_alone(graph):
         tree = ast.parse((ROOT / f"{name}.py").read_text())
         outside = {(node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
                    for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))}
-        assert outside <= {"torch", "math", "functools", "itertools", "typing", "vit"}, (name, outside)
+        assert outside <= {"torch", "copy", "math", "functools", "itertools", "typing", "vit"}, (name, outside)
 
 
 @pytest.mark.parametrize("name", modules())
