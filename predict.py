@@ -198,7 +198,7 @@ def look(backbone, pictures):
     "class_token" (n, D), "patches" (n, h, w, D); "keep" (n, h, w): the patches that are not background to FOUND's seed
     step; "components" (n, h, w, 3): the first principal components of each picture's patches, scaled to [0, 1].
     """
-    images = torch.stack([p.image for p in pictures]).to(backbone.pos_embed.device)
+    images = torch.stack([p.image for p in pictures]).to(backbone.cls_token.device)
     tokens = backbone(images).float()
     patches = tokens[:, backbone.prefix:]
     centred = patches - patches.mean(1, keepdim=True)

@@ -62,7 +62,7 @@ def test_k_means_finds_clusters_that_are_apart():
 
 def test_the_measures_are_1_for_features_that_are_only_position_or_only_the_mask():
     class Given(torch.nn.Module):
-        prefix, pos_embed = 0, torch.zeros(1)
+        prefix, cls_token = 0, torch.zeros(1)
 
         def __init__(self, x):
             super().__init__()
