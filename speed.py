@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ifam
 import train
+import vit
 from baselines import FoundMask
 from benchmarks.samples import Samples
 from benchmarks.transforms import FINE_GRAINED, PHOTOGRAPHS
@@ -49,7 +50,8 @@ class Config:
     training: bool = opt(False, "steps of train.py: one ViT, two stages, and two stages of which less trains")
     reading: bool = opt(False, "the input pipeline: decoding, augmentation and tensor")
 
-    arch: str = opt("s", "vision transformers: s, b, l, g, mini, or s/3 for the first 3 blocks of s", group="model")
+    arch: str = opt("s", "vision transformers, as train.py has them, or s/3 for the first 3 blocks of s", group="model",
+                    refused=vit.REFUSED)
     size: int = opt(224, "image side in pixels, a multiple of the patch", at_least=1)
     k: int = opt(8, "foreground parts", at_least=1)
     selector_size: int = opt(0, "side at which stage 1 looks at the image (0: --size)", at_least=0)

@@ -77,7 +77,7 @@ def freeze_backbone(stage, train_tokens=True):
 def role_of(name, cfg):
     """The part that a parameter plays: its learning rate is that of cfg.lr_<role>, of "backbone" cfg.lr."""
     return ("prototypes" if "prototypes" in name else "heads" if ".backbone." not in name else
-            "tokens" if cfg.weights != "none" and name.startswith("selector.") else "backbone")
+            "tokens" if cfg.stage1_starts_from() != "none" and name.startswith("selector.") else "backbone")
 
 
 def parameter_groups(model, cfg, steps):
@@ -185,10 +185,10 @@ def build_model(cfg, device, classes=None):
         model = build(asdict(cfg), classes or data.BENCHMARKS[cfg.data].classes)
     except ValueError as error:
         raise UsageError(f"these settings make no model: {error}") from None
-    load_pretrained(model, cfg.weights, cfg.arch, cfg.registers, cfg.selector_arch)
+    load_pretrained(model, cfg.weights, cfg.arch, cfg.registers, cfg.selector_arch, cfg.selector_weights)
     if isinstance(model, FoundMask):
         model.copy_backbone()
-    if cfg.weights != "none" and model.selector is not None:
+    if cfg.stage1_starts_from() != "none" and model.selector is not None:
         freeze_backbone(model.selector, cfg.train_tokens)
     if cfg.freeze_stage2:
         freeze_backbone(model.predictor)

@@ -34,6 +34,8 @@ ARCHS = {  # small ones for the miniatures, the DINOv2 sizes, those of DINOv3
     "b16": dict(DINOV3, width=768, depth=12, heads=12),
     "l16": dict(DINOV3, width=1024, depth=24, heads=16),
 }
+REFUSED = {"7b16": "DINOv3's ViT-7B has 6.7 billion parameters, and training one stage of it needs over 100 GB; take "
+                   "l16, the largest of its family here"}
 
 
 # ---------------------------------------------------------------- attention under a mask
@@ -237,7 +239,8 @@ class ViT(nn.Module):
         super().__init__()
         height, across = (size, size) if isinstance(size, int) else size
         if height % patch or across % patch or min(height, across) < patch:
-            raise ValueError(f"image size {height}x{across} is not a multiple of the patch size {patch}")
+            near = max(height, across) // patch * patch or patch
+            raise ValueError(f"image size {height}x{across} is not a multiple of the patch size {patch}, as {near} is")
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of the number of heads {heads}")
         if positions not in ("learned", "rotary"):
@@ -406,6 +409,8 @@ def build_vit(arch, size, registers=4):
     """A ViT: arch is a name in ARCHS, "b/6" for the first 6 blocks of one, or a dict of ViT's arguments."""
     if isinstance(arch, str):
         name, slash, blocks = arch.partition("/")
+        if name in REFUSED:
+            raise ValueError(f"{name} is refused: {REFUSED[name]}")
         if name not in ARCHS or slash and not blocks.isdecimal():
             raise ValueError(f"{arch!r} is no architecture: one of {', '.join(ARCHS)}, or b/6 for the first 6 blocks "
                              "of b")

@@ -192,7 +192,7 @@ class Reader(nn.Module):
         if turn is None:
             x = x + vit.pos_embed[0, 1:][window]
         else:
-            turn = turn[0][F.pad(window + vit.prefix, (vit.prefix, 0))]          # token 0, the class token, is not turned
+            turn = turn[0][F.pad(window + vit.prefix, (vit.prefix, 0))]          # those before: as token 0, not at all
         x = torch.cat([vit.before_patches().expand(B, -1, -1), x], 1)
         return vit._run(x, attend_all, turn=turn)[:, vit.prefix:]
 
@@ -230,6 +230,11 @@ def features(vit, images):
     return torch.cat([vit(part.to(device))[:, vit.prefix:].cpu() for part in images.split(64)])
 
 
+def position_share(x):
+    """Share of the variance of patch features x (n, N, D) that the position of a patch explains."""
+    return (x.mean(0).var(0).sum() / x.flatten(0, 1).var(0).sum()).item()
+
+
 def iou(a, b):
     return (a & b).sum().item() / max(1, (a | b).sum().item())
 
@@ -252,7 +257,7 @@ def measures(vit, images, objects):
     head = linear_head(fit, true_fit.long(), 2, penalty=1e-3)
     objectness = head(fit)[:, 1]
     cut = max(torch.linspace(.2, .7, 26).tolist(), key=lambda c: iou(objectness > c, true_fit))
-    return {"position": (x.mean(0).var(0).sum() / x.flatten(0, 1).var(0).sum()).item(),
+    return {"position": position_share(x),
             "k_means": iou(torch.isin(cluster_test, union), true_test),
             "linear": iou(head(test)[:, 1] > cut, true_test)}
 
@@ -359,7 +364,8 @@ def write_backbone(folder, vit, cfg, seconds, found):
     weights = {name: x.detach().cpu().half() for name, x in vit.state_dict().items()}
     write_whole(folder / f"{cfg.arch}.pt", lambda temporary: torch.save(weights, temporary))
     device = vit.cls_token.device.type
-    made = {"command": " ".join(["python -m miniature.pretrain", *sys.argv[1:]]), "seed": cfg.seed, "seconds": round(seconds),
+    made = {"command": " ".join(["python -m miniature.pretrain", *sys.argv[1:]]), "seed": cfg.seed,
+            "seconds": round(seconds),
             "machine": f"{os.cpu_count()} x {platform.machine()}, {torch.get_num_threads()} threads, {device}",
             "torch": torch.__version__, **found}
     write_json(folder / f"{cfg.arch}.json", made)
