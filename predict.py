@@ -378,7 +378,8 @@ class Config:
     images: list[str] = opt(MISSING, "pictures, or folders of pictures", positional=True)
     ckpt: str = opt("", "checkpoint of train.py (best.pt or last.pt), or snapshot of the published code")
     weights: str = opt("", "instead of --ckpt: a backbone alone, as train.py has it (dinov2, dinov3, mini, a file). It "
-                           "has no classes and no parts: shown are principal components of its features and FOUND's mask")
+                           "has no classes and no parts: shown are principal components of its features and FOUND's "
+                           "mask")
     arch: str = opt("b", "of --weights: size of the vision transformer", choices=tuple(vit.ARCHS),
                     refused=vit.REFUSED)
     size: int = opt(518, "of --weights: image side in pixels", at_least=1)

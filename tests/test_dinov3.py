@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HERE, agrees, below, golden
-from models import TINY, pictures, tiny
+from models import TINY, pictures, tiny, two_stages
 from tiny import fails, train as run_train
 
 import runs
@@ -15,7 +15,6 @@ import weights
 from ifam import IFAM, Static
 from measure import leakage
 from settings import UsageError
-from test_weights import hub, two_stages  # noqa: F401  (a fixture)
 from vit import ARCHS, ViT, attend_all, build_vit, rotate, rotations
 from weights import load_backbone, load_pretrained
 
@@ -40,7 +39,7 @@ def official(kind):
         return below("swiglu/official/", z)
     state = {"rope_embed.periods": 100 ** (torch.arange(8) / 8)}
     for name, x in below("mlp/hf/", z).items():
-        if "_proj.bias" in name and ".attention.o" not in name and ".mlp." not in name or ".attention.q" in name or ".attention.k" in name or ".attention.v" in name:
+        if any(f".attention.{one}_proj." in name for one in "qkv"):           # put together below
             continue
         for theirs, ours in (("embeddings.register_tokens", "storage_tokens"), ("embeddings.patch_embeddings", "patch_embed.proj"), ("embeddings.", ""),
                              ("model.layer", "blocks"), ("attention.o_proj", "attn.proj"), ("up_proj", "fc1"), ("down_proj", "fc2"),
@@ -225,7 +224,7 @@ def test_gradients_of_the_packed_and_the_joint_path_agree_and_the_masks_gradient
         for image, patch in ((0, 3), (1, 7), (2, 12)):                           # dropped, kept, dropped
             step = torch.zeros_like(keep)
             step[image, patch] = 1e-6 if keep[image, patch] == 0 else -1e-6
-            slope = (vit(x, keep + step, hard=False) [:, 0].square().sum() - vit(x, keep, hard=False)[:, 0].square().sum()) / step.sum()
+            slope = (vit(x, keep + step, hard=False)[:, 0].square().sum() - vit(x, keep, hard=False)[:, 0].square().sum()) / step.sum()
             assert slope.item() == pytest.approx(asked.grad[image, patch].item(), rel=1e-3)
 
 
@@ -315,7 +314,7 @@ def test_a_rotary_model_trains_its_tokens_and_has_no_position_to_train():
 
 
 # ---------------------------------------------------------------- --weights
-def test_dinov3_is_gated_and_the_error_says_where_to_ask_which_file_goes_where_and_what_licence_it_has(hub):  # noqa: F811
+def test_dinov3_is_gated_and_the_error_says_where_to_ask_which_file_goes_where_and_what_licence_it_has(hub):
     for arch, file in (("s16", "dinov3_vits16_pretrain_lvd1689m*.pth"), ("s16plus", "dinov3_vits16plus_pretrain_lvd1689m*.pth"), ("l16/6", "dinov3_vitl16_pretrain_lvd1689m*.pth")):
         with pytest.raises(UsageError) as error:
             load_pretrained(two_stages(), "dinov3", arch)
@@ -327,12 +326,12 @@ def test_dinov3_is_gated_and_the_error_says_where_to_ask_which_file_goes_where_a
 
 @pytest.mark.parametrize("arch, registers, words", [
     ("b", 4, "dinov3 has no b architecture: add --arch s16"), ("mini", 4, "dinov3 has no mini"), ("b16", 0, "4 registers"), ("g", 4, "no g architecture")])
-def test_dinov3_of_another_family_or_without_registers_is_refused(arch, registers, words, hub):  # noqa: F811
+def test_dinov3_of_another_family_or_without_registers_is_refused(arch, registers, words, hub):
     with pytest.raises(UsageError, match=words):
         load_pretrained(two_stages(), "dinov3", arch, registers)
 
 
-def test_a_file_of_dinov3_put_there_by_hand_is_used_and_two_are_not(hub):  # noqa: F811
+def test_a_file_of_dinov3_put_there_by_hand_is_used_and_two_are_not(hub):
     model = two_stages()
     for stage in (model.selector, model.predictor):
         stage.backbone = small("mlp")

@@ -4,13 +4,12 @@ import json
 import sys
 import zipfile
 from collections import OrderedDict
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import HERE, agrees, below, golden
-from models import TINY, as_published, pictures, published_model, their_name, tiny
+from models import TINY, as_published, pictures, published_model, their_name, tiny, two_stages
 
 import data
 import runs
@@ -124,26 +123,6 @@ def test_an_unexpected_key_of_a_hugging_face_file_is_named(key):
 
 
 # ---------------------------------------------------------------- --weights
-def two_stages(size=70, **kind):
-    """A model of two small backbones, for load_pretrained."""
-    return SimpleNamespace(**{stage: SimpleNamespace(backbone=ViT(size, 14, 48, 3, 3, layer_scale=1.0, **kind))
-                              for stage in ("selector", "predictor")})
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """An empty folder of downloads without a network behind it -> (folder, what was asked for)."""
-    asked = []
-
-    def download(url, path, **how):
-        asked.append(url)
-        raise OSError("Network is unreachable")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    (tmp_path / "hub" / "checkpoints" / "rad-dino").mkdir(parents=True)
-    return tmp_path / "hub" / "checkpoints", asked
-
-
 @pytest.mark.parametrize("arch, registers, name", [("s", 4, "dinov2_vits14/dinov2_vits14_reg4"), ("b", 0, "dinov2_vitb14/dinov2_vitb14"),
                                                    ("g", 4, "dinov2_vitg14/dinov2_vitg14_reg4")])
 def test_without_a_network_the_file_its_url_and_its_place_are_named(arch, registers, name, hub):
