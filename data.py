@@ -1,25 +1,32 @@
 """data.py: the benchmarks, in one table, and the door to them: a name -> splits of samples.
 
-Floor: data. Read benchmarks/samples.py first (what a split is), then the benchmark that you need.
-
     train = load("waterbirds", root="data", size=518)["train"]
     train[epoch, index]      # {"image": (3, S, S), "label": int, "group": int, "id": str}, the same at every call
 
+    python data.py --root photos --sheet sheet.png       # look at pictures of your own before training
+    python data.py --data waterbirds --mini              # or at a benchmark
+
+The command says what is odd about the data, prints how often each class meets each place, and draws some of each group.
 Every split of every benchmark is a Samples; a loader in benchmarks/ finds its files, labels, groups and annotations.
+
+Floor: data. Read benchmarks/samples.py first (what a split is), then the benchmark that you need.
 """
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
+
 import miniature
+from benchmarks import folder
 from benchmarks.cub import load_cub, load_waterbird200, load_waterbirds
-from benchmarks.files import NotThere, exists, is_miniature, say
+from benchmarks.files import SIGNATURE, NotThere, exists, is_miniature, is_our_picture, say
 from benchmarks.imagenet import IN9_VARIANTS, load_imagenet, load_imagenet9
 from benchmarks.metashift import load_metashift
-from benchmarks.samples import describe, stratified
+from benchmarks.samples import crosstab, describe, stratified
 from benchmarks.siim import load_siim
 from benchmarks.transforms import AS_THEY_ARE, FINE_GRAINED, PHOTOGRAPHS, RADIOGRAPHS, Pipeline
-from settings import UsageError
+from settings import UsageError, may_write, opt, parse, run_script, write_whole
 
 
 # ---------------------------------------------------------------- loaders
@@ -27,33 +34,65 @@ def load(name, root="data", size=None, seed=0, limit=0, splits=(), check=True, v
     """Read a benchmark -> {"train": Samples, "val": Samples, "test": Samples, ...}, those that it has.
 
     root: folder that holds the unpacked archives; size in pixels (default: the benchmark's); limit: only so many
-    samples of each split; splits: only these (default: all); check: every image must be there; val_share: hold out
-    this share of the training images, of each class alike, as validation; strict: the counts must be the published
-    ones. Raises UsageError when something is not where it belongs or is not what the benchmark has.
+    samples of each split; splits: only these (default: all); check: every image must be there, or the names of the
+    splits in which it must; val_share: hold out this share of the training images, of each class alike, as validation;
+    strict: the counts must be the published ones. Raises UsageError when something is not where it belongs or is not
+    what the benchmark has.
     """
     benchmark, root = BENCHMARKS[name], Path(root)
     found = read(name, root, size or benchmark.size, seed)
+    if benchmark.survey:
+        lines = benchmark.survey(found, None if check is True else check or ())
+        for line in [table(found)] * (check is True) + lines:
+            say(line)
     for split, samples in found.items():
         judge(benchmark, split, samples, root, limit)
     if differs := "; ".join(f"{split}: {samples.differs}" for split, samples in found.items() if samples.differs):
         if strict:
             raise UsageError(f"{name} is not as published: {differs}; unpack {benchmark.source}, or leave out "
-                             "--strict-data")
-        say(f"{name} is not as published: {differs}")
+                             "--strict-data" if benchmark.classes else f"--strict-data: {differs}")
+        if benchmark.classes:                            # of a folder of one's own, survey has said it
+            say(f"{name} is not as published: {differs}")
     if val_share:
         if "val" in found or "train" not in found:
             raise UsageError(f"--val-share: {name} has {'its own validation' if 'val' in found else 'no training'} "
                              "split; leave it out")
         train, held = stratified(found["train"].labels, val_share)
         found |= {"train": found["train"].part("train", train), "val": found["train"].part("val", held)}
+    if benchmark.survey and check is True:
+        missing_splits(found)
     if "train" in splits and "train" not in found:
         raise UsageError(f"{name}: no training images under {root.resolve()}; expected {benchmark.layout}")
     found = {split: found[split].first(limit) for split in splits or found if split in found}
-    for samples in found.values():
-        if check:
+    for split, samples in found.items():
+        if not benchmark.survey and (check is True or check and split in check):
             samples.check()
         say(describe(samples))
     return found
+
+
+def missing_splits(found):
+    """Say what follows where a folder of one's own has no validation or no test split."""
+    if "train" not in found:
+        return
+    title, hold = next(iter(found.values())).title, "--val-share 0.1 holds out a tenth of the training images"
+    if "test" not in found and "val" in found:
+        say(f"{title}: no test split: evaluate.py measures on val, on which the best epoch is chosen too")
+    elif "test" not in found:
+        say(f"{title}: no val and no test split: nothing to measure on; {hold}")
+    elif "val" not in found:
+        say(f"{title}: no val split: best.pt is the last epoch; {hold}, to choose the best one")
+
+
+ROWS = 40                                                # lines of a table, at most, that is printed before training
+
+
+def table(found):
+    """crosstab of {split: Samples}, or where it is long a line that says how to see it."""
+    first = next(iter(found.values()))
+    if len(found) * len(first.classes) <= ROWS:
+        return crosstab(found)
+    return f"{first.title}: {len(first.classes)} classes; python data.py --root PATH prints how many images each has"
 
 
 def read(name, root, size, seed):
@@ -61,15 +100,22 @@ def read(name, root, size, seed):
     try:
         found = BENCHMARKS[name].load(root, size, seed)
     except NotThere as error:
-        below, here = error.path.relative_to(root), root.resolve()
-        for up, folder in enumerate(below.parts):          # --root data/CUB_200_2011
-            if folder == here.name and exists(here.parents[up] / below):
-                raise UsageError(f"{name}: --root {root} is too deep, give {here.parents[up]}") from None
+        if above := too_deep(root, error.paths):
+            raise UsageError(f"{name}: --root {root} is too deep, give {above}") from None
+        if not BENCHMARKS[name].classes:
+            raise UsageError(f"{name}: {error}; expected {BENCHMARKS[name].layout}; name the folder with --root"
+                             ) from None
         offline = "; or use --mini, which needs no download" if name in miniature.BENCHMARKS else ""
         raise UsageError(f"{name}: {error}. Unpack {BENCHMARKS[name].source} under --root{offline}") from None
     for samples in found.values():
         samples.pipeline = BENCHMARKS[name].pipeline
     return found
+
+
+def too_deep(root, paths):
+    """The folder above `root` that has one of these paths, which were looked for under root; None if none has."""
+    above = root.resolve().parents[:4] if root.is_dir() else ()                  # --root data/CUB_200_2011/images
+    return next((up for path in paths for up in above if exists(up / path.relative_to(root))), None)
 
 
 def judge(benchmark, split, samples, root, limit):
@@ -83,7 +129,7 @@ def judge(benchmark, split, samples, root, limit):
     if is_miniature(root):
         return
     known = len(samples.classes)
-    if known != benchmark.classes:
+    if benchmark.classes and known != benchmark.classes:
         raise UsageError(f"{what}: {known} classes {where}, not {benchmark.classes}; unpack {benchmark.source} again")
     empty = [c for c, n in zip(samples.classes, samples.labels.bincount(minlength=known)) if not n]
     if empty and not samples.partial:
@@ -113,7 +159,7 @@ def difference(samples, releases):
 class Benchmark:
     """What the command line, the errors, the reports and the README say about a benchmark; settings are the paper's."""
     load: Callable               # (root, size, seed) -> {split: Samples}
-    classes: int
+    classes: int                 # 0: any
     size: int                    # pixels
     k: int                       # parts, as in the paper's main tables
     layout: str                  # under --root
@@ -128,6 +174,7 @@ class Benchmark:
     sets: tuple = ()             # splits that are measured beside "test"
     trained_on: str = ""         # only for evaluation: the benchmark that its models train on
     paper_split: str = "test"    # the split that the paper's numbers are of
+    survey: Callable = None      # instead of Samples.check: ({split: Samples}, splits to check) -> lines to say
 
 
 BENCHMARKS = {
@@ -184,6 +231,9 @@ BENCHMARKS = {
         {1: {"aa": 97.5, "mixed_same": 93.5, "mixed_rand": 91.1, "bg_gap": 2.4}},
         {name: [(450,) * 9] for name in ("test", *IN9_VARIANTS[1:])}, pipeline=AS_THEY_ARE, sets=IN9_VARIANTS[1:],
         trained_on="imagenet"),
+    "folder": Benchmark(
+        folder.load_folder, 0, 224, 4, folder.LAYOUT, "pictures of your own, --root names their folder", "your own",
+        ("aa", "aa_train_weighted", "worst_group"), {}, {}, survey=folder.survey),
 }
 
 
@@ -193,7 +243,8 @@ SPLITS = ("test", "val", "train", *dict.fromkeys(name for b in BENCHMARKS.values
 def overview():
     """For --help: every benchmark with its classes, and what is for evaluation only."""
     only = lambda b: f", only to evaluate a model of {b.trained_on}" * bool(b.trained_on)
-    return "; ".join(f"{name}: {b.classes} classes{only(b)}" for name, b in BENCHMARKS.items())
+    known = lambda b: f"{b.classes} classes{only(b)}" if b.classes else "pictures of your own under --root"
+    return "; ".join(f"{name}: {known(b)}" for name, b in BENCHMARKS.items())
 
 
 def docs_table():
@@ -202,7 +253,7 @@ def docs_table():
     for name, b in BENCHMARKS.items():
         paper = "; ".join(f"K={k}: " + ", ".join(f"{m} {v}" for m, v in row.items()) for k, row in b.paper.items())
         only = f" (evaluates models of `{b.trained_on}`)" * bool(b.trained_on)
-        lines.append(f"| `{name}`{only} | {b.classes} | {b.size} | {b.k} | {b.layout.replace('<', '&lt;')} | "
+        lines.append(f"| `{name}`{only} | {b.classes or 'any'} | {b.size} | {b.k} | {b.layout.replace('<', '&lt;')} | "
                      f"{b.source} | {b.licence} | {paper} |")
     return "\n".join(lines)
 
@@ -214,16 +265,113 @@ def available(name, root="data"):
         read(name, Path(root), here.size, 0)
     except UsageError as error:
         why = str(error).removeprefix(f"{name}: ").replace(str(Path(root).resolve()), str(root))
-        print(f"{name}: the miniature ({why})")
+        print(f"{name}: {'the miniature' if name in miniature.BENCHMARKS else 'not there'} ({why})")
         return False
-    print(f"{name}: the real benchmark under {root}")
+    print(f"{name}: the real benchmark under {root}" if here.classes else f"{name}: your pictures under {root}")
     return True
+
+
+def title_of(name, root):
+    """What the runs and reports of some data are called: the benchmark's name, or of a folder of one's own its own."""
+    return folder.title_of(root) if name == "folder" else name
+
+
+def report_name(samples, mini=False):
+    """What a report calls the data of a split: "waterbirds-mini", "folder photos"."""
+    return f"folder {samples.title}" if samples.name == "folder" else samples.name + "-mini" * mini
+
+
+def benchmark_of(title):
+    """The benchmark of what a report calls its data: "waterbirds-mini" -> "waterbirds", "folder photos" -> "folder"."""
+    return "folder" if title.startswith("folder ") else title.removesuffix("-mini")
+
+
+def measured(splits, wanted="test", known=SPLITS):
+    """The split to measure on, {split: Samples} -> Samples. A folder of one's own without test: val, and it is said.
+
+    UsageError that names the splits that are known where there is no such split.
+    """
+    first = next(iter(splits.values()))
+    if wanted == "test" and "test" not in splits and "val" in splits and first.name == "folder":
+        say(f"{first.title} has no test split: measured on val, on which the best epoch was chosen too")
+        return splits["val"]
+    if wanted not in splits:
+        held = "train with --val-share 0.1 to have one, or " * ("val" not in splits and "train" in splits)
+        raise UsageError(f"{first.title} has no split {wanted!r}; {held}choose another --split: "
+                         f"{', '.join(split for split in splits if split in known)}")
+    return splits[wanted]
 
 
 def find_root(name, root, mini):
     """The folder to read: `root` as it is, or the rendered miniature of the benchmark (rendered on first use)."""
     if not mini:
         return Path(root)
+    if name == "folder":
+        raise UsageError("--mini draws a benchmark, and --data folder is your own pictures: leave out one of them (the "
+                         "small network and short schedule of --mini alone are --recipe mini)")
     if name not in miniature.BENCHMARKS:
         raise UsageError(f"there is no miniature of {name} yet (there is one of: {', '.join(miniature.BENCHMARKS)})")
     return miniature.render(name)
+
+
+# ---------------------------------------------------------------- the command
+@dataclass
+class Config:
+    """What to look at."""
+    root: str = opt("data", "folder of your pictures; of a benchmark, the folder that holds the unpacked archives")
+    data: str = opt("folder", "folder: pictures of your own; or a benchmark", choices=tuple(BENCHMARKS))
+    mini: bool = opt(False, "use the miniature of the benchmark: drawn on first use, no download")
+    sheet: str = opt("", "also draw some pictures of each group, with the outlines of their masks, into this .png file")
+    force: bool = opt(False, "replace a picture that this program did not draw")
+
+
+def contact_sheet(splits, columns=8, side=96, most=60):
+    """{name: Samples} -> PIL picture: a row for each group of each split, with pictures spread evenly over its files.
+
+    Pictures are whole, with the outline of their true mask. Of more than `most` rows as many, spread evenly.
+    """
+    rows = [(some, group, (some.groups == group).nonzero()[:, 0].tolist()) for some in splits.values()
+            for group in some.groups.unique().tolist()]
+    if len(rows) > most:
+        say(f"the sheet shows {most} of {len(rows)} groups, spread evenly")
+        rows = [rows[i * len(rows) // most] for i in range(most)]
+    names = [f"{some.split}: {len(mine)}\n{some.group_names[group]}" for some, group, mine in rows]
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    words = 12 + max(round(draw.multiline_textbbox((0, 0), name)[2]) for name in names)
+    sheet = Image.new("RGB", (words + columns * side, len(rows) * side), "white")
+    for y, (some, group, mine) in enumerate(rows):
+        count = min(columns, len(mine))
+        ImageDraw.Draw(sheet).text((4, y * side + side // 3), names[y], fill="black")
+        for x in range(count):
+            sheet.paste(shown(some, mine[x * len(mine) // count], side - 2), (words + x * side + 1, y * side + 1))
+    return sheet
+
+
+def shown(some, i, side):
+    """Sample i of a split as a square picture of this side."""
+    picture = ImageOps.pad(some.read(some.paths[i], "RGB"), (side, side), color="white")
+    if some.masks:
+        mask = some.read(some.masks[i], "L").point(lambda value: 255 * (value > 0))
+        mask = ImageOps.pad(mask, (side, side), Image.Resampling.NEAREST, color=0)
+        edge = ImageChops.difference(mask, mask.filter(ImageFilter.MinFilter(3)))
+        picture.paste("magenta", (0, 0), edge)
+    return picture
+
+
+def main(argv=None):
+    given = parse(Config, __doc__, argv)
+    if given.sheet:
+        may_write(given.sheet, is_our_picture, given.force)
+        if Path(given.sheet).suffix.lower() != ".png":
+            raise UsageError(f"--sheet {given.sheet}: name a .png file")
+    splits = load(given.data, find_root(given.data, given.root, given.mini))
+    if given.data != "folder" or table(splits) != crosstab(splits):              # else it was printed
+        print(crosstab(splits))
+    if given.sheet:
+        sheet = contact_sheet(splits)
+        write_whole(given.sheet, lambda temporary: sheet.save(temporary, "PNG", pnginfo=SIGNATURE))
+        print(f"  wrote {given.sheet}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -314,7 +314,7 @@ def text(cfg, state, report, sets):
     trained, best, name, epoch = state["config"], state["best"], report["data"], report["checkpoint"]["epoch"]
     chosen = report["source"] if state["step"] is None else f"step {state['step']}" if epoch is None else \
         f"epoch {epoch:g}" + f", chosen on {best['split']}" * (epoch == best["epoch"])
-    lines = [f"{cfg.ckpt}: {trained['method']}, {chosen}; {name} {cfg.split}, {report['images']} images"]
+    lines = [f"{cfg.ckpt}: {trained['method']}, {chosen}; {name} {report['split']}, {report['images']} images"]
     if "intervention" in report:
         lines.append(f"  {describe_intervention(report['intervention'], name, [cfg.split, *sets])}")
     lines.append(table(report, f"{trained['masking']}, {trained['hardness']}"))
@@ -334,12 +334,13 @@ def main(argv=None):
     device = pick_device(cfg.device)
     model, state = load_model(cfg.ckpt, device, cfg.data)
     intervention = apply_intervention(model, cfg.intervention, cfg.ckpt) if cfg.intervention else None
-    name, samples, train, sets = open_split(cfg, state["config"], model)
+    name, samples, train, sets = open_split(cfg, state, model)
     check(cfg, model, state, samples, sets)
     if bare := [part for part, some in sets.items() if model.needs_truth and some.masks is None]:
         print(f"{name}: left out, for they have no true masks: {', '.join(bare)}")
         sets = {part: some for part, some in sets.items() if part not in bare}
-    written = outputs(cfg, samples.name, state["config"]["data"], bool(model.selector))
+    trained_on = data.title_of(state["config"]["data"], state["config"]["root"])
+    written = outputs(cfg, samples.title, trained_on, bool(model.selector))
     report = measure(cfg, model, state, name, samples, train, sets, intervention, device)
     print(text(cfg, state, report, sets))
     write_json(written[0], report)

@@ -12,6 +12,9 @@ H heads, K parts (index K is the background), C classes. keep (B, N): 1 = stage 
     model = IFAM(classes=2, k=8, arch="b", size=518)
     out = model.eval()(images)                    # images (B, 3, 518, 518), normalised
     out.logits, out.maps, out.keep                # (B, C), (B, K+1, h, w), (B, N)
+
+    out, warped_maps = model.train().forward_pair(images, warp(images, affine), noise)       # a step of training
+    loss(out, warped_maps, labels, affine).backward()                    # affine: Affine.draw, noise: Noise.draw
 """
 import copy
 import math

@@ -366,13 +366,13 @@ def main(argv=None):
     model, state = load_model(cfg.ckpt, device, cfg.data)
     trained = state["config"]
     check(cfg, model, trained["method"])
-    name, samples, train, _ = open_split(cfg, trained, model)
+    name, samples, train, _ = open_split(cfg, state, model)
     trials = Trials(model, samples, device=device, batch=cfg.batch, workers=cfg.workers)
     if cfg.q and train is None:
         raise UsageError(f"--q is calibrated on training images, and {name} has none; make the intervention on "
                          f"{trained['data']}, it can be evaluated on {name} too")
     if cfg.q:
-        trials.calibrate(train, cfg.q, train.name + "-mini" * trained["mini"])
+        trials.calibrate(train, cfg.q, data.report_name(train, trained["mini"]))
     chosen = decide(trials, cfg)
     print(f"{cfg.ckpt}: {trained['method']}, {model.selector.k} parts; {name} {samples.split}, {len(samples)} images")
     print(table(trials, chosen))

@@ -15,8 +15,6 @@ half: a model over a split.
 
 Floor: commands, the lowest. Read runs.py first.
 """
-import csv
-import io
 import json
 from collections import Counter
 from dataclasses import MISSING, dataclass, fields
@@ -40,7 +38,7 @@ from benchmarks.transforms import FINE_GRAINED, View, squash, to_tensor
 from ifam import limits_of
 from measure.metrics import foreground_counts
 from runs import apply_intervention, hash_of, outputs_of, pick_device
-from settings import (RunError, UsageError, bounded, may_write, opt, parse, progress, run_script, write_json,
+from settings import (RunError, UsageError, bounded, may_write, opt, parse, progress, run_script, write_csv, write_json,
                       write_whole)
 from weights import load_pretrained
 
@@ -216,12 +214,13 @@ class OnCheckpoint:
     """The options of every script that takes a checkpoint and runs it on images."""
     ckpt: str = opt(MISSING, "checkpoint of train.py (best.pt or last.pt), or snapshot of the published code",
                     group="checkpoint and images")
-    data: str = opt("", "another benchmark for the same model (cub: waterbird200; imagenet: imagenet9); if not given, "
-                        "the one it was trained on, which a published snapshot does not say",
-                    choices=("", *data.BENCHMARKS))
-    root: str = opt("", "folder of the benchmarks, if they moved since training")
+    data: str = opt("", "another benchmark for the same model (cub: waterbird200; imagenet: imagenet9; folder: pictures "
+                        "of your own, of the same classes); if not given, the one it was trained on, which a published "
+                        "snapshot does not say", choices=("", *data.BENCHMARKS))
+    root: str = opt("", "folder of the benchmarks, or of your own pictures, if it is not that of training")
     limit: int = opt(0, "use only N images of each split, spread evenly (0: as in training)", at_least=0)
-    strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones; else a line says so")
+    strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones, or a folder with files "
+                                   "that are odd; else a line says so")
     batch: int = opt(32, "images at once", at_least=1)
     workers: int = opt(0, "processes that load data", at_least=0)
     device: str = opt("auto", "auto, cpu, cuda or mps")
@@ -272,31 +271,42 @@ def predict(model, samples, batch=32, device="cpu", workers=0):
     return {name: torch.cat([p[name] for _, p in pieces])[order] for name in pieces[0][1]}
 
 
-def open_split(cfg, trained, model):
-    """-> (name for the report, the split to measure on, the training split or None, {name: other sets})."""
+def open_split(cfg, state, model):
+    """-> (name for the report, the split to measure on, the training split or None, {name: other sets}).
+
+    state: the checkpoint. A folder of one's own without a test split is measured on its validation split, said so.
+    """
+    trained = state["config"]
     name = cfg.data or trained["data"]
-    here = data.BENCHMARKS[name]
-    if trained["data"] not in (name, here.trained_on):
+    here, own = data.BENCHMARKS[name], name == "folder"
+    if not own and trained["data"] not in (name, here.trained_on):
         raise UsageError(f"--data {name} has {here.classes} classes that are not those of {trained['data']} "
                          f"({data.BENCHMARKS[trained['data']].classes}), which the checkpoint was trained on; evaluate "
                          f"a model of {here.trained_on or name}")
-    root = data.find_root(name, cfg.root or trained["root"], trained["mini"] and not cfg.root)
-    splits = data.load(name, root, trained["size"], limit=cfg.limit or trained["limit"], check=False,
-                       val_share=trained.get("val_share", 0.0) * (name == trained["data"]), strict=cfg.strict_data)
-    if cfg.split not in splits:
-        held = "train with --val-share 0.1 to have one, or " * (cfg.split == "val" and "train" in splits)
-        known = next(f for f in fields(cfg) if f.name == "split").metadata["choices"]
-        raise UsageError(f"{name} has no split {cfg.split!r}; {held}choose another --split: "
-                         f"{', '.join(split for split in splits if split in known)}")
-    samples = splits[cfg.split]
+    if own and trained["data"] != name and not cfg.root:
+        raise UsageError(f"--data folder needs --root PATH, the folder: {cfg.ckpt} was trained on {trained['data']}")
+    root = data.find_root(name, cfg.root or trained["root"], trained["mini"] and not own and not cfg.root)
+    same = data.title_of(name, root) == data.title_of(trained["data"], trained["root"])
+    looked = {cfg.split, *here.sets} if not own else {"train", "val", cfg.split}  # images of other splits may be away
+    splits = data.load(name, root, trained["size"], limit=cfg.limit or trained["limit"], check=looked,
+                       val_share=trained.get("val_share", 0.0) * same, strict=cfg.strict_data)
+    samples = data.measured(splits, cfg.split, next(f for f in fields(cfg) if f.name == "split").metadata["choices"])
+    refuse_other_classes(cfg, state, samples, model)
+    sets = {n: splits[n] for n in here.sets if n in splits and cfg.split == "test"}
+    return data.report_name(samples, trained["mini"]), samples, splits.get("train"), sets
+
+
+def refuse_other_classes(cfg, state, samples, model):
+    """UsageError unless the outputs of a model are the classes of these samples."""
     outputs = outputs_of(model)
     if samples.outputs != outputs:
-        raise UsageError(f"--data {name} needs {samples.outputs} classes, the checkpoint has {outputs}; evaluate it on "
-                         "the data it was trained on")
-    sets = {n: splits[n] for n in here.sets if n in splits and cfg.split == "test"}
-    for some in (samples, *sets.values()):
-        some.check()                                     # images of other splits need not be there
-    return name + "-mini" * trained["mini"], samples, splits.get("train"), sets
+        raise UsageError(f"--data {samples.name} needs {samples.outputs} classes, the checkpoint has {outputs}; "
+                         "evaluate it on the data it was trained on")
+    known = (state.get("dataset") or {}).get("classes", samples.classes)         # a published snapshot does not say
+    if samples.name == "folder" and list(known) != list(samples.classes):
+        differ = next((a, b) for a, b in zip(known, samples.classes) if a != b)
+        raise UsageError(f"{samples.title} has other classes than {cfg.ckpt}, or in another order: {differ[1]} where the "
+                         f"checkpoint has {differ[0]}; name its folders, or labels, as in training")
 
 
 # ---------------------------------------------------------------- what is written
@@ -353,15 +363,6 @@ def flat(row):
     for part, answer in enumerate(row.get("without", ())):
         cells |= {f"without_{part}": answer["class"], f"without_{part}_probability": answer["probability"]}
     return cells
-
-
-def write_csv(path, rows):
-    """Rows, dicts with the same keys, as a csv with a header."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
 
 
 def arrays_of(out, i):

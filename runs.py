@@ -29,7 +29,8 @@ from benchmarks.transforms import PIPELINES
 from ifam import IFAM, WEIGHTS, Static, limits_of
 from settings import (RunError, UsageError, alive, bounded, check_bounds, flag, opt, read_json, read_text, recorded,
                       world, write_json, write_whole)
-from weights import (checksum, find_published, load_strictly, read_file, rename_published, write_safetensors)
+from weights import (checksum, find_published, load_strictly, read_file, refuse_by_name, rename_published,
+                     write_safetensors)
 
 
 def loss_weight(term, what):
@@ -41,14 +42,19 @@ def loss_weight(term, what):
 class Config:
     """Settings of a run, the flags of train.py. Defaults are the paper's (appendix A.1)."""
     data: str = opt("waterbirds", f"benchmark ({data.overview()})", choices=tuple(data.BENCHMARKS), group="data")
-    root: str = opt("data", "folder that holds the unpacked benchmarks")
+    root: str = opt("data", "folder that holds the unpacked benchmarks, or with --data folder your pictures")
     mini: bool = opt(False, "use the miniature of the benchmark: drawn on first use, no download")
     limit: int = opt(0, "use only N training and evaluation samples, spread evenly (0: all)", at_least=0)
     val_share: float = opt(0.0, "hold out this share of the training images of each class as validation, where a "
                                 "benchmark has none, such as 0.1 (0: none)", at_least=0, below=1)
-    strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones; else a line says so")
+    strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones, or a folder with files "
+                                   "that are odd; else a line says so")
 
-    method: str = opt("ifam", "ifam, or a baseline", choices=METHODS, group="model")
+    recipe: str = opt("paper", "settings by one word, which flags replace: those of the paper; mini, a small network and "
+                               "a short schedule (the default with --mini); or fast, the usual ones with stage 1 at 3/4 "
+                               "of the side and with half of the blocks", choices=("paper", "mini", "fast"),
+                      group="model")
+    method: str = opt("ifam", "ifam, or a baseline", choices=METHODS)
     arch: str = opt("b", "size of the vision transformers: DINOv2's, DINOv3's (16), or the miniatures'",
                     choices=tuple(vit.ARCHS), refused=vit.REFUSED)
     registers: int = opt(4, "register tokens; 0 for weights without registers", at_least=0, at_most=1024)
@@ -112,29 +118,36 @@ class Config:
     device: str = opt("auto", "auto, cpu, cuda or mps")
     compile: bool = opt(False, "torch.compile both stages")
     workers: int = opt(4, "processes that load data, per training process", at_least=0)
-    out: str = opt("", "folder of the run (default runs/<data>, with -mini and -<method> where they apply)")
+    out: str = opt("", "folder of the run (default runs/<data>, of a folder of your own runs/<its name>, with -mini and "
+                       "-<method> where they apply)")
     resume: bool = opt(False, "go on from last.pt of this run")
     save_every: int = opt(500, "steps between saves of last.pt (it is also saved after every epoch)", at_least=1)
     log_every: int = opt(20, "steps between log lines", at_least=1)
 
     def __post_init__(self):
-        suffix = "-mini" * self.mini + f"-{self.method}" * (self.method != "ifam")
-        self.out = self.out or f"runs/{self.data}{suffix}"
+        self.out = self.out or f"runs/{self.title}" + f"-{self.method}" * (self.method != "ifam")
         self.workers = bounded(self.workers)
 
     def stage1_starts_from(self):
         """The weights of stage 1, as --weights has them."""
         return self.selector_weights or self.weights
 
+    @property
+    def title(self):
+        """What the runs on these data are called."""
+        return data.title_of(self.data, self.root) + "-mini" * self.mini
 
-# data.BENCHMARKS says what differs from Config's defaults by benchmark, this by miniature.
+
+# data.BENCHMARKS says what differs from Config's defaults by benchmark (--recipe paper), this for --recipe mini: --mini
+# is this recipe on drawings. SMALLER are the settings of --recipe fast.
 MINI = dict(arch="mini", size=96, weights="mini", k=4, epochs=2, batch=8, lr=7e-4, lr_tokens=1e-5, lr_prototypes=2.5e-3,
             lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, weight_variation=0.33, workers=0)
+SMALLER = ("selector_size", "selector_arch")
 # A setting, and what switches it off: --no-shaping every loss but those of the classes.
 SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class",
             **{name: "shaping" for name in TAKES if name.startswith("weight_") and "class" not in name}}
 # What may change on --resume, for it changes no result.
-FREE = {"root", "strict_data", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}
+FREE = {"root", "strict_data", "recipe", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}
 
 
 def preset(typed, earlier=None):
@@ -152,13 +165,64 @@ def preset(typed, earlier=None):
                              "leave it out")
     if known["data"] not in data.BENCHMARKS:             # parse() says so
         return {}
-    benchmark = data.BENCHMARKS[known["data"]]
-    settings = benchmark.settings
-    if known["mini"]:                                    # its own network and schedule, the benchmark's loss
-        settings = {**{name: x for name, x in settings.items() if name.startswith("weight_")}, **MINI}
+    recipe = known.get("recipe") or usual_recipe(known["mini"])
+    if "recipe" in typed and earlier:                    # what this recipe sets is no longer what --config says
+        for name in {*SMALLER, *(MINI if recipe != "fast" else ()), *data.BENCHMARKS[known["data"]].settings}:
+            earlier.pop(name, None)
+    settings = of_recipe(recipe, {**(earlier or {}), **typed}, known)
     if known["method"] in GIVEN:                         # early and late read the same, so that one thing differs
         settings = {**settings, "pooling": "mean"}
-    return {"size": benchmark.size, "k": benchmark.k, **settings}
+    return {"recipe": recipe, **{name: x for name, x in settings.items() if has(known["method"], name)}}
+
+
+def usual_recipe(mini):
+    return "mini" if mini else "paper"
+
+
+def has(method, setting):
+    """Is there such a setting in a method?"""
+    return method in TAKES.get(setting, METHODS)
+
+
+def of_recipe(recipe, given, known):
+    """-> {setting: value} of a recipe, on the benchmark of `known`. given: the settings that it does not replace."""
+    benchmark = data.BENCHMARKS[known["data"]]
+    settings = {"size": benchmark.size, "k": benchmark.k, **benchmark.settings}
+    if "mini" in (recipe, usual_recipe(known["mini"]) if recipe == "fast" else ""):
+        # its own network and schedule, the benchmark's loss
+        losses = {name: x for name, x in benchmark.settings.items() if name.startswith("weight_")}
+        settings = {"size": benchmark.size, "k": benchmark.k, **losses, **MINI}
+    if recipe == "fast":
+        now = {"arch": Config.arch, **settings, **given}
+        shape = vit.ARCHS.get(now["arch"], {})           # parse() refuses another
+        patch = shape.get("patch", 14)
+        settings = {**settings, "selector_size": max(3, round(0.75 * now["size"] / patch)) * patch,
+                    "selector_arch": f"{now['arch']}/{shape.get('depth', 12) // 2}"}
+    return settings
+
+
+def recipe_text(cfg):
+    """One line on a recipe that was chosen: what it sets, and what it has that the method has not; "" for the usual."""
+    if cfg.recipe == usual_recipe(cfg.mini):
+        return ""
+    used = [f"{flag(name)} {value}" for name, value in recipe_settings(cfg).items() if has(cfg.method, name)
+            and getattr(cfg, name) == value]
+    return "; ".join([f"--recipe {cfg.recipe}: {' '.join(used) or 'nothing'}", *filter(None, [left_out(cfg)])])
+
+
+def recipe_settings(cfg):
+    """What the recipe of a run would set for every method -> {setting: value}."""
+    own = SMALLER if cfg.recipe == "fast" else None
+    found = of_recipe(cfg.recipe, {"size": cfg.size, "arch": cfg.arch}, vars(cfg))
+    return {name: value for name, value in found.items() if not own or name in own}
+
+
+def left_out(cfg):
+    """The settings of a recipe that was chosen which the method of a run does not have, as text; "" for none."""
+    if cfg.recipe == usual_recipe(cfg.mini):
+        return ""
+    without = " ".join(f"{flag(name)} {x}" for name, x in recipe_settings(cfg).items() if not has(cfg.method, name))
+    return without and f"left out, for --method {cfg.method} has no such setting: {without}"
 
 
 def read_config(path):
@@ -171,6 +235,7 @@ def read_config(path):
 def read_settings(path):
     """config.json of a run -> its settings but those of the folder, for --config. UsageError if it is none."""
     found = recorded(Config, read_config(path), path)
+    found.setdefault("recipe", usual_recipe(found.get("mini")))                  # earlier runs do not say
     return {name: value for name, value in found.items() if name not in ("out", "resume")}
 
 
@@ -199,6 +264,8 @@ def check(cfg):
         raise UsageError(f"every loss of --method {cfg.method} has weight 0, and nothing would train: give one of "
                          f"{', '.join(map(flag, own))}")
     refuse_too_large(cfg)
+    for weights, arch in ((cfg.weights, cfg.arch), (cfg.stage1_starts_from(), cfg.selector_arch or cfg.arch)):
+        refuse_by_name(weights, arch.partition("/")[0], cfg.registers)
     if where := data.BENCHMARKS[cfg.data].trained_on:
         raise UsageError(f"--data {cfg.data} is for evaluation only: train with --data {where}, then "
                          f"evaluate.py --ckpt runs/{where}/best.pt --data {cfg.data}")
@@ -208,6 +275,8 @@ def check(cfg):
     if cfg.selector_size > cfg.size:
         raise UsageError(f"--selector-size {cfg.selector_size} is larger than the image (--size {cfg.size}): there is "
                          "nothing more to see")
+    if cfg.mini and cfg.data == "folder":
+        data.find_root(cfg.data, cfg.root, cfg.mini)     # says why not
     if cfg.mini and cfg.root != Config.root:
         raise UsageError("--mini draws its own data: leave out --root or --mini")
 
@@ -255,10 +324,10 @@ def plain(value):
 def differences(config, cfg):
     """Settings of a run that was recorded (a dict) that are not those of cfg -> {name: (then, now)}.
 
-    A setting that did not exist then had its default.
+    A setting that did not exist then had its default. One that the method does not have is the same, whatever it is.
     """
     both = {f.name: (config.get(f.name, f.default), plain(getattr(cfg, f.name))) for f in fields(Config)
-            if f.name not in FREE}
+            if f.name not in FREE and has(cfg.method, f.name)}
     return {name: (then, now) for name, (then, now) in both.items() if then != now}
 
 
@@ -437,7 +506,7 @@ def from_published(path, state_dict, name):
         raise UsageError(f"{path}: {error}") from None
     name = data.BENCHMARKS[name].trained_on or name
     classes, (height, width) = sizes.pop("classes"), sizes.pop("size")
-    if classes != data.BENCHMARKS[name].classes:
+    if data.BENCHMARKS[name].classes and classes != data.BENCHMARKS[name].classes:
         raise UsageError(f"{path} is a published snapshot with {classes} classes, --data {name} has "
                          f"{data.BENCHMARKS[name].classes}")
     if height != width:
@@ -661,7 +730,7 @@ def fields_of_intervention(content, k):
     of_parts = lambda x, holds: isinstance(x, list) and len(x) == k and all(map(holds, x))
     limits = lambda x: of_parts(x, lambda t: t is None or number(t))
     parts = lambda x: isinstance(x, list) and all(whole(p) and p < k for p in x) and len(set(x)) == len(x)
-    known = lambda x: isinstance(x, str) and x.removesuffix("-mini") in data.BENCHMARKS
+    known = lambda x: isinstance(x, str) and data.benchmark_of(x) in data.BENCHMARKS
     some, q = f"numbers of parts, 0 to {k - 1}, each once", content.get("q")
     measured_on = lambda where: [
         (f"{where}.data", known, "the name of a benchmark"),
@@ -716,6 +785,6 @@ def describe_intervention(content, name="", splits=()):
 
 
 def family(name):
-    """"waterbird200-mini" -> "cub": the benchmark whose objects it shows."""
-    name = name.removesuffix("-mini")
-    return name and (data.BENCHMARKS[name].trained_on or name)
+    """"waterbird200-mini" -> "cub": the benchmark whose objects it shows; a folder of one's own is its own."""
+    known = data.benchmark_of(name)
+    return name and (known == "folder" and name or data.BENCHMARKS[known].trained_on or known)

@@ -3,9 +3,11 @@
 Floor: the ground; it needs tqdm and the standard library alone. Every script's Config shows what `opt` is for.
 """
 import argparse
+import csv
 import difflib
 import functools
 import glob
+import io
 import json
 import math
 import os
@@ -381,6 +383,15 @@ def write_json(path, content):
     """Plain dict or dataclass -> indented JSON, whole or not at all."""
     content = content if isinstance(content, dict) else asdict(content)
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n"))
+
+
+def write_csv(path, rows):
+    """Dicts with the same keys -> a csv with a header, UTF-8, whole or not at all."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
 
 
 def read_text(path, what):

@@ -5,9 +5,9 @@
     python sweep.py erm ifam --data metashift --epochs 30 --list    # two runs: what is left to do; flags are train.py's
 
 Runs lie in runs/<data>-sweep/<name>-<seed> (-mini-sweep for miniatures), which all sets share: ifam is trained once.
-The same command again skips what is finished and resumes what is not. The table is <set>.md and <set>.json beside the
-runs. A flag that only some of the methods have is left out for the others. A run that fails stops no other; the exit
-status then is 1. SIGTERM and Ctrl-C are passed on to the run, which saves where it is, and end the sweep.
+The same command again skips what is finished and resumes what is not. The table is <set>.md, .tex, .csv and .json
+beside the runs. A flag that only some of the methods have is left out for the others. A run that fails stops no other;
+the exit status then is 1. SIGTERM and Ctrl-C are passed on to the run, which saves where it is, and end the sweep.
 
 Floor: commands, the highest: it starts train.py and evaluate.py, and reads nothing but their files.
 """
@@ -24,7 +24,7 @@ import data
 from baselines import TAKES
 from measure import tables
 from runs import Config as RunConfig
-from runs import check, differences, of_best, pick_device, preset, read_config
+from runs import check, differences, left_out, of_best, pick_device, preset, read_config
 from settings import RunError, UsageError, flag, nearest, opt, parse, read_json, run_script
 
 
@@ -116,10 +116,13 @@ def plan(names, seeds, flags, folder="sweep"):
             cfg = parsed(typed := [*given[name], *own, "--seed", seed])
             if cfg == parsed(plain := [*given[name], *METHODS[cfg.method], "--seed", seed]):
                 name, typed = cfg.method, plain
-            cfg.out = f"runs/{cfg.data}{'-mini' * cfg.mini}-{folder}/{name}-{seed}"
+            cfg.out = f"runs/{cfg.title}-{folder}/{name}-{seed}"
             check(cfg)
             refuse_other_settings(cfg)
             runs[cfg.out] = cfg, [*typed, "--out", cfg.out]
+    for line in dict.fromkeys(left_out(cfg) for cfg, _ in runs.values()):
+        if line:
+            print(f"--recipe {cfg.recipe}: {line}")
     return list(runs.values())
 
 

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -36,9 +37,9 @@ from benchmarks.samples import Plan
 from measure.metrics import accuracies
 from predict import given_mask, predict
 from runs import (Config, Log, check, claim, earlier_state, loss_weights, owned, pick_device, preset, read_settings,
-                  refuse_other_images, save)
+                  recipe_text, refuse_other_images, save)
 from settings import RunError, Stopped, UsageError, parse, progress, run_script, signals
-from weights import load_pretrained
+from weights import load_pretrained, reader
 
 
 # ---------------------------------------------------------------- functions of the step
@@ -178,23 +179,43 @@ def start_processes(cfg):
     return rank, world, device
 
 
-def build_model(cfg, device, classes=None):
-    """classes: if they are not the benchmark's, on a miniature or a part of it."""
-    torch.manual_seed(cfg.seed)
+def start_model(cfg, classes, read=None):
+    """A model with its pretrained weights, where it is built; UsageError for settings or weights that make none."""
     try:
-        model = build(asdict(cfg), classes or data.BENCHMARKS[cfg.data].classes)
+        model = build(asdict(cfg), classes)
     except ValueError as error:
         raise UsageError(f"these settings make no model: {error}") from None
-    load_pretrained(model, cfg.weights, cfg.arch, cfg.registers, cfg.selector_arch, cfg.selector_weights)
+    if model.selector is not None and min(model.selector.backbone.grid) < 3:
+        raise UsageError(f"stage 1 looks at {' x '.join(map(str, model.selector.backbone.grid))} patches, and its "
+                         "losses need 3 x 3 at least: take a larger --size or --selector-size")
+    load_pretrained(model, cfg.weights, cfg.arch, cfg.registers, cfg.selector_arch, cfg.selector_weights, read)
+    return model
+
+
+def try_out(cfg):
+    """-> a reader of the weights, for build_model, once a model was built and filled with them: errors come before data.
+
+    Weights that are to be downloaded are not: their name and the settings tell that they fit. The model has no memory,
+    unless it is so small that this costs less.
+    """
+    read = reader(cfg.registers)
+    here = lambda name: "none" if name in ("dinov2", "rad-dino") else name
+    own = {"weights": here(cfg.weights), "selector_weights": here(cfg.stage1_starts_from())}
+    with torch.device("cpu" if cfg.arch.startswith("mini") else "meta"), warnings.catch_warnings(action="ignore"):
+        start_model(Config(**{**vars(cfg), **own}), 2, read)
+    return read
+
+
+def build_model(cfg, device, classes=None, read=None):
+    """classes: if they are not the benchmark's, on a miniature or a part of it. read: what try_out gave."""
+    torch.manual_seed(cfg.seed)
+    model = start_model(cfg, classes or data.BENCHMARKS[cfg.data].classes, read)
     if isinstance(model, FoundMask):
         model.copy_backbone()
     if cfg.stage1_starts_from() != "none" and model.selector is not None:
         freeze_backbone(model.selector, cfg.train_tokens)
     if cfg.freeze_stage2:
         freeze_backbone(model.predictor)
-    if model.selector is not None and min(model.selector.backbone.grid) < 3:
-        raise UsageError(f"stage 1 looks at {' x '.join(map(str, model.selector.backbone.grid))} patches, and its "
-                         "losses need 3 x 3 at least: take a larger --size or --selector-size")
     model.to(device)
     if cfg.compile:
         compile_stages(model)
@@ -226,6 +247,8 @@ def open_data(cfg, rank, world):
         data.find_root(cfg.data, cfg.root, cfg.mini)
     if world > 1:
         dist.barrier()
+    if rank == 0 and (line := recipe_text(cfg)):
+        print(line)
     root = data.find_root(cfg.data, cfg.root, cfg.mini)
     splits = data.load(cfg.data, root, cfg.size, cfg.seed, cfg.limit, ("train", "val"), val_share=cfg.val_share,
                        strict=cfg.strict_data)
@@ -248,10 +271,10 @@ def give_truth(samples, method):
 class Trainer:
     """A model and what changes it: optimizer, fp16's scaler, moving average. A call is one step of training."""
 
-    def __init__(self, cfg, steps, rank, world, device, classes):
+    def __init__(self, cfg, steps, rank, world, device, classes, read=None):
         self.cfg, self.steps, self.rank, self.world, self.device = cfg, steps, rank, world, device
         self.dtype, scaler = autocast_of(cfg, device)
-        model = build_model(cfg, device, classes)
+        model = build_model(cfg, device, classes, read)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameter_groups(model, cfg, steps), fused=device.type in ("cpu", "cuda"))
         self.model, self.optimizer, self.scaler, self.skipped = model, optimizer, scaler, 0
@@ -419,10 +442,12 @@ def train(cfg):
         if cfg.resume and rank == 0:
             held.enter_context(owned(folder, new=False))
         state = earlier_state(cfg) if cfg.resume else None
+        read = try_out(cfg)
         samples, val = open_data(cfg, rank, world)
         images = {split.split: [len(split), split.digest()] for split in (samples, val) if split}
         steps = len(samples) // cfg.batch * cfg.epochs
-        trainer = Trainer(cfg, steps, rank, world, device, len(samples.classes))
+        trainer = Trainer(cfg, steps, rank, world, device, len(samples.classes), read)
+        del read                                         # the weights are in the model now
         if trainer.model.needs_truth:
             give_truth(samples, cfg.method)
         if state:

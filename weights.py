@@ -47,6 +47,7 @@ def read_file(path, what, again="make it again"):
     what: what it should be, for the error; again: how to get another. UsageError, which says why, if the file is not
     there, cannot be read, is damaged (a bit that flipped shows in a checksum), or holds what could run code.
     """
+    zipped = False
     try:
         if not Path(path).is_file():
             raise UsageError(f"{path}: {'a folder, not a' if Path(path).is_dir() else 'no such'} file; expected {what}")
@@ -167,14 +168,14 @@ def fetch(url, cached):
 
 
 # ---------------------------------------------------------------- a pretrained backbone
-def load_pretrained(model, name, arch, registers=4, selector_arch="", selector_name=""):
+def load_pretrained(model, name, arch, registers=4, selector_arch="", selector_name="", read=None):
     """Start every backbone of a model from pretrained weights: all from the same, but for a stage 1 of its own.
 
     name: "dinov2", "dinov3", "rad-dino", "mini", "mini-rotary", the path of a file, or "none"; selector_name: that of
     stage 1 ("": name). arch, selector_arch ("": as arch): as build_vit has them; "b/6" takes the first 6 blocks of b's
-    file. UsageError when it is not there or does not fit.
+    file. read: what reader() gave, so that no file is read again. UsageError when it is not there or does not fit.
     """
-    read = functools.cache(lambda *which: read_weights(*which, registers))       # once, and its line is printed once
+    read = read or reader(registers)
     for stage, start, whole in ((model.selector, selector_name or name, selector_arch or arch),
                                 (model.predictor, name, arch)):
         if stage is not None and start != "none":
@@ -187,23 +188,40 @@ def load_pretrained(model, name, arch, registers=4, selector_arch="", selector_n
                 raise UsageError(f"--weights {start} with --arch {whole}: {reason}") from None
 
 
+def reader(registers=4):
+    """A function (NAME, named size) that reads --weights NAME, each file once; its line is printed once."""
+    return functools.cache(lambda name, size: read_weights(name, size, registers))
+
+
+def refuse_by_name(name, arch, registers=4):
+    """UsageError for weights of which the name alone tells that they do not fit a named size; nothing is read."""
+    if name == "dinov2" and arch not in ("s", "b", "l", "g"):
+        other = "dinov3" if "16" in arch else arch
+        raise UsageError(f"--weights dinov2 has no {arch} architecture: add --weights {other} (or none) to --arch "
+                         f"{arch}, or choose another --arch")
+    if name == "dinov3" and arch not in ("s16", "s16plus", "b16", "l16"):
+        raise UsageError(f"--weights dinov3 has no {arch} architecture: add --arch s16, s16plus, b16 or l16")
+    if name == "dinov3" and registers != 4:
+        raise UsageError(f"--weights dinov3 has 4 registers (storage tokens), not {registers}: leave out --registers")
+    if name == "dinov2" and registers not in (0, 4):
+        raise UsageError(f"--weights dinov2 has 4 registers or none: --registers {registers} fits neither")
+    if name in MINIATURES and arch != name:
+        raise UsageError(f"--weights {name} is a small backbone of the miniatures and does not fit --arch {arch}: add "
+                         f"--arch {name}, or choose other --weights")
+    if name == "rad-dino" and (arch != "b" or registers):
+        raise UsageError("--weights rad-dino is a ViT-B without registers: add --arch b --registers 0")
+
+
 def read_weights(name, arch, registers):
     """The dict of tensors that --weights NAME is for a named size."""
+    refuse_by_name(name, arch, registers)
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     if name == "dinov2":
-        if arch not in ("s", "b", "l", "g"):
-            other = "dinov3" if "16" in arch else arch
-            raise UsageError(f"--weights dinov2 has no {arch} architecture: choose another --arch, or --weights "
-                             f"{other}, or --weights none")
-        if registers not in (0, 4):
-            raise UsageError(f"--weights dinov2 has 4 registers or none: --registers {registers} fits neither")
         url = DINOV2_URL.format(name=f"dinov2_vit{arch}14", registers="_reg4" if registers else "")
         state = fetch(url, cache / Path(url).name)
     elif name == "dinov3":
-        state = read_gated(cache, arch, registers)
+        state = read_gated(cache, arch)
     elif name == "rad-dino":
-        if arch != "b" or registers:
-            raise UsageError("--weights rad-dino is a ViT-B without registers: add --arch b --registers 0")
         state = fetch(RAD_DINO_URL, cache / "rad-dino" / "model.safetensors")
     else:
         state = read_file(MINIATURES.get(name, name), "a file of backbone weights (or one of dinov2, dinov3, rad-dino, "
@@ -226,12 +244,8 @@ def read_weights(name, arch, registers):
     return state
 
 
-def read_gated(cache, arch, registers):
+def read_gated(cache, arch):
     """The official file of DINOv3 for a named size, which a user must ask for and put into the folder `cache`."""
-    if not re.fullmatch(r"(s|b|l)16|s16plus", arch):
-        raise UsageError(f"--weights dinov3 has no {arch} architecture: add --arch s16, s16plus, b16 or l16")
-    if registers != 4:
-        raise UsageError(f"--weights dinov3 has 4 registers (storage tokens), not {registers}: leave out --registers")
     pattern = DINOV3.format(arch=arch)
     found = sorted(cache.glob(pattern))
     if not found:
@@ -506,7 +520,7 @@ def check_periods(periods):
     The official files have them in bfloat16, three digits; ours are exact, as Hugging Face's and timm's.
     """
     if periods is not None:
-        ours = 100.0 ** (torch.arange(len(periods)) / len(periods))
+        ours = 100.0 ** (torch.arange(len(periods), device=periods.device) / len(periods))
         if not torch.allclose(periods.float(), ours, rtol=0.01):
             raise ValueError(f"its rotary positions have periods {periods[0]:.3g} to {periods[-1]:.3g}, and not "
                              f"{ours[0]:.3g} to {ours[-1]:.3g}")

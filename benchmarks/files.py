@@ -5,11 +5,14 @@ Floor: data. Benchmarks read everything through it; whoever wants to know how a 
 """
 import csv
 import functools
+import hashlib
 import io
 import multiprocessing
 import os
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -17,9 +20,10 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from settings import UsageError, rank
+from settings import UsageError, progress, rank
 
-PHOTOS = (".jpeg", ".jpg", ".png")
+PHOTOS = (".jpeg", ".jpg", ".png")                         # what the published archives hold
+PICTURES = (*PHOTOS, ".avif", ".bmp", ".dcm", ".gif", ".jfif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def say(line):
@@ -35,8 +39,8 @@ say_once = functools.cache(say)
 class NotThere(UsageError):
     """A file or folder of a benchmark is not where it belongs; data.read says which archive brings it."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, *others):
+        self.path, self.paths = path, (path, *others)    # any of them would do
         above = next((p for p in path.parents if exists(p)), path)
         super().__init__(f"looked for {os.path.abspath(path)}, which is not there"
                          + f": {above} is a file, not a folder" * above.is_file())
@@ -59,7 +63,7 @@ def there(*paths):
     for path in paths:
         if exists(path):
             return path
-    raise NotThere(paths[0])
+    raise NotThere(*paths)
 
 
 def listed(path):
@@ -145,11 +149,12 @@ def read_bytes(path):
         raise refused(path, error) from None
 
 
-def read_rows(path, columns, commas=False):
+def read_rows(path, columns, commas=False, optional=()):
     """A text table -> [(line number, a value of each column)]. columns: {name: Kind}, in the order of the values.
 
     Blanks separate the fields, and the last one is the rest of its line. commas: as a csv, whose first line names the
-    columns, in any order and with others among them. Blank lines are skipped. UsageError with file and line.
+    columns, in any order and with others among them; "label or y" is the first of these that it has, and the value of
+    an `optional` column that it does not have is None. Blank lines are skipped. UsageError with file and line.
     """
     content = read_bytes(path)
     try:
@@ -159,7 +164,7 @@ def read_rows(path, columns, commas=False):
         raise UsageError(f"{path}, line {content[:error.start].count(10) + 1}: found {found}, expected "
                          f"{', '.join(columns)} as UTF-8 text") from None
     lines = enumerate(text.split("\n"), 1)
-    rows = csv_rows(path, text, columns) if commas else (
+    rows = csv_rows(path, text, columns, optional) if commas else (
         (number, line.strip().split(None, len(columns) - 1)) for number, line in lines if line.strip())
     return [(number, *values(path, number, fields, columns)) for number, fields in rows]
 
@@ -170,7 +175,7 @@ def values(path, number, fields, columns):
         raise UsageError(f"{path}, line {number}: {len(fields)} of {len(columns)} fields, expected "
                          f"{', '.join(columns)}")
     try:
-        return [kind.read(field) for kind, field in zip(columns.values(), fields)]
+        return [None if field is None else kind.read(field) for kind, field in zip(columns.values(), fields)]
     except (ValueError, KeyError):
         for (name, kind), field in zip(columns.items(), fields):
             try:
@@ -180,12 +185,16 @@ def values(path, number, fields, columns):
                 raise UsageError(f"{path}, line {number}: {name} is {shown}, expected {kind.expected}") from None
 
 
-def csv_rows(path, text, columns):
-    """The lines of a csv below its first -> (line number, texts of these columns), blanks around them dropped."""
+def csv_rows(path, text, columns, optional=()):
+    """The lines of a csv below its first -> (line number, texts of these columns), blanks around them dropped.
+
+    None for an optional column that is not there.
+    """
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         names = [name.strip() for name in next(reader, [])]
-        if absent := [name for name in columns if name not in names]:
+        known = {column: next((name for name in column.split(" or ") if name in names), None) for column in columns}
+        if absent := [column for column, name in known.items() if name is None and column not in optional]:
             found = next((f"{sign!r} between them" for sign in ";\t|" if any(sign in name for name in names)),
                          f"the columns {', '.join(names)}" if names else "nothing")
             raise UsageError(f"{path}, line 1: has no column {absent[0]}; found {found}, expected {', '.join(columns)} "
@@ -195,7 +204,7 @@ def csv_rows(path, text, columns):
                 raise UsageError(f"{path}, line {reader.line_num}: {len(row)} fields, expected {len(names)} as in "
                                  "line 1")
             of = dict(zip(names, row))
-            yield reader.line_num, [of[name].strip() for name in columns]
+            yield reader.line_num, [None if name is None else of[name].strip() for name in known.values()]
     except csv.Error as error:
         raise UsageError(f"{path}, line {reader.line_num}: {error}; expected {', '.join(columns)} with commas between "
                          "them") from None
@@ -226,33 +235,96 @@ def read_image(path, mode=None, upright=False):
     try:
         if not isinstance(path, Path):
             return path.image()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")              # what libraries warn of is either refused or harmless
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if path.suffix == ".dcm":
-                image = read_dicom(path, pixels=bool(mode))
-                return image and image.convert(mode)
-            if path.suffix == ".npy":
-                return read_array(path)
-            with Image.open(path) as image:
-                white = white_of(image)
-                if not mode:
-                    return None
-                image = ImageOps.exif_transpose(image) if upright else image
-                return eight_bits(image, mode, white)
+        with quiet():
+            return decoded(path, path, mode, upright)
     except (UsageError, MemoryError):
         raise
-    except ImportError:
-        raise UsageError(f"{path} is a DICOM file and pydicom is not installed: pip install pydicom") from None
     except Exception as error:                           # decoders raise many kinds
-        reason = str(error) or type(error).__name__
-        if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
-            reason = f"{reason.split(',')[0]}; make it smaller"
-        elif isinstance(error, OSError) and error.errno:
-            reason = error.strerror
-        elif not isinstance(error, Unusable):
-            reason += "; replace the file"
-        raise UsageError(f"cannot read image {path}: {reason}") from None
+        raise UsageError(f"cannot read image {getattr(path, 'path', path)}: {why_not(error)}") from None
+
+
+@contextmanager
+def quiet():
+    """Inside, what libraries warn of is either refused or harmless."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def decoded(file, path, mode=None, upright=False):
+    """What read_image gives of a file, which is open or is its path; raises what the decoders do."""
+    if path.suffix == ".dcm":
+        image = read_dicom(file, pixels=bool(mode))
+        return image and image.convert(mode)
+    if path.suffix == ".npy":
+        return read_array(file)
+    with Image.open(file) as image:
+        white = white_of(image)
+        if not mode:
+            return None
+        image = ImageOps.exif_transpose(image) if upright else image
+        return eight_bits(image, mode, white)
+
+
+def why_not(error):
+    """What a decoder raised -> why a file cannot be read and what to do, as the end of a line."""
+    if isinstance(error, UsageError):
+        return str(error)
+    if isinstance(error, ImportError):
+        return "it is a DICOM file and pydicom is not installed: pip install pydicom"
+    reason = str(error) or type(error).__name__
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        return f"{reason.split(',')[0]}; make it smaller"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is no picture; replace the file"
+    if isinstance(error, OSError) and error.errno:
+        return error.strerror
+    return reason if isinstance(error, Unusable) else f"{reason}; replace the file"
+
+
+HEAD = 4096                     # bytes of a file that are read to look at it; most headers are shorter
+
+
+class Look(NamedTuple):
+    """What the head of a file says."""
+    fault: str                  # why it cannot be read; "" if it can
+    size: int = 0
+    head: bytes = b""           # digest of the first HEAD bytes
+    alpha: bool = False         # has it transparency?
+
+
+def look(path):
+    """Open a picture once and read its header -> Look."""
+    try:
+        with open(path, "rb") as file:
+            size, head = os.fstat(file.fileno()).st_size, hashlib.blake2b(file.read(HEAD), digest_size=16).digest()
+            file.seek(0)
+            if path.suffix in (".dcm", ".npy"):
+                decoded(file, path)
+                return Look("", size, head)
+            with Image.open(file) as image:
+                white_of(image)
+                return Look("", size, head, has_alpha(image))
+    except MemoryError:
+        raise
+    except Exception as error:
+        return Look(why_not(error))
+
+
+def look_at(paths, title, at_once=8, portion=256):
+    """look() at many files -> [Look] in their order. Several at once: a disk that is far away answers late."""
+    portions = [range(start, min(start + portion, len(paths))) for start in range(0, len(paths), portion)]
+    with quiet(), ThreadPoolExecutor(at_once) as pool:   # warnings are those of the process: set once, not by thread
+        found = pool.map(lambda numbers: [look(paths[i]) for i in numbers], portions)
+        return [one for some in progress(found, title, len(portions)) for one in some]
+
+
+def digest_of_rest(path):
+    """What follows the first HEAD bytes of a file, digested."""
+    with open(path, "rb", buffering=0) as file:
+        file.seek(HEAD)
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 class Unusable(ValueError):
@@ -276,6 +348,11 @@ def white_of(image):
     return 2 ** bits - 1
 
 
+def has_alpha(image):
+    """May pixels of a picture be transparent?"""
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+
+
 def eight_bits(image, mode, white=None):
     """A picture of any kind -> PIL image of this mode. white: as white_of says.
 
@@ -292,7 +369,7 @@ def eight_bits(image, mode, white=None):
             raise Unusable(f"its values go up to {high:g} of 65535: it seems to use fewer than 16 bits, and nothing "
                            "says how many; save it with 8 bits, or with white at 65535")
         return Image.fromarray(np.rint(pixels * (255 / white)).astype(np.uint8)).convert(mode)
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if has_alpha(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, BEHIND[mode]), image)
     return image.convert(mode)

@@ -71,12 +71,15 @@ class Samples(torch.utils.data.Dataset):
     train_masks = False
     masks_tell = False          # True: masks mark what makes the label, so that no model may be given them
     partial = False             # True: some of the classes are not there on purpose
+    checked = False             # True: every file was looked at (folder.survey)
+    upright = False             # True: pictures are turned as their EXIF orientation says
     differs = ""                # how this split is not the published one; data.load says it
     pipeline = FINE_GRAINED     # data.read gives that of the benchmark
 
     def __init__(self, name, split, size, classes, ids, paths, labels, places=(), groups=None, masks=None,
                  points=None, boxes=None, seed=0, merge=None):
         self.name, self.split, self.size, self.seed, self.merge = name, split, size, seed, merge
+        self.title = name                                # of a folder of one's own, that of the folder
         self.classes, self.places = tuple(classes), tuple(places)
         self.ids, self.paths, self.masks, self.points, self.boxes = ids, paths, masks, points, boxes
         self.labels = torch.as_tensor(labels, dtype=torch.long)
@@ -136,7 +139,7 @@ class Samples(torch.utils.data.Dataset):
         Only headers are read: pixels that do not decode stop the run when they are needed. Of Names, which come from
         listing a folder, not even those: a million would take an hour.
         """
-        for what, paths in (("image", self.paths), ("mask", self.masks or ())):
+        for what, paths in (("image", self.paths), ("mask", self.masks or ())) if not self.checked else ():
             for name, path in zip(self.ids, () if isinstance(paths, Names) else paths):
                 path = getattr(path, "path", path)       # None: runs of a csv that has been read
                 if path and not exists(path):
@@ -148,7 +151,7 @@ class Samples(torch.utils.data.Dataset):
         """read_image; a small split keeps its pictures while there is room. They are shared: steps make new ones."""
         if (path, mode) in self.decoded:
             return self.decoded[path, mode]
-        picture = read_image(path, mode)
+        picture = read_image(path, mode, self.upright)
         size = len(mode) * picture.width * picture.height                        # "L", "RGB": a byte a letter
         if 3 * self.size ** 2 * len(self) <= SMALL and size <= self.room and isinstance(path, Path):
             self.decoded[path, mode], self.room = picture, self.room - size
@@ -186,18 +189,21 @@ def describe(samples):
     named = f"{seen} of " * (seen < known) + f"{known} classes"
     if len(counts) <= 9:
         named = ", ".join(f"{n} {g}" for n, g in zip(counts, samples.group_names))
-    return f"{samples.name} {samples.split}: {len(samples)} images ({named})"
+    return f"{samples.title} {samples.split}: {len(samples)} images ({named})"
 
 
 def crosstab(splits):
     """How often each class meets each place, {name: Samples} -> text: a shortcut is a table that is nearly diagonal."""
     places = list(dict.fromkeys(place for samples in splits.values() for place in samples.places or ("all",)))
-    lines = [f"{'':32}" + "".join(f"{place:>16}" for place in places)]
+    wide, column = (max([least, *(len(name) + 2 for name in names)]) for least, names in (
+        (18, (name for samples in splits.values() for name in samples.classes)), (16, places)))
+    lines = [" " * (14 + wide) + "".join(f"{place:>{column}}" for place in places)]
     for name, samples in splits.items():
         counts = torch.bincount(samples.groups, minlength=len(samples.group_names)).view(len(samples.classes), -1)
         for label in samples.labels.unique().tolist():
             row = dict(zip(samples.places or ("all",), counts[label].tolist()))
-            lines.append(f"{name:14}{samples.classes[label]:18}" + "".join(f"{row.get(p, '-'):>16}" for p in places))
+            lines.append(f"{name:14}{samples.classes[label]:{wide}}"
+                         + "".join(f"{row.get(p, '-'):>{column}}" for p in places))
     return "\n".join(lines)
 
 

@@ -620,7 +620,9 @@ def main(argv=None):
         raise UsageError(f"{given.ckpt} is of the method {trained['method']}, which has no two stages to compare; name "
                          "a checkpoint of ifam")
     root = data.find_root(trained["data"], trained["root"], trained["mini"])
-    samples = data.load(trained["data"], root, trained["size"], limit=trained["limit"], splits=("test",))["test"]
+    looked = ("test", "val") if trained["data"] == "folder" else ("test",)
+    samples = data.measured(data.load(trained["data"], root, trained["size"], limit=trained["limit"], splits=looked,
+                                      val_share=trained.get("val_share", 0.0)))
     given.out.mkdir(parents=True, exist_ok=True)
     drawing, pictures = given.out / "schematic.png", given.out / "late_early.png"
     for path in (drawing, pictures):

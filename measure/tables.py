@@ -1,7 +1,7 @@
-"""measure/tables.py: reports of many runs -> the layout of the paper's tables, as Markdown and JSON.
+"""measure/tables.py: reports of many runs -> the layout of the paper's tables, as Markdown, LaTeX, csv and JSON.
 
     python -m measure.tables runs/waterbirds-mini-sweep/*                  # Markdown on the terminal
-    python -m measure.tables runs/*-sweep/* --out tables/all               # also tables/all.md and tables/all.json
+    python -m measure.tables runs/*-sweep/* --out tables/all               # also tables/all.md, .tex, .csv and .json
 
 Floor: measuring. Read evaluate.py before (what a report says) and runs.py (what a run's settings are). One table for
 each benchmark, split and number of images, a row for each method with what was changed in its settings and for each
@@ -20,11 +20,13 @@ import data
 from baselines import GIVEN
 from runs import Config as RunConfig
 from runs import chosen_on, differences, of_best, preset, read_config
-from settings import (UsageError, flag, may_write, opt, parse, read_json, run_script, write_json, write_whole)
+from settings import (UsageError, flag, may_write, opt, parse, read_json, run_script, write_csv, write_json,
+                      write_whole)
 
 # 97.5 % quantile of Student's t for n = 2, 3, ... numbers
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
      2.110, 2.101, 2.093)
+DASH = "–"                 # where a row has no such number
 FEW = 3                    # so many seeds are listed: t makes an interval of them that a share cannot have
 
 
@@ -120,7 +122,7 @@ def from_paper(benchmark, row, k):
     A method with parts is looked up at the run's K. A miniature ("-mini") has a K of its own: where the paper does not
     have it, its smallest.
     """
-    name = benchmark.removesuffix("-mini")
+    name = data.benchmark_of(benchmark)
     columns, rows = PAPER.get(name, ((), {}))
     for parts, found in data.BENCHMARKS[name].paper.items():
         titled = {METRICS[metric]: number for metric, number in found.items()}
@@ -139,10 +141,12 @@ def from_paper(benchmark, row, k):
 # ---------------------------------------------------------------- runs -> rows
 def row_name(config):
     """What a run is, from its config.json: its method, and as flags the settings that are not its defaults."""
-    given = {key: config[key] for key in ("data", "mini", "method")}
+    usual = "mini" if config["mini"] else "paper"
+    recipe = config.get("recipe", usual)                 # earlier runs do not say
+    given = {key: config[key] for key in ("data", "mini", "method")} | {"recipe": recipe}
     default = RunConfig(**{**preset(given), **given, "seed": config["seed"]})
     changed = differences({**asdict(default), **config}, default)
-    words = [config["method"]]
+    words = [config["method"], *[f"--recipe {recipe}"] * (recipe != usual)]
     for name, (value, _) in changed.items():
         typed = flag(name)
         words.append(typed if value is True else f"--no-{typed[2:]}" if value is False else f"{typed} {value}")
@@ -235,34 +239,86 @@ def summarise(data, name, runs):
             "paper": {title: {"value": value, "parts": parts} for title, (value, parts) in paper.items()}}
 
 
-# ---------------------------------------------------------------- Markdown
-def markdown(data, split, images, rows):
-    """A table as text: our columns that some row has, each with the paper's beside it where some row has that."""
+# ---------------------------------------------------------------- the cells, once for every kind of text
+def layout(rows):
+    """-> (titles, rows of cells as text, notes): columns that some row has, the paper's beside ours where it has one.
+
+    The first column is the row's name, the second its number of seeds. A cell without a number is DASH.
+    """
     titles = [t for t in COLUMNS if any(t in r["numbers"] for r in rows)]
     papers = [t for t in titles if any(t in r["paper"] for r in rows)]
-    least = lambda r: "–" if r["least_worst_group"] is None else f"{r['least_worst_group']:.3f}"
-    some_least = any(least(r) != "–" for r in rows)
+    least = lambda r: DASH if r["least_worst_group"] is None else f"{r['least_worst_group']:.3f}"
+    some_least = any(least(r) != DASH for r in rows)
     both = lambda t, mine, paper: (mine, paper)[:1 + (t in papers)]
-    lines = [["", "n", *(h for t in titles for h in both(t, t, "paper")), *["least worst group"] * some_least]]
-    lines.append(["---"] * len(lines[0]))
+    head = ["", "n", *(h for t in titles for h in both(t, t, "paper")), *["least worst group"] * some_least]
+    body = []
     for r in rows:
         n = len(r["seeds"])
         cells = (c for t in titles for c in both(t, ours(r["numbers"].get(t), n), theirs(r["paper"].get(t))))
-        lines.append([f"`{r['row']}`", str(n), *cells, *[least(r)] * some_least])
-    lines = [f"| {' | '.join(line)} |" if i != 1 else f"|{'|'.join(line)}|" for i, line in enumerate(lines)]
+        body.append([r["row"], str(n), *cells, *[least(r)] * some_least])
+    notes = []
     if some := sorted({n for r in rows for n in r["leakage_images"]}):
         count = f"{some[0]}" + f" to {some[-1]}, by run: of more it is larger" * (len(some) > 1)
-        lines += ["", f"repaint, logits: the largest change of an image, of {count}."]
+        notes.append(f"repaint, logits: the largest change of an image, of {count}.")
     if "late" in titles:
-        lines += ["", "late, early: worst group (accuracy where there are none) of a linear head on frozen weights, "
-                      "the true mask acting after and before attention."]
-    return "\n".join([f"**{data}, {split}, {images:,} images**", "", *lines, *(["", FOOTNOTE] if papers else [])])
+        notes.append("late, early: worst group (accuracy where there are none) of a linear head on frozen weights, "
+                     "the true mask acting after and before attention.")
+    return head, body, [*notes, *[FOOTNOTE] * bool(papers)]
+
+
+def caption(data, split, images):
+    return f"{data}, {split}, {images:,} images"
+
+
+def markdown(data, split, images, rows):
+    """A table as text."""
+    head, body, notes = layout(rows)
+    lines = [f"| {' | '.join(line)} |" for line in (head, *([f"`{name}`", *cells] for name, *cells in body))]
+    lines.insert(1, f"|{'|'.join(['---'] * len(head))}|")
+    return "\n".join([f"**{caption(data, split, images)}**", "", *lines, *(x for note in notes for x in ("", note))])
+
+
+TEX = "% Tables of measure.tables; they need \\usepackage{booktabs}\n"
+ESCAPED = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+           ">": r"\textgreater{}", "±": r"$\pm$", "–": "--", **{c: "\\" + c for c in "&%$#_{}"}}
+
+
+def escaped(text, typed=False):
+    """Text as LaTeX prints it; typed: flags, whose two hyphens must not become one dash."""
+    text = "".join(ESCAPED.get(c, c) for c in text)
+    return re.sub("-(?=-)", "-{}", text) if typed else re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)
+
+
+def latex(data, split, images, rows):
+    """The same table for LaTeX, with the rules of the package booktabs; the cells are those of the Markdown."""
+    head, body, notes = layout(rows)
+    lines = [[escaped(cell) for cell in head]] + [[rf"\texttt{{{escaped(name, typed=True)}}}", *map(escaped, cells)]
+                                                  for name, *cells in body]
+    top, *below = (" & ".join(line) + r" \\" for line in lines)
+    return "\n".join([r"\begin{table}", r"\centering", rf"\caption{{{escaped(caption(data, split, images))}}}",
+                      rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\toprule", top, r"\midrule", *below,
+                      r"\bottomrule", r"\end{tabular}", *(rf"\par\smallskip\footnotesize {escaped(n)}" for n in notes),
+                      r"\end{table}"])
+
+
+FIRST = ("data", "split", "images", "method")            # columns of every csv, before those of its tables
+
+
+def flat(tables):
+    """All tables as the rows of one csv: cells of the Markdown, empty where there is no number or no such column."""
+    rows, columns = [], dict.fromkeys(FIRST, "")
+    for table in tables:
+        head, body, _ = layout(table["rows"])
+        head = ["method", *(f"{before}, paper" if title == "paper" else title for before, title in zip(head, head[1:]))]
+        columns |= dict.fromkeys(head, "")
+        rows += [{**{x: table[x] for x in FIRST[:3]}, **dict(zip(head, cells))} for cells in body]
+    return [{**columns, **{title: "" if cell == DASH else cell for title, cell in row.items()}} for row in rows]
 
 
 def ours(number, seeds):
     """Few numbers from least to best, else their mean and half interval; where some seeds have none, how many do."""
     if number is None:
-        return "–"
+        return DASH
     half, values = number["half_interval"], sorted(number["values"])
     short = lambda x: "0" if x == 0 else f"{x:.2f}" if abs(x) >= 0.01 else f"{x:.1g}"      # 0 is said of 0 alone
     text = f"{number['mean']:.3f}" + (f" ± {half:.3f}" if half is not None else "")
@@ -272,30 +328,35 @@ def ours(number, seeds):
 
 
 def theirs(number):
-    return "–" if number is None else f"{number['value']:.3f}" + f" (K={number['parts']})" * bool(number["parts"])
+    return DASH if number is None else f"{number['value']:.3f}" + f" (K={number['parts']})" * bool(number["parts"])
 
 
 def write_tables(folders, out="", force=False):
-    """Print the tables of these runs; with out, also write <out>.md and <out>.json."""
+    """Print the tables of these runs; with out, also write <out>.md, <out>.tex, <out>.csv and <out>.json."""
+    begins = lambda text: lambda path: path.read_text().startswith(text)
+    files = {".md": begins("**"), ".tex": begins(TEX), ".csv": begins(",".join(FIRST)),
+             ".json": lambda path: json.loads(path.read_text()).keys() == {"paper", "tables"}}
     if out:
-        markdown_file, json_file = Path(f"{out}.md"), Path(f"{out}.json")
-        markdown_file.parent.mkdir(parents=True, exist_ok=True)
-        may_write(markdown_file, lambda path: path.read_text().startswith("**"), force)
-        may_write(json_file, lambda path: json.loads(path.read_text()).keys() == {"paper", "tables"}, force)
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        for ending, is_ours in files.items():
+            may_write(f"{out}{ending}", is_ours, force)
     tables = [{"data": data, "split": split, "images": images,
                "rows": [summarise(data, name, runs) for name, runs in rows.items()]}
               for (data, split, images), rows in collect(folders).items()]
     text = "\n\n".join(markdown(**table) for table in tables) + "\n"
     print(text, end="")
     if out:
-        write_whole(markdown_file, lambda temporary: temporary.write_text(text))
-        write_json(json_file, {"paper": FOOTNOTE, "tables": tables})
+        tex = TEX + "\n".join(latex(**table) for table in tables) + "\n"
+        for ending, content in ((".md", text), (".tex", tex)):
+            write_whole(f"{out}{ending}", lambda temporary: temporary.write_text(content, encoding="utf-8"))
+        write_csv(f"{out}.csv", flat(tables))
+        write_json(f"{out}.json", {"paper": FOOTNOTE, "tables": tables})
 
 
 @dataclass
 class Config:
     runs: list[Path] = opt(MISSING, "folders of runs, with config.json and report.json", positional=True)
-    out: str = opt("", "write <out>.md and <out>.json as well")
+    out: str = opt("", "write <out>.md, <out>.tex, <out>.csv and <out>.json as well")
     force: bool = opt(False, "replace files that this script did not write")
 
 

@@ -1,6 +1,10 @@
 """The house: rooms on floors, imports run down and nowhere in a circle; functions of one screen."""
 import ast
 import graphlib
+import subprocess
+import sys
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -95,3 +99,43 @@ def test_no_function_is_longer_than_60_lines_and_each_room_says_its_floor(name):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno - node.lineno < 60, f"{name}.{node.name}: {node.end_lineno - node.lineno + 1} lines"
     assert "loor:" in ast.get_docstring(tree), f"{name}: its docstring does not say on which floor it is"
+
+
+def test_an_installation_has_every_room_and_what_lies_in_it():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {name.partition(".")[0] for name in modules() if "." in name}
+    assert set(setuptools["packages"]) == folders
+    assert set(setuptools["py-modules"]) == {name for name in modules() if "." not in name} - folders
+    files = {p.relative_to(ROOT) for folder in folders for p in (ROOT / folder).iterdir() if p.is_file() and p.suffix != ".py"}
+    listed = {p.relative_to(ROOT) for folder, patterns in setuptools["package-data"].items() for x in patterns for p in (ROOT / folder).glob(x)}
+    assert files == listed
+    for kind, file in (("dependencies", "requirements.txt"), ("optional-dependencies", "requirements-dev.txt")):
+        assert file in str(setuptools["dynamic"][kind]) and (ROOT / file).is_file()
+    assert setuptools["package-dir"] == {"": "."}        # else a folder `data` or `runs` hides the module of its name
+
+
+def test_modules_are_found_where_folders_have_their_names(tmp_path):
+    for name in ("data", "runs", "measure"):
+        (tmp_path / name).mkdir()
+    code = f"import sys; sys.path.append({str(ROOT)!r}); import ifam, runs, predict, measure.tables; print(runs.load, ifam.loss)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)       # as the .pth of `pip install -e .` does it
+
+
+def test_pip_installs_it_as_the_clone_on_the_python_path(tmp_path):
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.partition(".")[0]) < 77:
+        pytest.skip("pyproject.toml asks for setuptools 77")
+    for path in (*ROOT.glob("*.*"), *(p for folder in ("measure", "benchmarks", "miniature") for p in (ROOT / folder).glob("*.*"))):
+        if path.is_file():
+            (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+            (tmp_path / path.relative_to(ROOT)).symlink_to(path)
+    (tmp_path / "LICENSE").symlink_to(ROOT / "LICENSE")
+    code = "from setuptools import build_meta; print(build_meta.build_editable('wheel'))"
+    (tmp_path / "wheel").mkdir()
+    built = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.split()[-1]
+    with zipfile.ZipFile(tmp_path / "wheel" / built) as wheel:
+        path, = (wheel.read(name).decode().strip() for name in wheel.namelist() if name.endswith(".pth"))
+        metadata = next(wheel.read(name).decode() for name in wheel.namelist() if name.endswith("METADATA"))
+    assert path == str(tmp_path)
+    for line in (ROOT / "requirements.txt").read_text().split():
+        assert f"Requires-Dist: {line}\n" in metadata

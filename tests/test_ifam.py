@@ -8,6 +8,7 @@ from conftest import agrees, below, golden
 from models import TINY, pictures, published_model, their_layout, their_name, tiny
 
 import ifam
+from baselines import ERM, PDiscoFormer
 from ifam import IFAM, Affine, Noise, Predictor, discretize, warp
 from vit import build_vit
 
@@ -258,6 +259,69 @@ def test_the_pair_of_a_training_step_equals_two_separate_passes():
     for ours, expected in zip(pair, alone):
         agrees(ours, expected)
     agrees(warped_maps, model.selector(warped, Noise(*(n[2:] for n in noise))).maps)
+
+
+# ---------------------------------------------------------------- the loss as one function
+def a_step(model, seed=0):
+    """Output, maps of warped images, labels and warp of a training step."""
+    torch.manual_seed(seed)
+    affine = Affine.draw((70, 70))
+    noise = None if model.selector is None else Noise.draw(4, 25, generators=[None] * 6)
+    out, warped_maps = model.train().forward_pair(pictures(), warp(pictures(), affine), noise)
+    return out, warped_maps, torch.tensor([0, 2, 1]), affine
+
+
+@pytest.mark.parametrize("mode", ["hard", "soft"])
+def test_the_loss_of_a_step_is_the_published_one_and_so_are_its_gradients(mode, monkeypatch):
+    z = step = golden("train_step")
+    angle, right, down, scale = step["affine"].tolist()
+    model, _, out, _, warped_maps = training_terms(mode, mode == "soft", orthogonality_as_published)
+    ours = ifam.orthogonality                            # the one that they differ in
+    monkeypatch.setattr(ifam, "orthogonality", lambda part_features: ours(part_features.mT))
+    total = ifam.loss(out, warped_maps, step["targets"], Affine(angle, right / 70, down / 70, scale))
+    agrees(total, z[f"{mode}/loss/loss_total_train"])
+    total.backward()
+    check_gradients(model, below(f"{mode}/grad/", z), below(f"{mode}/gradnorm/", z))
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms_and_computes_no_others(monkeypatch):
+    step, terms = a_step(tiny()), {}
+    weights = {name: 0.5 + i for i, name in enumerate(ifam.WEIGHTS)}
+    total = ifam.loss(*step, weights, terms=terms)
+    assert terms.keys() == weights.keys() and all(x.requires_grad and x.ndim == 0 for x in terms.values())
+    assert total.item() == pytest.approx(sum(weights[name] * x.item() for name, x in terms.items()), rel=1e-6)
+    some = {}
+    monkeypatch.setattr(ifam, "concentration", None)     # weight 0: not called
+    assert ifam.loss(*step, {"entropy": 2.0, "concentration": 0.0}, terms=some).item() == 2 * terms["entropy"].item()
+    assert some.keys() == {"entropy"}
+    assert ifam.loss(*step).item() == ifam.loss(*step, ifam.WEIGHTS).item()
+
+
+def test_gather_takes_part_in_the_presence_of_parts_alone():
+    step = a_step(tiny())
+    difference = ifam.loss(*step) - ifam.loss(*step, gather=lambda peaks: peaks * 0)
+    assert difference.item() == pytest.approx(ifam.presence(step[0].maps).item() - 1, abs=1e-5)
+
+
+@pytest.mark.parametrize("make, names", [
+    (lambda: tiny(), [*ifam.WEIGHTS][:-1]), (lambda: ERM(3, TINY, 70), ["class2"]),
+    (lambda: PDiscoFormer(3, 4, TINY, 70), ["class1", *[*ifam.WEIGHTS][2:-1]])], ids=["ifam", "erm", "pdiscoformer"])
+def test_a_model_has_the_terms_of_its_stages(make, names):
+    terms = {}
+    ifam.loss(*a_step(make()), terms=terms).backward()
+    assert sorted(terms) == sorted(names)
+
+
+def test_a_loss_that_cannot_be_says_why():
+    out, warped_maps, labels, affine = a_step(tiny())
+    with pytest.raises(ValueError, match="no loss term is called 'prescence': one of class1, class2, presence"):
+        ifam.loss(out, warped_maps, labels, affine, {"prescence": 1.0})
+    with pytest.raises(ValueError, match="no term of this model has a weight: it has class2, class1"):
+        ifam.loss(out, warped_maps, labels, affine, {"entropy": 0.0})
+    for given in ((None, affine), (warped_maps, None)):
+        with pytest.raises(ValueError, match="pass warped_maps and affine"):
+            ifam.loss(out, given[0], labels, given[1])
+    assert ifam.loss(out, None, labels, None, {"class2": 1.0}) == F.cross_entropy(out.logits, labels)
 
 
 # ---------------------------------------------------------------- the discretizer

@@ -8,6 +8,7 @@ import os
 import pytest
 from tiny import fails
 
+import data
 import evaluate
 import intervene
 import miniature.__main__ as miniature
@@ -39,6 +40,12 @@ PROMISE = [
     (train, (*MINI, "--weights", FILE), 2, FILE), (train, (*MINI, "--arch", "b", "--size", 98, "--weights", "mini"), 2, "--arch"),
     (train, (*MINI, "--device", "abacus"), 2, "--device abacus"), (train, (*MINI, "--size", 100), 2, "not a multiple"),
     (train, (*MINI, "--size", 8), 2, "3 x 3"), (train, (*MINI, "--batch", 100000, "--micro", 8), 2, "larger than the training set"),
+    (train, ("--data", "folder"), 2, "--root"), (train, ("--data", "folder", "--root", FILE), 2, "not a folder"), (train, ("--data", "folder", "--root", "."), 2, "expected"),
+    (train, ("--data", "folder", "--mini"), 2, "--recipe mini"), (train, ("--recipe", "papr"), 2, "did you mean paper"), (train, ("--arch", "mini", "--size", 96), 2, "--weights mini"),
+    (train, (*MINI, "--method", "erm", "--recipe", "mini", "--k", 3), 2, "means nothing to"), (train, (*MINI, "--arch", "s", "--size", 98), 2, "--arch mini"),
+    # data.py
+    (data, (), 2, "--root"), (data, ("--root", FILE), 2, "not a folder"), (data, ("--mini",), 2, "leave out one"), (data, ("--data", "mars"), 2, "unknown --data"),
+    (data, ("--sheet", FILE), 2, "--force"), (data, ("--sheet", "nowhere/x.png"), 2, "no folder"), (data, ("--sheet", "x.docx"), 2, ".png"),
     # evaluate.py and intervene.py
     *((script, flags, 2, words) for script in (evaluate, intervene) for flags, words in (
         ((), "--ckpt"), (("--ckpt", ""), "--ckpt is empty"), (("--ckpt", "nowhere.pt"), "no such file"), (("--ckpt", "."), "a folder"),
@@ -55,6 +62,7 @@ PROMISE = [
     (predict, (FILE, "--weights", "dinov2", "--arch", "mini", "--size", 96), 2, "no mini architecture"),
     # sweep.py
     (sweep, (), 2, "what"), (sweep, ("lader", *MINI), 2, "did you mean ladder"), (sweep, ("erm", *MINI, "--seeds", 0), 2, "at least 1"),
+    (sweep, ("early-truth", "erm", "--data", "folder", "--recipe", "mini", "--k", 2), 2, "means nothing to"),
     (sweep, ("erm", *MINI, "--seed", 1), 2, "decided by the sweep"), (sweep, ("erm", *MINI, "--epochs", 0), 2, "at least 1"),
     (sweep, ("erm", *MINI, "--also", "waterbird200"), 2, "leave it out"), (sweep, ("erm", "--data", "mars"), 2, "unknown --data"),
     # speed.py

@@ -1,5 +1,7 @@
 """tables.py: means and intervals by hand, rows named by what was changed, the paper's numbers beside ours."""
+import csv
 import json
+import re
 import statistics
 from dataclasses import asdict
 
@@ -67,6 +69,68 @@ def test_rows_are_methods_with_what_was_changed_and_numbers_are_over_their_seeds
 def test_two_or_three_seeds_are_listed_from_least_to_best_and_more_have_an_interval(values, text):
     mean, half = tables.interval(values)
     assert tables.ours({"mean": mean, "half_interval": half, "values": values}, len(values)) == text
+
+
+def two_tables(folder):
+    """Runs of two benchmarks with what is hard to escape, and the name that their tables were written under."""
+    folders = [write_run(folder / "a", worst=0.9), write_run(folder / "b", "--seed", "1", worst=0.8),
+               write_run(folder / "c", "--method", "erm", worst=None),
+               write_run(folder / "d", "--weights", "my_file #1 & 50% of {x}~^\\$.pt", worst=0.25),
+               write_run(folder / "e", "--val-share", "0.1", report="report-val.json", split="val")]
+    (folder / "out").mkdir()
+    tables.main([*folders, "--out", str(folder / "out" / "all")])
+    return folder / "out" / "all"
+
+
+def test_csv_and_latex_have_the_cells_of_the_markdown(tmp_path, capsys):
+    name = two_tables(tmp_path)
+    printed = [block.splitlines() for block in capsys.readouterr().out.split("**waterbirds-mini, ")[1:]]
+    assert len(printed) == 2
+    found = list(csv.DictReader((tmp_path / "out" / "all.csv").read_text().splitlines()))
+    latex = name.with_suffix(".tex").read_text().split(r"\begin{tabular}")[1:]
+    for lines, tex in zip(printed, latex, strict=True):
+        split = lines[0].partition(",")[0]
+        header, _, *rows = [cells(line) for line in lines if line.startswith("|")]
+        titles = ["method", *(f"{before}, paper" if title == "paper" else title for before, title in zip(header, header[1:]))]
+        for row in rows:
+            of_csv = found.pop(0)
+            assert (of_csv["data"], of_csv["split"], of_csv["images"]) == ("waterbirds-mini", split, "400")
+            there = dict(zip(titles, [row[0].strip("`"), *row[1:]]))
+            assert {title: of_csv[title] for title in titles} == {title: "" if x == "–" else x for title, x in there.items()}
+            assert not any(of_csv[title] for title in of_csv.keys() - titles - {"data", "split", "images"})
+        body = re.search(r"\\midrule\n(.*)\\bottomrule", tex, re.S)[1].splitlines()
+        for row, line in zip(rows, body, strict=True):
+            numbers = [x.replace("--", "–").replace(r"$\pm$", "±") for x in re.split(r"(?<!\\) & ", line.removesuffix(r" \\"))[1:]]
+            assert numbers == row[1:]
+    assert not found
+
+
+def test_latex_is_balanced_and_escaped(tmp_path):
+    text = two_tables(tmp_path).with_suffix(".tex").read_text()
+    assert text.startswith("% ") and "booktabs" in text.splitlines()[0]
+    bare = re.sub(r"\\[\\&%$#_{}]", "", text.partition("\n")[2])                # without what is escaped, and its line ends
+    assert bare.count("{") == bare.count("}") and not re.search(r"[#_~^%±–]|\*\*", bare) and bare.count("$") % 2 == 0
+    for kind in ("table", "tabular"):
+        assert text.count(rf"\begin{{{kind}}}") == text.count(rf"\end{{{kind}}}") == 2
+    for columns, body in re.findall(r"\\begin{tabular}{(\w+)}\n(.*?)\\end{tabular}", text, re.S):
+        lines = [line for line in body.splitlines() if line not in (r"\toprule", r"\midrule", r"\bottomrule")]
+        assert columns[0] == "l" and set(columns[1:]) == {"r"} and len(lines) >= 2 and all(line.endswith(r" \\") for line in lines)
+        assert all(len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1 for line in lines)
+        assert [body.index(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == sorted(
+            body.index(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
+    assert r"\texttt{ifam -{}-weights my\_file \#1 \& 50\% of \{x\}\textasciitilde{}\textasciicircum{}\textbackslash{}\$.pt}" in text
+    assert r"\textbf{real data, full size}" in text and r"test\_and\_val" in text
+
+
+@pytest.mark.parametrize("ending", ["md", "tex", "csv", "json"])
+def test_a_file_of_somebody_else_is_not_replaced_and_nothing_is_written_beside_it(ending, tmp_path, capsys):
+    run = write_run(tmp_path / "a")
+    (tmp_path / f"all.{ending}").write_text("a,b\n1,2\n")
+    assert f"all.{ending} was not written by this script" in fails(tables.main, run, "--out", tmp_path / "all")(capsys)
+    assert [p.name for p in tmp_path.glob("all*")] == [f"all.{ending}"]
+    for _ in range(2):                                   # its own it replaces
+        tables.main([run, "--out", str(tmp_path / "all"), "--force"])
+        tables.main([run, "--out", str(tmp_path / "all")])
 
 
 def test_the_papers_numbers_stand_beside_ours_in_our_units():

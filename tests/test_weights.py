@@ -135,7 +135,6 @@ def test_without_a_network_the_file_its_url_and_its_place_are_named(arch, regist
 
 
 def test_rad_dino_without_a_network_names_its_file_url_and_place(hub):
-    pytest.importorskip("safetensors")
     with pytest.raises(UsageError) as error:
         load_pretrained(two_stages(), "rad-dino", "b", 0)
     words = ("model.safetensors", "https://huggingface.co/microsoft/rad-dino/", str(hub[0] / "rad-dino" / "model.safetensors"))
@@ -162,27 +161,51 @@ def test_a_download_goes_where_a_file_put_there_by_hand_would_be(hub, monkeypatc
 
 
 def test_rad_dino_is_read_from_its_safetensors_file(hub):
-    save_file = pytest.importorskip("safetensors.torch").save_file
     z = golden("hf_dinov2_small")
-    save_file(below("sd/dinov2_swiglu/", z), hub[0] / "rad-dino" / "model.safetensors")
+    weights.write_safetensors(hub[0] / "rad-dino" / "model.safetensors", below("sd/dinov2_swiglu/", z), {"format": "pt"})
     model = two_stages((98, 84), registers=0, ffn="swiglu")
     load_pretrained(model, "rad-dino", "b", 0)
     agrees(model.selector.backbone(z["x/98x84"]), z["dinov2_swiglu/98x84/last_hidden_state"])
 
 
-def test_without_the_package_a_safetensors_file_says_how_to_install_it(hub, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    (tmp_path / "vit.safetensors").write_bytes(b"")
-    for name in ("rad-dino", str(tmp_path / "vit.safetensors")):
-        with pytest.raises(UsageError, match="pip install safetensors"):
-            load_pretrained(two_stages(registers=0), name, "b", 0)
-    assert hub[1] == []                                  # not after a download of 350 MB
+EVERY_TYPE = {f"some.{dtype}": (torch.arange(6) % 2).to(dtype).view(2, 3) for dtype in weights.DTYPES.values()} | {
+    "one": torch.tensor(3.0), "none": torch.zeros(0, 4), "turned": torch.randn(3, 2).mT}
 
 
-def test_a_damaged_safetensors_file_is_one_line(tmp_path):
-    pytest.importorskip("safetensors")
-    (tmp_path / "vit.safetensors").write_text("hello")
+def test_safetensors_files_are_those_of_the_package(tmp_path):
+    package = pytest.importorskip("safetensors.torch")
+    weights.write_safetensors(tmp_path / "ours.safetensors", EVERY_TYPE, {"what": 'a "text" \u00e9'})
+    package.save_file({name: x.contiguous() for name, x in EVERY_TYPE.items()}, tmp_path / "theirs.safetensors", {"what": "text"})
+    theirs, (ours, said) = package.load_file(tmp_path / "ours.safetensors"), weights.read_safetensors(tmp_path / "theirs.safetensors")
+    assert theirs.keys() == ours.keys() == EVERY_TYPE.keys() and said == {"what": "text"}
+    for name, x in EVERY_TYPE.items():
+        assert all(y.dtype == x.dtype and y.shape == x.shape and torch.equal(x, y) for y in (theirs[name], ours[name])), name
+
+
+def test_a_safetensors_file_is_read_and_written_without_the_package(monkeypatch, tmp_path):
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    weights.write_safetensors(tmp_path / "x.safetensors", EVERY_TYPE, {"what": "text"})
+    found, said = weights.read_safetensors(tmp_path / "x.safetensors")
+    assert said == {"what": "text"} and all(torch.equal(x, found[name]) for name, x in EVERY_TYPE.items())
+    with pytest.raises(ValueError, match="odd is of type torch.complex64"):
+        weights.write_safetensors(tmp_path / "y.safetensors", {"odd": torch.zeros(1, dtype=torch.complex64)}, {})
+
+
+def header(**entries):
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"hello", b"\xff" * 64, header(x=ENTRY) + b"1234567", header(x=ENTRY) + b"123456789", header(x=ENTRY | {"shape": [3]}) + b"12345678",
+    header(x=ENTRY | {"shape": [-1, -2]}) + b"12345678", header(x=ENTRY | {"data_offsets": [4, 12]}) + b"1" * 12, header(x=ENTRY, y=ENTRY) + b"12345678",
+    header(x=ENTRY | {"dtype": "F31"}) + b"12345678", header(x=[]), (2).to_bytes(8, "little") + b"[]", header(x=ENTRY)[:-3]], ids=range(13))
+def test_a_damaged_safetensors_file_is_one_line(content, tmp_path):
+    (tmp_path / "vit.safetensors").write_bytes(content)
     with pytest.raises(UsageError, match="vit.safetensors is damaged, or not weights"):
         weights.read_file(tmp_path / "vit.safetensors", "weights")
 
