@@ -265,7 +265,8 @@ def check(cfg):
                          f"{', '.join(map(flag, own))}")
     refuse_too_large(cfg)
     for weights, arch in ((cfg.weights, cfg.arch), (cfg.stage1_starts_from(), cfg.selector_arch or cfg.arch)):
-        refuse_by_name(weights, arch.partition("/")[0], cfg.registers)
+        if (size := arch.partition("/")[0]) in vit.ARCHS:    # building the model refuses another
+            refuse_by_name(weights, size, cfg.registers)
     if where := data.BENCHMARKS[cfg.data].trained_on:
         raise UsageError(f"--data {cfg.data} is for evaluation only: train with --data {where}, then "
                          f"evaluate.py --ckpt runs/{where}/best.pt --data {cfg.data}")
