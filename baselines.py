@@ -253,7 +253,7 @@ GIVEN = ("early-truth", "late-truth", "early-found", "late-found")              
 PRETRAINED = ("frozen", "ep", "aim", "early-found", "late-found")                # a random backbone cannot serve these
 METHODS = ("ifam", "pdiscoformer", "erm", "frozen", "ep", "aim", *GIVEN)
 TAKES = {   # settings that only these methods have; all others have no such thing, and refuse the flag
-    **dict.fromkeys(("k", "tau", "part_dropout1", "train_tokens", "shaping", "lr_prototypes", "lr_tokens",
+    **dict.fromkeys(("k", "tau", "part_dropout1", "train_tokens", "shaping", "lr_prototypes", "lr_tokens", "film",
                      *(f"weight_{loss}" for loss in WEIGHTS if loss != "class2")),
                     ("ifam", "pdiscoformer")),
     **dict.fromkeys(("weight_class2", "warmup"), tuple(m for m in METHODS if m != "pdiscoformer")),

@@ -75,6 +75,7 @@ class Selector(nn.Module):
         self.classifier = nn.Linear(backbone.width, classes, bias=False)
         # (K,) while an intervention is on (see `refuse`), which no checkpoint holds: it has a file of its own
         self.register_buffer("limits", None, persistent=False)
+        self.score = "distance"  # how an intervention measures that a patch is unlike its part (see `unlikeness`)
 
     def forward(self, images, noise=Noise(), maps=None):
         """images (B, 3, S, S) -> Selection. maps (B, K+1, h, w), if given, replace the discovered ones."""
@@ -101,7 +102,8 @@ class Selector(nn.Module):
             part_logits = 2 * self.prototypes @ features.mT - features.square().sum(-1)[:, None] \
                 - self.prototypes.square().sum(-1)[:, None]
             if self.limits is not None:
-                part_logits = refuse(part_logits, self.limits)
+                part_logits = refuse(part_logits, self.limits,
+                                     unlikeness(self.score, part_logits, features, self.prototypes))
             if maps is None:
                 maps = assign(part_logits, noise.maps, self.tau).unflatten(2, self.backbone.grid)
             # as published: the mean runs over all N positions, it is not divided by the area of the map
@@ -118,23 +120,39 @@ def assign(part_logits, gumbel=None, tau=1.0):
     return ((part_logits if gumbel is None else part_logits + gumbel) / tau).softmax(1)
 
 
-def refuse(part_logits, limits):
-    """Test-time intervention (paper section 3.4): patches too far from the prototype of their part become background.
+SCORES = ("distance", "margin", "cosine")                # the paper's, and two others
 
-    part_logits (B, K+1, N); limits (K,): the largest squared distance at which a patch still belongs to its part, inf
-    for any, -inf for none: that part is removed. A patch's part is the arg-max, without noise. -> part logits in which
-    a refused patch has -inf for every part, so that maps, masks and pictures all see it as background, and not as its
-    second-best part. Everything else stays as it is.
+
+def unlikeness(score, part_logits, features, prototypes):
+    """How unlike its part each patch is: part logits (B, K+1, N), features (B, N, D), prototypes (K+1, D) -> (B, N).
+
+    distance: squared distance to the prototype, 0 or more. margin: minus what the logit of the part is above that of
+    the background, 0 or less. cosine: 1 - cosine with the prototype, 0 to 2. For features of one length and prototypes
+    of one length, distance and cosine put patches in the same order.
+    """
+    nearest, part = part_logits.max(1)
+    if score == "cosine":
+        return 1 - F.cosine_similarity(features, prototypes[part], dim=2)
+    return part_logits[:, -1] - nearest if score == "margin" else -nearest
+
+
+def refuse(part_logits, limits, unlike=None):
+    """Test-time intervention (paper section 3.4): patches too unlike the part they went to become background.
+
+    part_logits (B, K+1, N); unlike (B, N): see `unlikeness`, by default the squared distance, as in the paper; limits
+    (K,): how unlike a patch of a part may be, inf for any, -inf for none: that part is removed. A patch's part is the
+    arg-max, without noise. -> part logits in which a refused patch has -inf for every part, so that maps, masks and
+    pictures all see it as background, and not as its second-best part. Everything else stays as it is.
     differs from published: theirs scores by dot product, swaps the logits while thresholds are on, and finds the
     patches of a removed part from the noisy maps.
     """
     nearest, part = part_logits.max(1)                                           # (B, N), (B, N)
-    refused = -nearest > F.pad(limits, (0, 1), value=math.inf)[part]
+    refused = (-nearest if unlike is None else unlike) > F.pad(limits, (0, 1), value=math.inf)[part]
     return torch.cat([part_logits[:, :-1].masked_fill(refused[:, None], -math.inf), part_logits[:, -1:]], 1)
 
 
 def limits_of(k, drop=(), thresholds=None):
-    """What Selector.limits wants: squared distances (K,), inf without a threshold, -inf for removed parts."""
+    """What Selector.limits wants, from thresholds on the unlikeness (K,): inf without one, -inf for removed parts."""
     limits = torch.full((k,), math.inf) if thresholds is None else thresholds.clone()
     limits[list(drop)] = -math.inf
     return limits

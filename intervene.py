@@ -6,9 +6,10 @@
     python intervene.py --ckpt runs/waterbirds-mini/best.pt --loo --q 0.9 0.95 0.99
     python evaluate.py --ckpt runs/waterbirds-mini/best.pt --intervention runs/waterbirds-mini/intervention.json
 
-Parts (--drop, --loo): patches of a removed part become background. Patches (--q): in each part, those whose distance to
-the prototype is beyond the q-quantile of the training set's become background. The weights stay as they are (paper
-section 3.4). --drop and a single --q are done as told; --loo and several --q are decided by this rule, on --split:
+Parts (--drop, --loo): patches of a removed part become background. Patches (--q): in each part, those that are more
+unlike it than a share q of the training patches become background. How unlike: the distance to the prototype, as in the
+paper; --score margin or cosine are others. The weights stay as they are (paper section 3.4). --drop and a single --q
+are done as told; --loo and several --q are decided by this rule, on --split:
 
     a removal is accepted if the worst group rises, and the average stays within --tolerance of the untouched model's.
 
@@ -17,8 +18,8 @@ is decided by AUROC: of all images, and of those whose tube misleads (without tu
 accepted part with the best worst group (then average, then number) and looks again among the rest. An image that loses
 all its patches is classified from class token and registers alone, and counted as empty.
 
-Writes one contact sheet per part and, if anything was asked for, intervention.json, which holds for this checkpoint
-only, and a picture of what --q removed.
+Writes one contact sheet per part, with the patches that beat the background by most, and, if anything was asked for,
+intervention.json, which holds for this checkpoint only, and a picture of what --q removed.
 
 Floor: commands. Read ifam.refuse (what an intervention does to a model) first. Letters: ifam.py.
 """
@@ -30,14 +31,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import data
 from benchmarks.files import is_our_picture
-from ifam import limits_of
+from ifam import SCORES, limits_of, unlikeness
 from measure import figures
 from measure.metrics import auroc
 from predict import OnCheckpoint, open_split
-from runs import describe_intervention, hash_of, load_model, pick_device
+from runs import THRESHOLDS, describe_intervention, hash_of, load_model, pick_device
 from settings import UsageError, may_write, opt, parse, progress, run_script, write_json
 
 
@@ -47,6 +49,8 @@ class Config(OnCheckpoint):
     loo: bool = opt(False, "leave one out: remove the parts that the rule accepts, beside those of --drop")
     q: list[float] = opt((), "remove patches beyond this quantile of the distances in the training set; of several, "
                              "the rule chooses one or none", above=0, below=1)
+    score: str = opt("distance", "what --q is a quantile of: the distance to the prototype, as in the paper, the "
+                                 "margin over the background, or the cosine with the prototype", choices=SCORES)
     tolerance: float = opt(0.01, "what a removal that the rule accepts may cost the average: 0.01 is one point",
                            at_least=0)
     split: str = opt("val", "images that effects are measured on and the rule decides by; test only if you mean it",
@@ -93,41 +97,69 @@ class Quantiles:
         edge = ((bin + 1 << 23 - self.BITS) - 1).int().view(torch.float32)
         return torch.where(counts[:, -1] > 0, edge, math.inf)
 
+    def above(self, q):
+        """-> (parts,): the largest bin edge that a share q of a part's numbers reach, -inf for a part without any.
+
+        It is never above the value that the exact share reaches, and below it by 2**-BITS of it at most.
+        """
+        counts = self.counts.flip(1).cumsum(1)
+        rank = (q * counts[:, -1:].double() - 1e-6).ceil().clamp_min(1).long()
+        bin = self.counts.shape[1] - 1 - torch.searchsorted(counts, rank)[:, 0]
+        edge = (bin << 23 - self.BITS).int().view(torch.float32)
+        return torch.where(counts[:, -1] > 0, edge, -math.inf)
+
     def seen(self):
         """-> how many numbers of each part came in (parts,)."""
         return self.counts.sum(1)
 
 
 @torch.no_grad()
-def calibrate(model, train, device="cpu", batch=32, workers=0):
-    """Squared distances of training patches, in evaluation view, to the prototype of their part -> Quantiles."""
-    selector, distances = model.selector, Quantiles(model.selector.k)
+def calibrate(model, train, device="cpu", batch=32, workers=0, score="distance"):
+    """How unlike their part training patches are, in evaluation view -> Quantiles: of margins, or of the unlikeness."""
+    selector, found = model.selector, Quantiles(model.selector.k)
     for images in loader(train, batch, workers, "calibrate"):
-        nearest, part = selector(images["image"].to(device)).part_logits.cpu().max(1)
-        distances.add(part[part < selector.k], -nearest[part < selector.k])
-    return distances
+        features = selector.features(images["image"].to(device))
+        part_logits = selector.select(features).part_logits
+        unlike, part = unlikeness(score, part_logits, features, selector.prototypes).cpu(), part_logits.argmax(1).cpu()
+        some = part < selector.k
+        found.add(part[some], -unlike[some] if score == "margin" else unlike[some])
+    return found
+
+
+def thresholds_at(found, q, score):
+    """Of what `calibrate` found: how unlike a patch of each part may be, so that a share q of them stays -> (K,)."""
+    return -found.above(q) if score == "margin" else found.at(q)
 
 
 # ---------------------------------------------------------------- the effect of a removal
-def loader(samples, batch, workers, title):
+def loader(samples, batch, workers, title, masks=False):
+    """Batches of a split without what is not needed, which spares its decoding."""
     samples = copy.copy(samples)
-    samples.masks = samples.points = samples.boxes = None          # only images are needed: spare the decoding
+    samples.points = samples.boxes = None
+    samples.masks = samples.masks if masks else None
     return progress(torch.utils.data.DataLoader(samples, batch, num_workers=workers), title)
 
 
 class Census(NamedTuple):
     """Where the untouched model puts its parts, for the n images of a split."""
-    closest: torch.Tensor        # (n, K)  squared distance of the part's closest patch, inf where it has none
+    margin: torch.Tensor         # (n, K)  the largest margin over the background of a patch, -inf where it has none
     where: torch.Tensor          # (n, K)  that patch
     count: torch.Tensor          # (n, K)  patches of the part
+    area: torch.Tensor | None    # (n, K)  how many of them the object would fill; None without masks
+    best: torch.Tensor | None    # (n, K)  the share of object in the patch with the largest margin
 
 
-def census(part_logits):
-    """Part logits (B, K+1, N) -> Census."""
+def census(part_logits, objects=None):
+    """Part logits (B, K+1, N), objects (B, N), the share of object in each patch, or None -> Census.
+
+    The margin decides whether a patch is kept; the distance alone does not.
+    """
     nearest, part = part_logits.max(1, keepdim=True)
     mine = part == torch.arange(part_logits.shape[1] - 1, device=part.device)[:, None]   # (B, K, N)
-    closest, where = torch.where(mine, -nearest, math.inf).min(2)
-    return Census(closest, where, mine.sum(2))
+    margin, where = torch.where(mine, nearest - part_logits[:, -1:], -math.inf).max(2)
+    if objects is None:
+        return Census(margin, where, mine.sum(2), None, None)
+    return Census(margin, where, mine.sum(2), (mine * objects[:, None]).sum(2), objects.gather(1, where))
 
 
 @torch.no_grad()
@@ -138,11 +170,15 @@ def predict_each(model, samples, options, device="cpu", batch=32, workers=0):
     """
     selector, found, where = model.selector, [[] for _ in options], []
     try:
-        for part in loader(samples, batch, workers, f"{len(options)} interventions"):
+        for part in loader(samples, batch, workers, f"{len(options)} interventions", masks=True):
             images = part["image"].to(device)
             selector.limits = None
             features = selector.features(images)
-            where.append(census(selector.select(features).part_logits.cpu()))
+            objects = None
+            if "mask" in part:
+                masks = selector.shrink(part["mask"][:, None].float())
+                objects = F.avg_pool2d(masks, selector.backbone.patch).flatten(1)
+            where.append(census(selector.select(features).part_logits.cpu(), objects))
             for rows, limits in zip(found, options):
                 selector.limits = None if limits is None else limits.to(device)
                 first = selector.select(features)
@@ -150,7 +186,7 @@ def predict_each(model, samples, options, device="cpu", batch=32, workers=0):
                 rows.append((logits.float().cpu(), model.mask(first).sum(1).cpu()))
     finally:
         selector.limits = None
-    gather = lambda rows: [torch.cat(column) for column in zip(*rows)]
+    gather = lambda rows: [None if column[0] is None else torch.cat(column) for column in zip(*rows)]
     return [gather(rows) for rows in found], Census(*gather(where))
 
 
@@ -166,7 +202,7 @@ class Trials:
         self.patches = math.prod(model.grid)
         if "auroc" in data.BENCHMARKS[samples.name].metrics:
             self.average, self.worst = "auroc", "auroc_rare"
-        self.thresholds = {None: None}                   # {q: (K,) squared distances}
+        self.thresholds = {None: None}                   # {q: (K,) how unlike a patch of each part may be}
         self.rows, self.census, self.calibration = {}, None, None
 
     def measure(self, *options):
@@ -182,11 +218,13 @@ class Trials:
     def calibrate(self, train, quantiles, name):
         """Learn the thresholds of these quantiles from the training split, `name` for the file."""
         train.check()
-        distances = calibrate(self.model, train, **self.loading)
-        self.thresholds |= {q: distances.at(q) for q in quantiles}
-        listed = {str(q): [None if t == math.inf else t for t in self.thresholds[q].tolist()] for q in quantiles}
+        score = self.model.selector.score
+        found = calibrate(self.model, train, **self.loading, score=score)
+        self.thresholds |= {q: thresholds_at(found, q, score) for q in quantiles}
+        sign = -1 if score == "margin" else 1            # a file has margins, not what they are the negative of
+        listed = {str(q): [None if t == math.inf else sign * t for t in self.thresholds[q].tolist()] for q in quantiles}
         self.calibration = {"data": name, "split": train.split, "images": len(train), "view": "evaluation",
-                            "patches": distances.seen().tolist(), "squared_distances": listed}
+                            "patches": found.seen().tolist(), THRESHOLDS[score]: listed}
 
     def row(self, drop, q, logits, kept):
         """The numbers of one intervention, and its effect: their difference from the untouched model's."""
@@ -267,7 +305,9 @@ def table(trials, chosen):
                       f"{row[trials.worst]:.3f}", one_line(row["worst_group_name"]), *most_changed(row),
                       f"{row['kept_share']:.1%}", str(row["empty"])))
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  " + "  ".join(map("{:{}{}}".format, row, "<>><<<>>", widths)).rstrip() for row in cells)
+    lines = ["  " + "  ".join(map("{:{}{}}".format, row, "<>><<<>>", widths)).rstrip() for row in cells]
+    empty = [p for p, n in enumerate(trials.census.count.sum(0).tolist()) if not n] if trials.census else []
+    return "\n".join(lines + [f"  part {p} is empty: no patch of any image goes to it" for p in empty])
 
 
 def pictures(trials, out, name, drop, device):
@@ -287,7 +327,9 @@ def pictures(trials, out, name, drop, device):
         figures.part_sheet(model, samples, part, trials.census, title, paths[-1], device)
     if trials.calibration:
         paths.append(beside(out, "patches"))
-        steps = [(f"q {q}", limits_of(model.selector.k, drop, limits)) for q, limits in trials.thresholds.items() if q]
+        by = {"distance": "", "margin": "\nof the margin", "cosine": "\nof the cosine"}[model.selector.score]
+        steps = [(f"q {q}{by}", limits_of(model.selector.k, drop, limits))
+                 for q, limits in trials.thresholds.items() if q]
         figures.removals(model, samples, limits_of(model.selector.k, drop), steps[::-1], paths[-1], device)
     return paths
 
@@ -303,6 +345,8 @@ def check(cfg, model, method):
         raise UsageError(f"--drop {cfg.drop[-1]}: this model has no such part; its parts are 0 to {k - 1}")
     if len(cfg.drop) == k:
         raise UsageError(f"--drop removes all {k} parts, and nothing would be left to see; leave at least one")
+    if cfg.score != Config.score and not cfg.q:
+        raise UsageError(f"--score {cfg.score} is what --q removes patches by: add --q, or leave it out")
     if cfg.tolerance != Config.tolerance and not cfg.loo and len(cfg.q) < 2:
         raise UsageError("--tolerance is the rule's, and nothing here is decided by it: add --loo or several --q, or "
                          "leave it out")
@@ -346,7 +390,8 @@ def record(cfg, trials, chosen, name):
                 "parts_by_rule": [p for p in drop if p not in cfg.drop],
                 "q_by": None if q is None else "hand" if len(cfg.q) == 1 else "rule"}
     return {"checkpoint": {"path": str(cfg.ckpt), "sha256": hash_of(cfg.ckpt)}, "drop": list(drop), "q": q,
-            "thresholds": None if q is None else trials.calibration["squared_distances"][str(q)],
+            "score": cfg.score,
+            "thresholds": None if q is None else trials.calibration[THRESHOLDS[cfg.score]][str(q)],
             "calibration": trials.calibration, "decision": decision, "rows": list(trials.rows.values())}
 
 
@@ -366,6 +411,7 @@ def main(argv=None):
     model, state = load_model(cfg.ckpt, device, cfg.data)
     trained = state["config"]
     check(cfg, model, trained["method"])
+    model.selector.score = cfg.score
     name, samples, train, _ = open_split(cfg, state, model)
     trials = Trials(model, samples, device=device, batch=cfg.batch, workers=cfg.workers)
     if cfg.q and train is None:

@@ -214,9 +214,9 @@ class OnCheckpoint:
     """The options of every script that takes a checkpoint and runs it on images."""
     ckpt: str = opt(MISSING, "checkpoint of train.py (best.pt or last.pt), or snapshot of the published code",
                     group="checkpoint and images")
-    data: str = opt("", "another benchmark for the same model (cub: waterbird200; imagenet: imagenet9; folder: pictures "
-                        "of your own, of the same classes); if not given, the one it was trained on, which a published "
-                        "snapshot does not say", choices=("", *data.BENCHMARKS))
+    data: str = opt("", "another benchmark for the same model (cub: waterbird200; imagenet: imagenet9; folder: "
+                        "pictures of your own, of the same classes); if not given, the one it was trained on, which a "
+                        "published snapshot does not say", choices=("", *data.BENCHMARKS))
     root: str = opt("", "folder of the benchmarks, or of your own pictures, if it is not that of training")
     limit: int = opt(0, "use only N images of each split, spread evenly (0: as in training)", at_least=0)
     strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones, or a folder with files "
@@ -305,8 +305,8 @@ def refuse_other_classes(cfg, state, samples, model):
     known = (state.get("dataset") or {}).get("classes", samples.classes)         # a published snapshot does not say
     if samples.name == "folder" and list(known) != list(samples.classes):
         differ = next((a, b) for a, b in zip(known, samples.classes) if a != b)
-        raise UsageError(f"{samples.title} has other classes than {cfg.ckpt}, or in another order: {differ[1]} where the "
-                         f"checkpoint has {differ[0]}; name its folders, or labels, as in training")
+        raise UsageError(f"{samples.title} has other classes than {cfg.ckpt}, or in another order: {differ[1]} where "
+                         f"the checkpoint has {differ[0]}; name its folders, or labels, as in training")
 
 
 # ---------------------------------------------------------------- what is written

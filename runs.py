@@ -4,7 +4,8 @@
     model, state = load_model("runs/waterbirds-mini/best.pt")            # ready to predict
 
 Floor: what a run is, between data and the commands. Read data.py (the benchmarks) and baselines.py (settings become a
-model) first. A run lives in runs/<name>: config.json, log.jsonl, last.pt (to resume), best.pt (to evaluate).
+model) first. A run lives in runs/<name>: config.json, log.jsonl, last.pt (to resume), best.pt (to evaluate), and, if it
+was asked for, film.json (the masks of a few images while it trained).
 """
 import fcntl
 import hashlib
@@ -26,7 +27,7 @@ import data
 import vit
 from baselines import GIVEN, METHODS, PRETRAINED, TAKES, build
 from benchmarks.transforms import PIPELINES
-from ifam import IFAM, WEIGHTS, Static, limits_of
+from ifam import IFAM, SCORES, WEIGHTS, Static, limits_of
 from settings import (RunError, UsageError, alive, bounded, check_bounds, flag, opt, read_json, read_text, recorded,
                       world, write_json, write_whole)
 from weights import (checksum, find_published, load_strictly, read_file, refuse_by_name, rename_published,
@@ -50,9 +51,9 @@ class Config:
     strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones, or a folder with files "
                                    "that are odd; else a line says so")
 
-    recipe: str = opt("paper", "settings by one word, which flags replace: those of the paper; mini, a small network and "
-                               "a short schedule (the default with --mini); or fast, the usual ones with stage 1 at 3/4 "
-                               "of the side and with half of the blocks", choices=("paper", "mini", "fast"),
+    recipe: str = opt("paper", "settings by one word, which flags replace: those of the paper; mini, a small network "
+                               "and a short schedule (the default with --mini); or fast, the usual ones with stage 1 "
+                               "at 3/4 of the side and with half of the blocks", choices=("paper", "mini", "fast"),
                       group="model")
     method: str = opt("ifam", "ifam, or a baseline", choices=METHODS)
     arch: str = opt("b", "size of the vision transformers: DINOv2's, DINOv3's (16), or the miniatures'",
@@ -118,11 +119,14 @@ class Config:
     device: str = opt("auto", "auto, cpu, cuda or mps")
     compile: bool = opt(False, "torch.compile both stages")
     workers: int = opt(4, "processes that load data, per training process", at_least=0)
-    out: str = opt("", "folder of the run (default runs/<data>, of a folder of your own runs/<its name>, with -mini and "
-                       "-<method> where they apply)")
+    out: str = opt("", "folder of the run (default runs/<data>, of a folder of your own runs/<its name>, with -mini "
+                       "and -<method> where they apply)")
     resume: bool = opt(False, "go on from last.pt of this run")
     save_every: int = opt(500, "steps between saves of last.pt (it is also saved after every epoch)", at_least=1)
     log_every: int = opt(20, "steps between log lines", at_least=1)
+    film: int = opt(0, "keep the masks of N validation images (of training images, where there is no validation) at "
+                       "steps 0, 10, 20, 50, 100, 200, 500, ... and the last: film.json and film.png (0: none)",
+                    at_least=0, at_most=64)
 
     def __post_init__(self):
         self.out = self.out or f"runs/{self.title}" + f"-{self.method}" * (self.method != "ifam")
@@ -141,13 +145,14 @@ class Config:
 # data.BENCHMARKS says what differs from Config's defaults by benchmark (--recipe paper), this for --recipe mini: --mini
 # is this recipe on drawings. SMALLER are the settings of --recipe fast.
 MINI = dict(arch="mini", size=96, weights="mini", k=4, epochs=2, batch=8, lr=7e-4, lr_tokens=1e-5, lr_prototypes=2.5e-3,
-            lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, weight_variation=0.33, workers=0)
+            lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, weight_variation=0.33, workers=0, film=4)
 SMALLER = ("selector_size", "selector_arch")
 # A setting, and what switches it off: --no-shaping every loss but those of the classes.
 SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class",
             **{name: "shaping" for name in TAKES if name.startswith("weight_") and "class" not in name}}
 # What may change on --resume, for it changes no result.
-FREE = {"root", "strict_data", "recipe", "device", "workers", "out", "resume", "save_every", "log_every", "compile"}
+FREE = {"root", "strict_data", "recipe", "device", "workers", "out", "resume", "save_every", "log_every", "compile",
+        "film"}
 
 
 def preset(typed, earlier=None):
@@ -255,6 +260,24 @@ def read_log(path):
     return found
 
 
+def read_film(path):
+    """film.json of a run, as train.Film writes it -> dict; UsageError if it is not like that."""
+    content = read_json(path, "the film.json of a run")
+    listed = lambda x: isinstance(x, list) and len(x) > 0
+    whole = lambda x: type(x) is int and x >= 0
+    image = lambda rows: listed(rows) and all(isinstance(row, str) for row in rows)
+    frame = lambda x: isinstance(x, dict) and whole(x.get("step")) and listed(x.get("parts")) and \
+        len(x["parts"]) == len(content["ids"]) and all(map(image, x["parts"]))
+    fault = wrong_field(content, [
+        ("data", lambda x: x in data.BENCHMARKS, "the name of a benchmark"),
+        ("split", lambda x: isinstance(x, str), "the name of a split"), ("k", whole, "a number of parts"),
+        ("ids", listed, "names of images"),
+        ("frames", lambda x: listed(x) and all(map(frame, x)), "a list of step and parts of each image")])
+    if fault:
+        raise UsageError(f"{path} is not as train.py writes it: {fault}; remove it, or train again with --film")
+    return content
+
+
 def check(cfg):
     """UsageError for settings that no part of the program could use."""
     check_bounds(cfg)
@@ -312,7 +335,7 @@ def loss_weights(cfg):
 def as_published(config):
     """Are these the settings of iFAM itself, and not of an ablation? K and the size of the network may be any."""
     default = vars(Config(**preset({"data": config["data"]})))
-    own = {name: default[name] for name, methods in TAKES.items() if "ifam" in methods and name != "k"}
+    own = {name: default[name] for name, methods in TAKES.items() if "ifam" in methods and name not in ("k", "film")}
     return config["method"] == "ifam" and all(config.get(name, x) == x for name, x in own.items())
 
 
@@ -701,11 +724,18 @@ def apply_intervention(model, path, ckpt):
                          f"intervene.py --ckpt {ckpt}")
     if fault := fault or wrong_field(content, fields_of_intervention(content, k)):
         raise UsageError(f"{path} is not as intervene.py writes it: {fault}; make it again")
-    thresholds = content["thresholds"]
-    if thresholds is not None:
-        thresholds = torch.tensor([math.inf if t is None else t for t in thresholds])
+    thresholds, score = content["thresholds"], content.setdefault("score", "distance")
+    if thresholds is not None:                           # a margin is what a patch must have, others what it may have
+        sign = -1 if score == "margin" else 1
+        thresholds = torch.tensor([math.inf if t is None else sign * t for t in thresholds])
+    model.selector.score = score
     model.selector.limits = limits_of(k, content["drop"], thresholds).to(model.selector.prototypes.device)
-    return {"file": str(path), **{key: content[key] for key in ("drop", "q", "thresholds", "calibration", "decision")}}
+    kept = ("drop", "q", "score", "thresholds", "calibration", "decision")
+    return {"file": str(path), **{key: content[key] for key in kept}}
+
+
+# What thresholds are called in an intervention.json. A file without a score is from before there were several.
+THRESHOLDS = {"distance": "squared_distances", "margin": "margins", "cosine": "cosine_distances"}
 
 
 def wrong_field(content, fields):
@@ -733,6 +763,8 @@ def fields_of_intervention(content, k):
     parts = lambda x: isinstance(x, list) and all(whole(p) and p < k for p in x) and len(set(x)) == len(x)
     known = lambda x: isinstance(x, str) and data.benchmark_of(x) in data.BENCHMARKS
     some, q = f"numbers of parts, 0 to {k - 1}, each once", content.get("q")
+    score = content.get("score", "distance")
+    calibrated = f"calibration.{THRESHOLDS[score] if score in SCORES else ''}"
     measured_on = lambda where: [
         (f"{where}.data", known, "the name of a benchmark"),
         (f"{where}.split", lambda x: isinstance(x, str) and x in data.SPLITS, "the name of a split"),
@@ -740,6 +772,7 @@ def fields_of_intervention(content, k):
     fields = [
         ("drop", lambda x: parts(x) and len(x) < k, f"{some}, and not all of them"),
         ("q", lambda x: x is None or number(x) and 0 < x < 1, "null or a number between 0 and 1"),
+        *[("score", lambda x: x in SCORES, f"one of {', '.join(SCORES)}")] * ("score" in content),
         *measured_on("decision"),
         ("decision.tolerance", number, "a number of at least 0"),
         ("decision.parts_by_hand", parts, some), ("decision.parts_by_rule", parts, some),
@@ -754,13 +787,12 @@ def fields_of_intervention(content, k):
     return [
         *fields, *measured_on("calibration"),
         ("calibration.patches", lambda x: of_parts(x, whole), f"{k} numbers of patches"),
-        ("calibration.squared_distances", lambda x: isinstance(x, dict) and all(map(limits, x.values())),
+        (calibrated, lambda x: isinstance(x, dict) and all(map(limits, x.values())),
          f"{k} numbers or nulls for each q"),
-        ("thresholds", lambda x: x == content["calibration"]["squared_distances"].get(str(q)),
-         f"calibration.squared_distances at {q}"),
+        ("thresholds", lambda x: x == content["calibration"][THRESHOLDS[score]].get(str(q)), f"{calibrated} at {q}"),
         ("calibration.patches", lambda x: [n == 0 for n in x] == [t is None for t in content["thresholds"]],
          "0 where, and only where, there is no threshold"),
-        ("decision.q_by", lambda x: (x == "hand") == (len(content["calibration"]["squared_distances"]) == 1),
+        ("decision.q_by", lambda x: (x == "hand") == (len(content["calibration"][THRESHOLDS[score]]) == 1),
          "hand for one quantile, rule for several")]
 
 
@@ -778,7 +810,9 @@ def describe_intervention(content, name="", splits=()):
     """
     decision, where = content["decision"], chosen_on(content["decision"])
     parts = f"parts removed: {', '.join(map(str, content['drop'])) or 'none'}"
-    tokens = f"patches removed: {'none' if content['q'] is None else 'beyond the quantile ' + str(content['q'])}"
+    score = content.get("score", "distance")
+    by = {"distance": "", "margin": " of the margin over the background", "cosine": " of the cosine"}[score]
+    tokens = "patches removed: " + ("none" if content["q"] is None else f"beyond the quantile {content['q']}{by}")
     shared = [s for s in splits if (s in ("val", "test_and_val") if where == "val" else s != "val")]
     same = decision["data"] == name or where == "test" and family(decision["data"]) == family(name)
     biased = where and shared and same

@@ -12,6 +12,8 @@ import json
 import math
 import os
 import platform
+import re
+import shutil
 import signal
 import sys
 import threading
@@ -345,6 +347,43 @@ def write_whole(path, write):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(final):
+    """Inside, a temporary sibling to write into; it takes the name `final` at the end, unless a folder has it by then.
+
+    A process killed at any moment leaves nothing that could be mistaken for the whole; what killed processes of this
+    machine left goes when the next one starts.
+    """
+    final = Path(final)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}@{platform.node()}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(final.parent)
+        temporary.mkdir()
+        yield temporary
+        if not final.is_dir():
+            temporary.rename(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_stale(root):
+    """Delete what killed processes of this machine left half written, one that had our number included."""
+    for folder in root.iterdir():
+        match = re.fullmatch(r"\..+\.(\d+)@(.+)", folder.name)
+        if match and match[2] == platform.node() and (int(match[1]) == os.getpid() or not alive(int(match[1]))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def need_room(folder, least, what):
+    """UsageError unless the disk of a folder, or of the first one above it that is there, has `least` bytes free."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(there).free
+    if least > free:
+        raise UsageError(f"{what} needs at least {least / 2 ** 30:,.0f} GiB, and {there} has {free / 2 ** 30:,.0f} "
+                         "free: make fewer or smaller pictures")
 
 
 def alive(pid):

@@ -12,13 +12,16 @@ the exit status then is 1. SIGTERM and Ctrl-C are passed on to the run, which sa
 Floor: commands, the highest: it starts train.py and evaluate.py, and reads nothing but their files.
 """
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 import data
 from baselines import TAKES
@@ -120,9 +123,8 @@ def plan(names, seeds, flags, folder="sweep"):
             check(cfg)
             refuse_other_settings(cfg)
             runs[cfg.out] = cfg, [*typed, "--out", cfg.out]
-    for line in dict.fromkeys(left_out(cfg) for cfg, _ in runs.values()):
-        if line:
-            print(f"--recipe {cfg.recipe}: {line}")
+    for line in dict.fromkeys(f"--recipe {cfg.recipe}: {left}" for cfg, _ in runs.values() if (left := left_out(cfg))):
+        print(line)
     return list(runs.values())
 
 
@@ -211,7 +213,8 @@ def finished(names, flags, folder="sweep", measure=("--leakage", "100"), also=()
     """For notebooks: runs of seed 0, trained and evaluated now unless they were before -> {name: folder of the run}.
 
     names and flags as on the command line, measure and also as in `commands`. On CPU runs go side by side, each with
-    its share of the cores. What the scripts print is shown only where one fails. RunError then.
+    its share of the cores. A bar shows how far they are; what the scripts print is shown only where one fails. RunError
+    then.
     """
     runs = plan(names, 1, flags, folder)
     left = [(cfg.out, todo) for cfg, typed in runs if (todo := commands(cfg, typed, measure=measure, also=also))]
@@ -222,14 +225,37 @@ def finished(names, flags, folder="sweep", measure=("--leakage", "100"), also=()
         threads = {"OMP_NUM_THREADS": str(os.cpu_count() // side_by_side)} if side_by_side > 1 else {}
 
         def work(out, todo):
-            print(f"{out}: this takes minutes, but only once; its log.jsonl says how far it is", flush=True)
             for command in todo:
                 done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **threads})
                 if done.returncode:
                     raise RunError(f"{out} failed: {done.stderr.strip()[-500:]}")
         with ThreadPoolExecutor(side_by_side) as pool:
-            list(pool.map(work, *zip(*left)))
+            watch([pool.submit(work, *both) for both in left], [cfg for cfg, _ in runs if cfg.out in dict(left)])
     return {Path(cfg.out).name.removesuffix("-0"): Path(cfg.out) for cfg, _ in runs}
+
+
+def watch(jobs, cfgs):
+    """Show how far runs are while they are trained and measured, from their log.jsonl; raises what a job raises."""
+    names = ", ".join(Path(cfg.out).name.removesuffix("-0") for cfg in cfgs)
+    bar = tqdm(total=sum(cfg.epochs for cfg in cfgs), desc=f"training {names}: minutes, but only once",
+               bar_format="{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left", dynamic_ncols=True)
+    with bar:
+        while not all(job.done() for job in jobs):
+            bar.n = sum(cfg.epochs if trained(Path(cfg.out) / "log.jsonl") else epochs_done(cfg) for cfg in cfgs)
+            if bar.n >= bar.total:
+                bar.set_description(f"measuring {names}", refresh=False)
+            bar.refresh()
+            wait(jobs, timeout=1)
+        bar.n = bar.total
+    for job in jobs:
+        job.result()
+
+
+def epochs_done(cfg):
+    """How many epochs of a run are done, by the last whole line of its log; 0 before there is one."""
+    log = Path(cfg.out) / "log.jsonl"
+    found = re.findall(rb'"epoch": ([0-9.]+)', log.read_bytes()) if log.is_file() else []
+    return min(float(found[-1]), cfg.epochs) if found else 0
 
 
 def main(argv=None):

@@ -5,8 +5,9 @@
     python train.py --data waterbirds --mini --method erm --seed 1      # the comparison
     python train.py --config runs/waterbirds-mini/config.json --seed 1  # another run's settings
 
-A run lives in runs/<name>: config.json, log.jsonl, last.pt (to resume), best.pt (to evaluate), curves.png. The preset
-of a benchmark replaces the defaults, --config the preset, the command line all of them.
+A run lives in runs/<name>: config.json, log.jsonl, last.pt (to resume), best.pt (to evaluate), curves.png, and with
+--film the masks of a few images while it trained. The preset of a benchmark replaces the defaults, --config the preset,
+the command line all of them.
 
 Floor: commands. Read ifam.py (the model and its losses) and runs.py (settings, checkpoints) first, then from
 `gradients`, which is one step, to `train`, which is all of them.
@@ -33,12 +34,12 @@ import ifam
 import settings
 import vit
 from baselines import FoundMask, build
-from benchmarks.samples import Plan
+from benchmarks.samples import Plan, spread_over_groups
 from measure.metrics import accuracies
 from predict import given_mask, predict
-from runs import (Config, Log, check, claim, earlier_state, loss_weights, owned, pick_device, preset, read_settings,
-                  recipe_text, refuse_other_images, save)
-from settings import RunError, Stopped, UsageError, parse, progress, run_script, signals
+from runs import (Config, Log, check, claim, earlier_state, loss_weights, owned, pick_device, preset, read_film,
+                  read_settings, recipe_text, refuse_other_images, save)
+from settings import RunError, Stopped, UsageError, parse, progress, run_script, signals, write_json
 from weights import load_pretrained, reader
 
 
@@ -193,7 +194,7 @@ def start_model(cfg, classes, read=None):
 
 
 def try_out(cfg):
-    """-> a reader of the weights, for build_model, once a model was built and filled with them: errors come before data.
+    """-> a reader of the weights, for build_model, once a model was built and filled with them: errors before data.
 
     Weights that are to be downloaded are not: their name and the settings tell that they fit. The model has no memory,
     unless it is so small that this costs less.
@@ -348,6 +349,43 @@ class Trainer:
         return score["aa"]
 
 
+class Film:
+    """Parts of a few images while a model trains, in film.json: {"step", "parts"} for each frame, K the background.
+
+    The images are spread over the groups of the split; parts has a list for each, a row of patches as text. Nothing is
+    drawn at random and no weight is touched, so that training is the same bit for bit with and without it.
+    """
+
+    def __init__(self, cfg, model, samples, rank, start):
+        self.path, self.frames = Path(cfg.out) / "film.json", []
+        self.count = cfg.film if rank == 0 and model.selector is not None else 0
+        if self.count:
+            self.chosen = spread_over_groups(samples, self.count)
+            self.about = {"data": samples.name, "split": samples.split, "k": cfg.k,
+                          "ids": [x["id"] for x in self.chosen]}
+            if start and self.path.is_file():            # after --resume: what comes later is filmed again
+                self.frames = [x for x in read_film(self.path)["frames"] if x["step"] <= start]
+                write_json(self.path, {**self.about, "frames": self.frames})
+
+    @staticmethod
+    def due(step, last):
+        """Steps 0, 10, 20, 50, 100, 200, 500, 1000, ... and the last."""
+        return step in (0, last) or step >= 10 and str(step).rstrip("0") in ("1", "2", "5")
+
+    @torch.no_grad()
+    def __call__(self, model, step, last):
+        if not self.count or not self.due(step, last) or any(x["step"] == step for x in self.frames):
+            return
+        selector, training = model.selector, model.training
+        model.eval()
+        images = torch.stack([x["image"] for x in self.chosen]).to(selector.prototypes.device)
+        parts = torch.cat([selector(x[None]).part_logits.argmax(1) for x in images])
+        model.train(training)
+        rows = parts.unflatten(1, selector.backbone.grid).tolist()
+        self.frames.append({"step": step, "parts": [[" ".join(map(str, row)) for row in image] for image in rows]})
+        write_json(self.path, {**self.about, "frames": self.frames})
+
+
 class Pace:
     """How fast training goes: images a second and the share of time that waited for data, since the last line."""
 
@@ -406,12 +444,15 @@ def loop(cfg, trainer, samples, val, log, start, best, images):
                                           worker_init_fn=leave_signals, pin_memory=device.type == "cuda")
     dataset = samples.described()
     keep = lambda name, parts: save(folder / name, rank, cfg, done, best, parts, images, done / per_epoch, dataset)
+    film = Film(cfg, trainer.model, val or samples, rank, start)
     trainer.model.train()
+    film(trainer.averaged or trainer.model, start, steps)
     with signals() as noted:
         for step, batch in enumerate(progress(batches, cfg.method, every=math.inf), start):
             pace.arrived()
             terms, norm = trainer(batch, step)
             done = step + 1
+            film(trainer.averaged or trainer.model, done, steps)
             if done % cfg.log_every == 0 or done == steps:
                 log_step(log, trainer, pace, terms, norm, done, per_epoch)
             if end_of_epoch := done % per_epoch == 0:
@@ -469,6 +510,8 @@ def train(cfg):
         if rank == 0:
             from measure import figures                  # here: training itself needs no matplotlib
             figures.training_curves(folder / "log.jsonl", folder / "curves.png")
+            if (folder / "film.json").is_file():
+                figures.film(folder / "film.json", val or samples, folder / "film.png")
         if world > 1:
             dist.barrier()
             dist.destroy_process_group()

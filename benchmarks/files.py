@@ -369,6 +369,8 @@ def eight_bits(image, mode, white=None):
             raise Unusable(f"its values go up to {high:g} of 65535: it seems to use fewer than 16 bits, and nothing "
                            "says how many; save it with 8 bits, or with white at 65535")
         return Image.fromarray(np.rint(pixels * (255 / white)).astype(np.uint8)).convert(mode)
+    if mode == "RGBA":
+        return image.convert(mode)
     if has_alpha(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, BEHIND[mode]), image)
@@ -405,7 +407,12 @@ SIGNATURE = PngInfo()           # in every picture that this program draws
 SIGNATURE.add_text("Software", "iFAM")
 
 
+SIGNED = {".pdf": b"/Creator (iFAM)", ".svg": b"<dc:title>iFAM</dc:title>"}      # what "Creator" of matplotlib becomes
+
+
 def is_our_picture(path):
-    """Did this program draw the picture at path? Earlier versions left matplotlib's name in it."""
+    """Did this program draw the picture at path? Earlier versions left matplotlib's name in a PNG."""
+    if mark := SIGNED.get(Path(path).suffix.lower()):
+        return mark in Path(path).read_bytes()
     with Image.open(path) as picture:
         return str(picture.info.get("Software", "")).startswith(("iFAM", "Matplotlib"))

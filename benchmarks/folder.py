@@ -1,7 +1,7 @@
 """folder.py: pictures of one's own, sorted into folders or listed in a table. Floor: data; read samples.py first.
 
     PATH/{train,val,test}/<class>/**/<picture>           no places are known: the classes are the groups
-    PATH/metadata.csv                                    filename, label, split, and where they are known place, mask, id
+    PATH/metadata.csv                                    filename, label, split; where they are known place, mask, id
 
 Splits may be missing. load_folder finds the pictures; survey then looks at the files, leaves out what cannot be read,
 and says in one line each what is odd about the data.
@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
-from benchmarks.files import (FILE, PICTURES, TEXT, Kind, NotThere, Unusable, digest_of_rest, exists, folders, has_alpha,
-                              listed, look_at, one_of, read_rows, say)
+from benchmarks.files import (FILE, PICTURES, TEXT, Kind, NotThere, Unusable, digest_of_rest, exists, folders,
+                              has_alpha, listed, look_at, one_of, read_rows, say)
 from benchmarks.samples import Samples
 from settings import UsageError
 
@@ -81,16 +81,16 @@ def named(kind, words):
 def load_folder(root, size, seed):
     """Pictures of one's own -> {split: Samples}, of the splits that there are.
 
-    A label is a word or a number; its class is its place among all of them (in_order), whatever the split. group = class
-    * places + place. Raises UsageError for a folder that is laid out in another way, a line of the table that is not as
-    expected, and where there is one class only. Files are not opened.
+    A label is a word or a number; its class is its place among all of them (in_order), whatever the split. group =
+    class * places + place. Raises UsageError for a folder that is laid out in another way, a line of the table that is
+    not as expected, and where there is one class only. Files are not opened.
     """
     rows = table_rows(root) if exists(root / TABLE) else folder_rows(root)
     classes = in_order(row.label for row in rows)
     places = in_order(row.place for row in rows if row.place)
     if len(classes) < 2:
-        raise UsageError(f"folder: all pictures under {root.resolve()} are of one class, {classes[0]}: there is nothing "
-                         "to tell apart; add another class")
+        raise UsageError(f"folder: all pictures under {root.resolve()} are of one class, {classes[0]}: there is "
+                         "nothing to tell apart; add another class")
     mine = {split: [row for row in rows if row.split == split] for split in SPLITS}
     return {split: samples(title_of(root), split, some, size, seed, classes, places)
             for split, some in mine.items() if some}
@@ -127,9 +127,9 @@ def folder_rows(root):
             raise UsageError(f"folder: {root.resolve()} has {names[0]} and {names[1]}; keep one of them")
         for name in names:
             for label in folders(root / name):
-                found = [file for file in below(root, f"{name}/{label}")]
+                found = list(below(root, f"{name}/{label}"))
                 pictures = [file for file in found if file.lower().endswith(PICTURES)]
-                other.update(os.path.splitext(file)[1] or file for file in set(found) - set(pictures))
+                other.update(os.path.splitext(file)[1] or file for file in found if not file.lower().endswith(PICTURES))
                 empty += [f"{name}/{label}"] * (not pictures)
                 rows += [Row(split, file, root / file, label) for file in pictures]
     if other:
@@ -143,7 +143,7 @@ def folder_rows(root):
 
 
 def below(root, folder, seen=()):
-    """Names of all files in a folder under root and in the folders of it, sorted; a link back to itself leads nowhere."""
+    """Names of all files in a folder under root and in its folders, sorted; a link back to itself leads nowhere."""
     here = os.stat(root / folder)
     mine = (here.st_dev, here.st_ino)
     entries = [] if mine in seen else listed(root / folder)
@@ -217,7 +217,8 @@ def survey(found, looked=None):
     """
     lacking(found)                                       # before a file is opened
     faults = {split: [] for split in found}
-    looks = {split: leave_out(some, faults[split]) for split, some in found.items() if looked is None or split in looked}
+    looks = {split: leave_out(some, faults[split]) for split, some in found.items()
+             if looked is None or split in looked}
     try:
         notes = {split: faults[split] + more for split, more in lacking(found).items()}
     except UsageError as error:                          # it was not so before files were left out
@@ -255,7 +256,7 @@ def leave_out(some, notes):
 
 
 def lacking(found):
-    """Classes and groups that some split has and another lacks -> {split: [line]}; UsageError for what is not learned."""
+    """Classes and groups that a split has and another lacks -> {split: [line]}; UsageError for what is not learned."""
     notes = {split: [] for split in found}
     if "train" not in found:
         return notes
@@ -274,7 +275,8 @@ def lacking(found):
             notes[split].append(f"{split} has {'places' if some.places else 'no places'}, unlike train")
         elif some.places:
             here, there = (x.groups.bincount(minlength=len(x.group_names)) for x in (some, train))
-            if new := [f"{some.group_names[g]} ({here[g]} image{'s' * (here[g] > 1)})" for g in (here * (there == 0)).nonzero()[:, 0]]:
+            if new := [f"{some.group_names[g]} ({here[g]} image{'s' * (here[g] > 1)})"
+                       for g in (here * (there == 0)).nonzero()[:, 0]]:
                 notes[split].append(f"{split} has groups that train lacks: {several(new)}")
     return notes
 

@@ -182,6 +182,16 @@ class Samples(torch.utils.data.Dataset):
         return sample | {name: torch.from_numpy(at).float() for name, at in annotated.items() if at is not None}
 
 
+def evenly(indices, count):
+    """`count` of these indices, spread evenly; all of them if there are fewer. -> list"""
+    return indices[torch.linspace(0, len(indices) - 1, min(count, len(indices))).round().long()].tolist()
+
+
+def spread_over_groups(samples, count):
+    """`count` samples spread evenly over a split that is sorted by group -> list of samples."""
+    return [samples[i] for i in evenly(torch.argsort(samples.groups, stable=True), count)]
+
+
 def describe(samples):
     """One line: images, classes or groups, and how many of each where they are few."""
     counts = torch.bincount(samples.groups, minlength=len(samples.group_names)).tolist()

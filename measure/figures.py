@@ -4,8 +4,10 @@
 
 Floor: measuring. Read ifam.py before (what maps and masks are) and leakage.py (what it is to hold a mask fixed).
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart; a part has the same one everywhere, and
-so has a kind of mask, whose bars differ in hatching too. With a path, which may be a string, a figure is written in the
-format of its suffix (.png, .pdf, .svg); without, it is left open, and a notebook shows it under its cell.
+so has a kind of mask, whose bars differ in hatching too. What has a fixed range (maps, masks, weights: 0 to 1) has a
+fixed scale; where a scale is a figure's own, a colour bar says what it is. With a path, which may be a string, a figure
+is written in the format of its suffix (.png, .pdf, .svg); without, it is left open, and a notebook shows it under its
+cell. All formats carry our signature, so that no picture of somebody else is replaced.
 """
 import json
 import os
@@ -22,30 +24,36 @@ if not NOTEBOOK:
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 import data
 from benchmarks.files import SIGNATURE, is_our_picture
-from benchmarks.samples import patch_keep
-from ifam import refuse
+from benchmarks.samples import evenly, patch_keep, spread_over_groups
+from ifam import refuse, unlikeness
 from measure.leakage import pixel_gradient, pixels, stage1_classifier, stage2_classifier
 from measure.metrics import wilson
-from runs import load_model
+from runs import load_model, read_film
 from settings import UsageError, may_write, opt, parse, run_script, write_whole
 
 if NOTEBOOK:                                             # PNG files of grain are four times as large
     from matplotlib_inline.backend_inline import set_matplotlib_formats
     set_matplotlib_formats("jpeg", pil_kwargs={"quality": 85})
 
+plt.rcParams["svg.hashsalt"] = "iFAM"                     # the same figure is the same file
 OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+TEXT, SMALL, LARGE = 10.5, 9.5, 12                       # points: to be read on a slide, too
 MASKS = {"none": ("#999999", ""), "late, soft": ("#E69F00", "//"), "late, hard": ("#D55E00", "//"),       # hatching
          "early, soft": ("#56B4E9", ".."), "early, hard": ("#0072B2", ""), "true": ("#009E73", "xx")}
 
 
 # ---------------------------------------------------------------- an image as a picture
 def part_colour(k):
-    """Colour of part k, RGB in [0, 1]; after eight parts the same hues come again, darker."""
-    return np.array(matplotlib.colors.to_rgb(OKABE_ITO[k % 8])) * 0.6 ** (k // 8)
+    """Colour of part k, RGB in [0, 1]; after eight parts the same hues come again, darker.
+
+    The eighth is a violet, because grey could not be told from the picture.
+    """
+    return np.array(matplotlib.colors.to_rgb((*OKABE_ITO[:7], "#7A4FC4")[k % 8])) * 0.6 ** (k // 8)
 
 
 def to_picture(image, normalisation):
@@ -79,6 +87,19 @@ def overlay(picture, parts, k, opacity=0.6):
     return (1 - opacity) * grey(picture) + opacity * spread(colours[parts], len(picture))
 
 
+def numbered(parts, k):
+    """Where to write the number of each part that occurs in parts (h, w) -> [(x, y, text)], in shares of the picture.
+
+    That is the patch of the part that is nearest to the middle of its patches.
+    """
+    (h, w), found = parts.shape, []
+    for part in occurring([parts], k):
+        mine = np.argwhere(parts == part)
+        row, column = mine[((mine - mine.mean(0)) ** 2).sum(1).argmin()]
+        found.append(((column + 0.5) / w, (row + 0.5) / h, str(part)))
+    return found
+
+
 def only_kept(picture, keep):
     """What a mask leaves to see: picture (S, S, 3) with light grey where keep (h, w) is 0."""
     keep = spread(np.asarray(keep), len(picture))[..., None]
@@ -101,10 +122,13 @@ def outlined(picture, keep):
     return large
 
 
-def signed(values):
-    """(h, w) -> (h, w, 3): white is 0, blue below, red above; the largest is the strongest."""
+def signed(values, largest=None):
+    """(h, w) -> (h, w, 3): white is 0, blue below, red above; `largest` (default: theirs) is the strongest."""
     values = np.asarray(values)
-    return matplotlib.colormaps["RdBu_r"](0.5 + 0.5 * values / max(abs(values).max(), 1e-12))[..., :3]
+    return matplotlib.colormaps["RdBu_r"](0.5 + 0.5 * values / max(largest or abs(values).max(), 1e-12))[..., :3]
+
+
+HEAT = matplotlib.colors.ListedColormap(matplotlib.colormaps["plasma"](np.linspace(0.35, 1, 256)))
 
 
 def heat(picture, values, keep=None, largest=None):
@@ -114,8 +138,7 @@ def heat(picture, values, keep=None, largest=None):
     """
     values = np.asarray(values)
     strength = np.sqrt(np.clip(values / max(largest or values.max(), 1e-12), 0, 1))[..., None]   # sqrt: faint is seen
-    colours = matplotlib.colormaps["plasma"](0.35 + 0.65 * strength[..., 0])[..., :3]
-    shown = (1 - strength) * 0.5 * grey(picture) + strength * colours
+    shown = (1 - strength) * 0.5 * grey(picture) + strength * HEAT(strength[..., 0])[..., :3]
     return shown if keep is None else outlined(shown, keep)
 
 
@@ -154,16 +177,6 @@ def answer(samples, guess, sample):
     return f"{'✓' if guess == sample['label'] else '✗'} {said}"
 
 
-def evenly(indices, count):
-    """`count` of these indices, spread evenly; all of them if there are fewer. -> list"""
-    return indices[torch.linspace(0, len(indices) - 1, min(count, len(indices))).round().long()].tolist()
-
-
-def spread_over_groups(samples, count):
-    """`count` samples spread evenly over a split that is sorted by group -> list of samples."""
-    return [samples[i] for i in evenly(torch.argsort(samples.groups, stable=True), count)]
-
-
 def opened(samples, batch):
     """A list of samples -> (images (B, 3, S, S), their pictures, their groups as titles)."""
     images = torch.stack([b["image"] for b in batch])
@@ -171,38 +184,54 @@ def opened(samples, batch):
             [short(samples.group_names[b["group"]]) for b in batch])
 
 
-def grid(rows, titles=(), path=None, side=1.6, parts=(), heading="", largest=1.0):
+def grid(rows, titles=(), path=None, side=1.6, parts=(), heading="", largest=1.0, scale=""):
     """{name: [picture (S, S, 3), ...]} -> a row of pictures for each name. titles: of the columns; parts: a legend.
 
-    A picture may come with text: (picture, text), written under it. None leaves its place empty. A map (h, w) is drawn
-    from 0, black, to `largest`, for all maps alike: ValueError for one with values outside.
+    A picture may come with text, (picture, text), written under it, and with marks, (picture, text, marks), [(x, y,
+    text)] in shares of the picture, written on it. None leaves its place empty. A map (h, w) is drawn from 0, black, to
+    `largest`, for all maps alike: ValueError for one with values outside. A colour bar is drawn if `largest` is not 1,
+    or if `scale` says what the colours are: the name of a colour map of matplotlib and the labels of its two ends.
     """
-    cells = {name: [x if isinstance(x, tuple) else (x, "") for x in pictures] for name, pictures in rows.items()}
-    for x in (np.asarray(x) for line in cells.values() for x, _ in line if x is not None):
+    cells = {name: [(*x, "", ())[:3] if isinstance(x, tuple) and len(x) < 3 else x if isinstance(x, tuple) else
+                    (x, "", ()) for x in pictures] for name, pictures in rows.items()}
+    for x in (np.asarray(x) for line in cells.values() for x, *_ in line if x is not None):
         if x.ndim == 2 and not (x.min() >= -1e-4 and x.max() <= largest + 1e-4):
             raise ValueError(f"a map from {x.min():.3g} to {x.max():.3g} does not fit 0 to {largest:g}: pass largest=")
     columns = max(map(len, cells.values()))
-    lines = sum(max((text.count("\n") + bool(text) for _, text in line), default=0) for line in cells.values())
-    extra = 0.17 * (lines + heading.count("\n") + bool(heading)) + 0.3 * bool(parts) + 0.3
+    lines = sum(max((text.count("\n") + bool(text) for _, text, _ in line), default=0) for line in cells.values())
+    extra = 0.19 * (lines + heading.count("\n") + bool(heading)) + 0.35 * bool(parts) + 0.35
     figure, axes = plt.subplots(len(cells), columns, squeeze=False, layout="constrained",
                                 figsize=(side * columns + 0.3, side * len(cells) + extra))
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[], frame_on=False)
     for line, (name, pictures) in zip(axes, cells.items()):
-        for axis, (picture, text) in zip(line, pictures):
+        for axis, (picture, text, marks) in zip(line, pictures):
             if picture is not None:
                 axis.imshow(picture, interpolation="nearest", cmap="magma", vmin=0, vmax=largest)
-            axis.set_xlabel(text, fontsize=8)
-        line[0].set_ylabel(name, fontsize=9)
+            for x, y, mark in marks:
+                axis.text(x, 1 - y, mark, transform=axis.transAxes, ha="center", va="center", fontsize=SMALL,
+                          color="white", weight="bold", path_effects=[withStroke(linewidth=2, foreground="black")])
+            axis.set_xlabel(text, fontsize=SMALL)
+        line[0].set_ylabel(name, fontsize=TEXT)
     for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=TEXT)
+    if largest != 1 or scale:
+        colour_bar(figure, axes, *(scale or ("magma", "0", f"{largest:.3g}")))
     if len(parts):
         handles = [plt.Rectangle((0, 0), 1, 1, color=part_colour(p)) for p in parts]
         figure.legend(handles, [f"part {p}" for p in parts], loc="outside lower center", ncols=min(len(parts), 8),
-                      fontsize=9, frameon=False)
+                      fontsize=TEXT, frameon=False)
     if heading:
-        figure.suptitle(heading, fontsize=10)
+        figure.suptitle(heading, fontsize=LARGE)
     save(figure, path, grain=True)
+
+
+def colour_bar(figure, axes, colours, low, high):
+    """A bar beside the axes that says what the two ends of a colour map stand for."""
+    colours = matplotlib.colormaps[colours] if isinstance(colours, str) else colours
+    bar = figure.colorbar(matplotlib.cm.ScalarMappable(cmap=colours), ax=axes, shrink=min(0.8, 2 / len(axes)),
+                          aspect=15, pad=0.02)
+    bar.set_ticks([0, 1], labels=[low, high], fontsize=SMALL)
 
 
 def occurring(assigned, k):
@@ -212,29 +241,32 @@ def occurring(assigned, k):
 
 @torch.no_grad()
 def parts(model, samples, path=None, device="cpu", count=8):
-    """Images, their parts, and what stage 2 sees, for `count` images spread over the split and its groups."""
+    """Images, their parts with the numbers written in, and what stage 2 sees.
+
+    Of `count` images, spread over the split and its groups.
+    """
     images, pictures, titles = opened(samples, batch := spread_over_groups(samples, count))
     out, k = model(images.to(device)), model.selector.k
     assigned = out.part_logits.argmax(1).unflatten(1, out.maps.shape[2:]).cpu().numpy()
     keep = out.keep.clamp(0, 1).unflatten(1, model.grid).cpu()
     guesses = samples.answers(out.logits.cpu()).tolist()
-    grid({"image": pictures, "parts": [overlay(*both, k) for both in zip(pictures, assigned)],
+    grid({"image": pictures, "parts": [(overlay(p, a, k), "", numbered(a, k)) for p, a in zip(pictures, assigned)],
           "what stage 2 sees" if model.predictor else "patches of parts": [
               (only_kept(p, m), answer(samples, *x)) for p, m, *x in zip(pictures, keep, guesses, batch)]},
          titles, path, side=1.35, parts=occurring(assigned, k))
 
 
 @torch.no_grad()
-def compare_parts(models, samples, path=None, device="cpu", count=8):
+def compare_parts(models, samples, path=None, device="cpu", count=8, side=1.2):
     """The parts of several models on the same images, a row each. models: {name: model with a selector}."""
     images, pictures, _ = opened(samples, spread_over_groups(samples, count))
     rows, found = {"image": pictures}, set()
     for name, model in models.items():
         selector = model.selector
         assigned = selector(images.to(device)).part_logits.argmax(1).unflatten(1, selector.backbone.grid).cpu().numpy()
-        rows[name] = [overlay(*both, selector.k) for both in zip(pictures, assigned)]
+        rows[name] = [(overlay(p, a, selector.k), "", numbered(a, selector.k)) for p, a in zip(pictures, assigned)]
         found |= {*occurring(assigned, selector.k)}
-    grid(rows, path=path, side=1.2, parts=sorted(found))
+    grid(rows, path=path, side=side, parts=sorted(found))
 
 
 def examples(samples, path=None, count=6):
@@ -268,7 +300,7 @@ def gradients(classifiers, samples, backbone, path=None, device="cpu", count=5, 
             (heat(picture, coarse(look, backbone.patch // 2), mask), f"{share:.0%} outside")
             for picture, look, mask, share in
             zip(pictures, looks.cpu(), keep.cpu().unflatten(1, backbone.grid).numpy(), outside.tolist())]
-    grid(rows, titles, path, side=1.5)
+    grid(rows, titles, path, side=1.5, scale=(HEAT, "0", "largest\nof the\nimage"))
 
 
 # ---------------------------------------------------------------- pictures of one's own
@@ -419,7 +451,7 @@ def chart(axis, legend=True, chance=None, **settings):
     if chance is not None:
         axis.axhline(chance, color="black", lw=0.8, ls=":", label="chance")
     if legend and axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, frameon=False, **(legend if isinstance(legend, dict) else {}))
+        axis.legend(fontsize=SMALL, frameon=False, **(legend if isinstance(legend, dict) else {}))
 
 
 def group_bars(groups, path=None, chance=None):
@@ -436,24 +468,29 @@ def group_bars(groups, path=None, chance=None):
         axis.bar(np.arange(len(names)) + (i - (len(groups) - 1) / 2) * width, share, width * 0.92, label=model,
                  yerr=np.maximum([share - low, high - share], 0), capsize=2, error_kw=dict(lw=1), **bar_style(model))
     few = len(names) < 5
-    axis.set_xticks(range(len(names)), [short(g) if few else short(g).replace("\n", "") for g in names], fontsize=9,
+    axis.set_xticks(range(len(names)), [short(g) if few else short(g).replace("\n", "") for g in names], fontsize=TEXT,
                     **({} if few else dict(rotation=20, ha="right")))
     above = dict(ncols=len(groups) + (chance is not None), loc="lower center", bbox_to_anchor=(0.5, 1))
     chart(axis, above, chance, ylabel="accuracy", ylim=(0, 1.02))
     save(figure, path)
 
 
-def ladder(measures, path=None):
-    """Small multiples, one for each measure, a bar for each kind of mask: {measure: {name of a mask: number}}."""
-    figure, axes = plt.subplots(1, len(measures), figsize=(2.5 * len(measures), 2.4), sharey=True, squeeze=False,
+def ladder(measures, path=None, n=0):
+    """Small multiples, one for each measure, a bar for each kind of mask: {measure: {name of a mask: number}}.
+
+    n: the numbers are shares of so many images, and get 95 % intervals (Wilson).
+    """
+    figure, axes = plt.subplots(1, len(measures), figsize=(1.3 + 2.4 * len(measures), 2.6), sharey=True, squeeze=False,
                                 layout="constrained")
     for axis, (measure, values) in zip(axes[0], measures.items()):
-        largest = max(max(values.values()), 1e-9)
+        largest = max(*(wilson(x, n)[1] if n else x for x in values.values()), 1e-9)
         for name, value in values.items():
             axis.barh(name, value, 0.75, **bar_style(name))
             digits = "0" if value == 0 else f"{value:.3g}" if value >= 10 else f"{value:.2g}"
-            axis.text(value + 0.03 * largest, name, digits, va="center", fontsize=8)
-        axis.set_title(textwrap.fill(measure, 22), fontsize=9)
+            low, high = wilson(value, n) if n else (value, value)
+            axis.plot([low, high], [name, name], color="black", lw=1)
+            axis.text(high + 0.03 * largest, name, digits, va="center", fontsize=SMALL)
+        axis.set_title(textwrap.fill(measure, 22), fontsize=TEXT)
         axis.spines["bottom"].set_visible(False)
         chart(axis, False, xlim=(0, 1.3 * largest), xticks=[])
     axes[0, 0].invert_yaxis()                            # the first at the top
@@ -492,11 +529,11 @@ def growth(found, path=None):
                     right = min(x[-1], x[0] * (10 * top / low) ** (1 / slope))
                     end = right, 0.5 * low * (right / x[0]) ** slope
                     axis.plot([x[0], right], [0.5 * low, end[1]], color="0.6", lw=0.8, zorder=0)
-                    axis.annotate(f"slope {slope}", end, offset, textcoords="offset points", fontsize=7, color="0.4",
-                                  ha="right")
+                    axis.annotate(f"slope {slope}", end, offset, textcoords="offset points", fontsize=SMALL,
+                                  color="0.4", ha="right")
             axis.set(title=f"{label.partition(',')[0]} against {name}", ylabel=label)
             axis.spines[["top", "right"]].set_visible(False)
-            axis.legend(fontsize=8, frameon=False, loc="upper left")
+            axis.legend(fontsize=SMALL, frameon=False, loc="upper left")
         column[-1].set_xlabel(labels[name])
         column[-1].set_xticks(x, x)
         column[-1].xaxis.minorticks_off()
@@ -530,43 +567,88 @@ def training_curves(log, path=None):
     save(figure, path)
 
 
+def film(file, samples, path=None, steps=(), columns=8):
+    """The parts of a few images while a model was trained with --film, a row each: film.json of a run, and its split.
+
+    steps: which of the frames, by default up to `columns` of them, the first and the last among them. UsageError for a
+    step that was not kept, or an image that the split does not have.
+    """
+    content = read_film(file)
+    frames = {frame["step"]: frame["parts"] for frame in content["frames"]}
+    steps = steps or [sorted(frames)[i] for i in evenly(torch.arange(len(frames)), columns)]
+    if absent := [x for x in (*steps, *content["ids"]) if x not in frames and x not in samples.ids]:
+        raise UsageError(f"{file} has no {absent[0]}: it has the steps {', '.join(map(str, sorted(frames)))} of images "
+                         f"of {content['data']} {content['split']}")
+    rows, k = {}, content["k"]
+    for n, name in enumerate(content["ids"]):
+        sample = samples[samples.ids.index(name)]
+        picture = to_picture(sample["image"], samples.normalisation)
+        of_step = [np.array([row.split() for row in frames[step][n]], int) for step in steps]
+        rows[short(samples.group_names[sample["group"]]) + " " * n] = [picture, *[
+            (overlay(picture, parts, k), f"{(parts < k).mean():.0%} kept", numbered(parts, k)) for parts in of_step]]
+    used = occurring([np.array([row.split() for image in frames[step] for row in image], int) for step in steps], k)
+    grid(rows, ["image", *[f"step {step}" for step in steps]], path, side=1.35, parts=used)
+
+
 # ---------------------------------------------------------------- interventions
 @torch.no_grad()
 def part_sheet(model, samples, part, census, title, path=None, device="cpu", columns=8):
-    """What a part is: its strongest patch in each of up to 32 images, closest to the prototype first, and 8 images.
+    """What a part is: the patch that beats the background by most in each of up to 32 images, then 8 whole images.
 
-    census: closest, where and count, each (n, K), for the n samples. The 8 are spread over the images with this part.
+    The largest margin comes first. The 8 images are spread over those with this part; a patch of it is drawn at random
+    in each. census: intervene.Census of the samples. A part without a patch gets one line instead of a sheet.
     """
     k, patch, (h, w) = model.selector.k, model.selector.backbone.patch, model.selector.backbone.grid
     have = (census.count[:, part] > 0).nonzero()[:, 0]
     if not len(have):
-        return grid({"": [None] * columns}, path=path, side=0.9,
-                    heading=f"{title}\nno patch of any image goes to this part")
-    strongest = have[census.closest[have, part].argsort(stable=True)][:4 * columns].tolist()
+        return one_line(f"part {part} is empty: no patch of any of the {len(census.count)} images goes to it", path)
+    strongest = have[census.margin[have, part].argsort(descending=True, stable=True)][:4 * columns]
     seen = lambda images: [as_seen(model.selector, x, samples.normalisation) for x in images]
-    tiles = [neighbourhood(picture, patch, *divmod(census.where[i, part].item(), w), part_colour(part))
-             for i, picture in zip(strongest, seen(samples[i]["image"] for i in strongest))]
-    rows = {f"strongest patch,\n{i + 1} to {min(i + columns, len(tiles))}": tiles[i:i + columns]
+    tile = lambda picture, token: neighbourhood(picture, patch, *divmod(int(token), w), part_colour(part))
+    tiles = [tile(picture, census.where[i, part])
+             for i, picture in zip(strongest, seen(samples[i]["image"] for i in strongest.tolist()))]
+    rows = {f"largest margin,\n{i + 1} to {min(i + columns, len(tiles))}": tiles[i:i + columns]
             for i in range(0, len(tiles), columns)}
     images = torch.stack([samples[i]["image"] for i in evenly(have, columns)])
-    assigned = model.selector(images.to(device)).part_logits.argmax(1).view(-1, h, w).cpu().numpy()
-    rows["images with\nthis part"] = scenes = seen(images)
+    assigned, scenes = model.selector(images.to(device)).part_logits.argmax(1).cpu(), seen(images)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.multinomial((a == part).double(), 1, generator=generator) for a in assigned]
+    rows["a patch\nat random"] = [tile(*both) for both in zip(scenes, drawn)]
+    rows["images with\nthis part"] = scenes
+    assigned = assigned.view(-1, h, w).numpy()
     rows["its patches"] = [overlay(x, np.where(a == part, part, k), k) for x, a in zip(scenes, assigned)]
-    grid(rows, path=path, side=1.4, parts=[part], heading=title)
+    ranked = f"\nframed: the {len(tiles)} patches with the largest margin over the background, one an image"
+    if census.area is not None:
+        object_ = short(samples.classes[1]) if samples.masks_tell else "object"
+        ranked += (f"; {census.best[strongest, part].mean():.0%} of their area is {object_},\n"
+                   f"and {census.area[:, part].sum() / census.count[:, part].sum():.0%} of that of all its patches")
+    grid(rows, path=path, side=1.4, heading=title + ranked)
+
+
+def one_line(text, path=None):
+    """A picture of one line of text."""
+    figure = plt.figure(figsize=(8, 0.5))
+    figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=LARGE)
+    save(figure, path)
 
 
 @torch.no_grad()
 def removals(model, samples, before, steps, path=None, device="cpu", count=8):
     """Images, their parts, and the parts after each step; patches that a step refuses are framed in white.
 
-    before: limits (K,); steps: [(name, limits (K,))], mildest first. Half of the images lose most in the last step,
-    half are spread over the split.
+    before: limits (K,); steps: [(name, limits (K,))], mildest first; both on the selector's score. Half of the images
+    lose most in the last step, half are spread over the split.
     """
     selector, k, patch = model.selector, model.selector.k, model.selector.backbone.patch
     h, w = selector.backbone.grid
     pick = evenly(torch.arange(len(samples)), 256)       # enough to find such images
-    raw = torch.cat([selector(samples[i]["image"][None].to(device)).part_logits.cpu() for i in pick])
-    parts_of = lambda limits: refuse(raw, limits).argmax(1)                              # (n, N)
+    raw, unlike = [], []
+    for i in pick:
+        features = selector.features(samples[i]["image"][None].to(device))
+        raw.append(selector.select(features).part_logits)
+        unlike.append(unlikeness(selector.score, raw[-1], features, selector.prototypes).cpu())
+    raw, unlike = torch.cat(raw).cpu(), torch.cat(unlike)
+    parts_of = lambda limits: refuse(raw, limits, unlike).argmax(1)                      # (n, N)
     start = parts_of(before)
     most = (parts_of(steps[-1][1]) != start).sum(1).argsort(descending=True, stable=True)[:count // 2].tolist()
     chosen = most + evenly(torch.tensor([i for i in range(len(pick)) if i not in most]), count // 2)
@@ -574,10 +656,11 @@ def removals(model, samples, before, steps, path=None, device="cpu", count=8):
     pictures = [as_seen(selector, b["image"], samples.normalisation) for b in batch]
 
     def look(picture, i, assigned):
-        shown, refused = overlay(picture, assigned[i].view(h, w).numpy(), k), (assigned[i] != start[i]).nonzero()[:, 0]
+        own = assigned[i].view(h, w).numpy()
+        shown, refused = overlay(picture, own, k), (assigned[i] != start[i]).nonzero()[:, 0]
         for token in refused.tolist():
             shown = framed(shown, token % w * patch, token // w * patch, patch, 1.0, max(1, patch // 8))
-        return shown, "" if assigned is start else f"{len(refused)} removed"
+        return shown, "" if assigned is start else f"{len(refused)} removed", numbered(own, k)
     rows = {name: [look(*x, assigned) for x in zip(pictures, chosen)]
             for name, assigned in (("parts", start), *((name, parts_of(limits)) for name, limits in steps))}
     grid({"image": pictures, **rows}, [short(samples.group_names[b["group"]]) for b in batch], path,
@@ -592,8 +675,9 @@ def save(figure, path, grain=False):
     grain: it shows images, which take a third of the bytes as a PNG of the 256 colours that suit them best.
     """
     def write(temporary):
-        figure.savefig(temporary, dpi=150, format=path.suffix[1:])
-        if path.suffix == ".png":
+        signed = {"pdf": {"Creator": "iFAM", "CreationDate": None}, "svg": {"Creator": "iFAM", "Date": None}}
+        figure.savefig(temporary, dpi=150, format=kind, metadata=signed.get(kind))       # no date: it can be repeated
+        if kind == "png":
             shown = Image.open(temporary).convert("RGB")
             if grain:
                 colours = shown.resize((shown.width // 3, shown.height // 3), Image.NEAREST).quantize(256, kmeans=1)
@@ -601,14 +685,20 @@ def save(figure, path, grain=False):
             shown.save(temporary, "PNG", pnginfo=SIGNATURE)
     if path is not None:
         path = Path(path)
+        if (kind := path.suffix[1:].lower()) not in FORMATS:
+            raise UsageError(f"{path}: a figure is written as one of {', '.join(FORMATS)}; name a file of one of them")
         write_whole(path, write)
         plt.close(figure)
+
+
+FORMATS = ("png", "pdf", "svg")
 
 
 @dataclass
 class Config:
     ckpt: str = opt(MISSING, "checkpoint of a model of two stages, of train.py")
     out: Path = opt(Path("docs"), "folder that schematic.png and late_early.png are written to")
+    format: str = opt("png", "format of both: pdf and svg are sharp at any size", choices=FORMATS)
     force: bool = opt(False, "replace pictures that this program did not draw")
 
 
@@ -624,7 +714,7 @@ def main(argv=None):
     samples = data.measured(data.load(trained["data"], root, trained["size"], limit=trained["limit"], splits=looked,
                                       val_share=trained.get("val_share", 0.0)))
     given.out.mkdir(parents=True, exist_ok=True)
-    drawing, pictures = given.out / "schematic.png", given.out / "late_early.png"
+    drawing, pictures = (given.out / f"{name}.{given.format}" for name in ("schematic", "late_early"))
     for path in (drawing, pictures):
         may_write(path, is_our_picture, given.force)
     schematic(drawing)

@@ -19,7 +19,7 @@ from pathlib import Path
 import data
 from baselines import GIVEN
 from runs import Config as RunConfig
-from runs import chosen_on, differences, of_best, preset, read_config
+from runs import chosen_on, differences, of_best, preset, read_config, usual_recipe
 from settings import (UsageError, flag, may_write, opt, parse, read_json, run_script, write_csv, write_json,
                       write_whole)
 
@@ -141,7 +141,7 @@ def from_paper(benchmark, row, k):
 # ---------------------------------------------------------------- runs -> rows
 def row_name(config):
     """What a run is, from its config.json: its method, and as flags the settings that are not its defaults."""
-    usual = "mini" if config["mini"] else "paper"
+    usual = usual_recipe(config["mini"])
     recipe = config.get("recipe", usual)                 # earlier runs do not say
     given = {key: config[key] for key in ("data", "mini", "method")} | {"recipe": recipe}
     default = RunConfig(**{**preset(given), **given, "seed": config["seed"]})

@@ -6,10 +6,6 @@ draws the same bytes every time. Then read objects.py, scenes.py and one of the 
 """
 import hashlib
 import json
-import os
-import platform
-import re
-import shutil
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -19,7 +15,7 @@ from miniature.imagenet import ImageNet, ImageNet9
 from miniature.metashift import MetaShift
 from miniature.scenes import in_parallel
 from miniature.siim import Siim
-from settings import RunError, UsageError, alive, nearest
+from settings import RunError, UsageError, nearest, need_room, new_folder
 
 DRAWING_VERSION = 4     # part of every cache's name: raise it when the same seed would give another picture
 CACHE = Path(__file__).resolve().parent.parent / "data" / "mini"
@@ -39,27 +35,18 @@ def render(name, root=None, workers=None, **knobs):
     final = Path(root or CACHE) / f"{benchmark.FOLDER or name}-{digest}"
     if final.is_dir():
         return final
-    temporary = final.with_name(f".{final.name}.{os.getpid()}@{platform.node()}")
+    least = sum(getattr(benchmark, split) for split in benchmark.SPLITS) * benchmark.size ** 2 / 4
+    need_room(final.parent, least, "this miniature")            # a JPEG has two bits a pixel at the very least
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(final.parent)
-        least = sum(getattr(benchmark, split) for split in benchmark.SPLITS) * benchmark.size ** 2 / 4 / 2 ** 30
-        free = shutil.disk_usage(final.parent).free / 2 ** 30
-        if least > free:                                        # a JPEG has two bits a pixel at the very least
-            raise UsageError(f"this miniature needs at least {least:,.0f} GiB, and {final.parent} has {free:,.0f} "
-                             "free: draw fewer or smaller pictures")
-        rows = benchmark.rows()
-        for folder in benchmark.folders(rows):
-            (temporary / folder).mkdir(parents=True)
-        write = partial(benchmark.write, root=temporary)
-        benchmark.finish(temporary, rows, list(in_parallel(write, rows, f"rendering {name}", workers)))
-        if not final.is_dir():
-            temporary.rename(final)
+        with new_folder(final) as temporary:
+            rows = benchmark.rows()
+            for folder in benchmark.folders(rows):
+                (temporary / folder).mkdir(parents=True)
+            write = partial(benchmark.write, root=temporary)
+            benchmark.finish(temporary, rows, list(in_parallel(write, rows, f"rendering {name}", workers)))
     except OSError as error:
         if not final.is_dir():                              # else another process was first: use its copy
             raise RunError(f"cannot render into {final.parent}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
@@ -73,11 +60,3 @@ def configure(name, knobs):
         if knob not in known:
             raise UsageError(f"{name}: no knob {knob!r}{nearest(knob, known)} (one of: {', '.join(known)})")
     return BENCHMARKS[name](**knobs)
-
-
-def remove_stale(root):
-    """Delete what killed processes of this machine left half written, one that had our number included."""
-    for folder in root.iterdir():
-        match = re.fullmatch(r"\..+\.(\d+)@(.+)", folder.name)
-        if match and match[2] == platform.node() and (int(match[1]) == os.getpid() or not alive(int(match[1]))):
-            shutil.rmtree(folder, ignore_errors=True)

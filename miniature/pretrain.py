@@ -3,9 +3,11 @@
     OMP_NUM_THREADS=1 python -m miniature.pretrain   # 35 minutes on one core -> runs/pretrain/mini.pt and mini.json
     python -m miniature.pretrain --resume            # go on after a stop
     python -m miniature.pretrain --arch mini-rotary --out runs/pretrain-rotary     # its twin with rotary positions
+    python -m miniature.pretrain --composites PATH   # learn from a folder that compose.py wrote, not from drawn scenes
 
 Floor: commands, though it stays beside the weights that it makes. Read vit.py and scenes.py first. The scenes show one
-creature of any kind among things of any kind, drawn independently. No class, place or mask is used.
+creature of any kind among things of any kind, drawn independently. No class and no place is used, and no mask unless
+--weight-pasted or --weight-ground is given: these are supervision of "object or not", which mini.pt did not have.
 
 Words. A patch's texture is four numbers: how strong its grey levels vary at two fine scales, as the logarithm of a
 mean and as the mean of a logarithm (high where texture is everywhere, low where it is a few edges). k-means of many
@@ -34,6 +36,8 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks import transforms
+from benchmarks.files import read_image
+from benchmarks.folder import load_folder
 from benchmarks.samples import patch_keep
 from measure.leakage import linear_head
 from miniature.scenes import pretraining_scenes
@@ -41,7 +45,7 @@ from runs import pick_device
 from settings import UsageError, flag, opt, parse, progress, recorded, run_script, write_json, write_whole
 from train import lr_at
 from vit import attend_all, build_vit
-from weights import read_file
+from weights import load_strictly, read_file
 
 MEAN, STD = (torch.tensor(x)[:, None, None] for x in transforms.IMAGENET)
 
@@ -49,11 +53,18 @@ MEAN, STD = (torch.tensor(x)[:, None, None] for x in transforms.IMAGENET)
 @dataclass
 class Config:
     scenes: int = opt(12000, "scenes to learn from", at_least=1, at_most=10 ** 5, group="data and model")
+    composites: str = opt("", "learn from the training pictures of this folder, which compose.py wrote, and measure on "
+                              "its validation pictures")
+    start: str = opt("", "start from these weights, such as miniature/mini.pt (default: at random)")
     steps: int = opt(4500, "training steps", at_least=1, at_most=10 ** 7, group="schedule")
     batch: int = opt(24, "scenes a step, two views of each", at_least=1, at_most=4096)
     view: int = opt(64, "side of a view in pixels, a multiple of 8", at_least=24, at_most=96)
     arch: str = opt("mini", "the backbone: its positions are learned, or rotary", choices=("mini", "mini-rotary"))
     words: int = opt(32, "visual words", at_least=1, at_most=4096)
+    weight_words: float = opt(1.0, "loss weight: a patch tells its own word and the bag of words around it", at_least=0)
+    weight_pasted: float = opt(0.0, "loss weight: a patch tells how much of it is object, by the true mask", at_least=0)
+    weight_ground: float = opt(0.0, "loss weight: patches without object say the same, by the true mask", at_least=0)
+    colour: float = opt(1.0, "strength of the random changes of colours", at_least=0, at_most=1)
     weight_invariance: float = opt(0.6, "loss weight: one scene point says the same in two views", at_least=0)
     lr: float = opt(2e-3, "learning rate", at_least=0)
     weight_decay: float = opt(0.05, "of matrices", at_least=0)
@@ -86,9 +97,12 @@ def look(scenes, affine, view):
     return F.grid_sample(scenes, grid, padding_mode="reflection", align_corners=False)
 
 
-def recolour(x):
-    """x (B, 3, V, V) in [0, 1] -> channels mixed, often permuted, or colour space turned; light changed; normalised."""
-    B = len(x)
+def recolour(x, strength=1.0):
+    """x (B, 3, V, V) in [0, 1] -> channels mixed, often permuted, or colour space turned; light changed; normalised.
+
+    strength: the share of the change that is made; 0 normalises only.
+    """
+    B, before = len(x), x
     mix = torch.eye(3) + .2 * torch.randn(B, 3, 3)
     mix = mix / mix.sum(2, keepdim=True).clamp_min(.3)
     permuted = mix @ torch.eye(3)[torch.stack([torch.randperm(3) for _ in range(B)])]
@@ -100,7 +114,9 @@ def recolour(x):
     grey = x.mean((1, 2, 3), keepdim=True)
     x = (x - grey) * (.3 * torch.randn(B, 1, 1, 1)).exp().clamp(.4, 2) + grey + .12 * torch.randn(B, 1, 1, 1)
     x = x * (.15 * torch.randn(B, 3, 1, 1)).exp()
-    return ((x + .02 * torch.randn_like(x)).clamp(0, 1) - MEAN) / STD
+    x = x + .02 * torch.randn_like(x)
+    x = x if strength == 1 else before + strength * (x - before)
+    return (x.clamp(0, 1) - MEAN) / STD
 
 
 def partners(a, b, g):
@@ -149,7 +165,7 @@ class Words:
 
     def __init__(self, scenes, cfg):
         batches = (draw_scenes(scenes, 2 * cfg.batch) for _ in range(15))
-        views = (look(some, draw_view(len(some), cfg.view)[0], cfg.view) for some in batches)
+        views = (look(some[:, :3], draw_view(len(some), cfg.view)[0], cfg.view) for some in batches)
         x = torch.cat([texture(some) for some in views]).flatten(0, 1)
         self.mean, self.scale = x.mean(0), x.std()
         x, draw = (x - self.mean) / self.scale, torch.Generator().manual_seed(cfg.seed)
@@ -169,12 +185,13 @@ class Words:
 
 # ---------------------------------------------------------------- the step
 class Reader(nn.Module):
-    """The ViT, and two linear heads that read words from its patches. Only the ViT is kept."""
+    """The ViT, and linear heads that read words, and what is object, from its patches. Only the ViT is kept."""
 
-    def __init__(self, words, arch="mini"):
+    def __init__(self, words, arch="mini", masks=False):
         super().__init__()
         self.vit = build_vit(arch, 96)
         self.own, self.bag = nn.Linear(self.vit.width, words), nn.Linear(self.vit.width, words)
+        self.pasted = nn.Linear(self.vit.width, 1) if masks else None
         if self.vit.pos_embed is None:
             return
         frequency = 10000 ** (-torch.arange(self.vit.width // 4) / (self.vit.width // 4))
@@ -198,17 +215,18 @@ class Reader(nn.Module):
 
 
 def draw_scenes(scenes, count):
-    """A random batch of scenes (n, S, S, 3) uint8 -> (count, 3, S, S) in [0, 1]."""
+    """A random batch of scenes (n, S, S, 4) uint8 -> (count, 4, S, S) in [0, 1], the mask last."""
     return to_images(scenes[torch.randint(len(scenes), (count,)).sort().values.numpy()])
 
 
 def loss_terms(model, words, scenes, cfg, step, device):
-    """The three terms of a step. All random numbers are drawn on the CPU."""
+    """The terms of a step. scenes (B, 4, S, S): colours and mask. All random numbers are drawn on the CPU."""
     a, centre = draw_view(len(scenes), cfg.view)
     b, _ = draw_view(len(scenes), cfg.view, near=centre)
     clean = torch.cat([look(scenes, a, cfg.view), look(scenes, b, cfg.view)])
+    clean, masks = clean[:, :3], clean[:, 3:]
     own, bag = (target * words.weight for target in words(clean))
-    z = model.patches(recolour(clean).to(device))
+    z = model.patches(recolour(clean, cfg.colour).to(device))
     there, inside = partners(a, b, cfg.view // 8)
     own, bag, there, inside = (x.to(device) for x in (own, bag, there, inside))
     cross_entropy = lambda scores, target: -(target * scores.log_softmax(-1)).sum() / target.sum()
@@ -216,13 +234,21 @@ def loss_terms(model, words, scenes, cfg, step, device):
     g = math.isqrt(z.shape[1])
     second = F.grid_sample(second.mT.unflatten(2, (g, g)), there[:, :, None], align_corners=False,
                            padding_mode="border")[..., 0].mT
-    apart = (first - second)[inside].square().mean() / (z - z.mean((0, 1))).square().mean()
+    variance = (z - z.mean((0, 1))).square().mean()
+    apart = (first - second)[inside].square().mean() / variance
     ramp = min(1, step / 200)                # constant features agree best: first there must be something to agree on
-    return {"invariance": cfg.weight_invariance * ramp * apart, "own": cross_entropy(model.own(z), own),
-            "bag": cross_entropy(model.bag(z), bag)}
+    terms = {"invariance": cfg.weight_invariance * ramp * apart,
+             "own": cfg.weight_words * cross_entropy(model.own(z), own),
+             "bag": cfg.weight_words * cross_entropy(model.bag(z), bag)}
+    if model.pasted:
+        cover = F.avg_pool2d(masks, 8).flatten(1).to(device)
+        terms["pasted"] = cfg.weight_pasted * F.binary_cross_entropy_with_logits(model.pasted(z)[..., 0], cover)
+        bare = z[cover < .05]
+        terms["ground"] = cfg.weight_ground * ramp * (bare - bare.mean(0)).square().mean() / variance
+    return terms
 
 
-# ---------------------------------------------------------------- measures: masks are used here and nowhere else
+# ---------------------------------------------------------------- measures, with true masks
 @torch.no_grad()
 def features(vit, images):
     """Normalised images (n, 3, 96, 96) -> patch features (n, N, D) on the CPU."""
@@ -316,17 +342,52 @@ def save_state(folder, record, **state):
     write_whole(folder / "last.pt", lambda temporary: torch.save(state, temporary))
 
 
+def start_from(vit, path):
+    """Copy the weights of a small backbone, such as mini.pt, into vit; UsageError for another file."""
+    try:
+        load_strictly(vit, read_file(path, "weights of a small backbone, such as miniature/mini.pt"))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UsageError(f"--start {path}: {error}; expected weights as miniature/mini.pt") from None
+
+
+def find_scenes(cfg):
+    """-> scenes to learn from (n, 128, 128, 4), or as large as composites are, others to measure on (m, 96, 96, 4).
+
+    uint8; the last channel is the mask, 255 = object.
+    """
+    if not cfg.composites:
+        return (np.concatenate([images, masks[..., None]], 3) for images, masks in (
+            pretraining_scenes(cfg.scenes, cfg.seed, size=128),
+            pretraining_scenes(min(400, cfg.scenes), cfg.seed + 1, size=96)))
+    found = load_folder(Path(cfg.composites), 96, cfg.seed)
+    if not all(split in found and found[split].masks for split in ("train", "val")):
+        raise UsageError(f"--composites {cfg.composites}: training and validation pictures with masks are needed, as "
+                         "compose.py writes them")
+    return (np.stack([picture_and_mask(some, i, side) for i in progress(range(len(some)), f"reading {some.split}")])
+            for some, side in ((found["train"].first(cfg.scenes), 0), (found["val"].first(400), 96)))
+
+
+def picture_and_mask(samples, i, side):
+    """Sample i as it is stored, or stretched to `side` -> (S, S, 4) uint8."""
+    image, mask = read_image(samples.paths[i], "RGB"), read_image(samples.masks[i], "L")
+    if side:
+        image, mask = (picture.resize((side, side), Image.Resampling.BOX) for picture in (image, mask))
+    return np.dstack([image, mask])
+
+
 def pretrain(cfg):
     if cfg.view % 8:
         raise UsageError(f"--view must be a multiple of 8, not {cfg.view}")
     folder, device = Path(cfg.out), pick_device(cfg.device)
     state = earlier(cfg, folder)
-    scenes, _ = pretraining_scenes(cfg.scenes, cfg.seed, size=128)
-    unseen, masks = pretraining_scenes(min(400, cfg.scenes), cfg.seed + 1, size=96)
-    test = (to_images(unseen) - MEAN) / STD, patch_keep(torch.from_numpy(masks > 127), 8).bool()
+    scenes, unseen = find_scenes(cfg)
+    unseen = to_images(unseen)
+    test = (unseen[:, :3] - MEAN) / STD, patch_keep(unseen[:, 3] > .5, 8).bool()
 
     torch.manual_seed(cfg.seed)
-    model = Reader(cfg.words, cfg.arch)
+    model = Reader(cfg.words, cfg.arch, masks=bool(cfg.weight_pasted or cfg.weight_ground))
+    if cfg.start:
+        start_from(model.vit, cfg.start)
     words = Words(scenes, cfg)
     model.to(device)
     wide, narrow = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
@@ -355,7 +416,7 @@ def pretrain(cfg):
             save_state(folder, record | measures(model.vit, *test), config=asdict(cfg), step=done, seconds=seconds,
                        model=model.state_dict(), optimizer=optimizer.state_dict(), random=torch.get_rng_state())
             clock = time.perf_counter()
-    centre_features(model.vit, to_images(scenes[:512]), cfg.spread, cfg.seed)
+    centre_features(model.vit, to_images(scenes[:512, ..., :3]), cfg.spread, cfg.seed)
     write_backbone(folder, model.vit, cfg, seconds, measures(model.vit, *test))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import baselines
+import compose
 import data
 import evaluate
 import intervene
@@ -44,6 +45,7 @@ def flags(cls):
 
 
 CONFIGS = {"data.py": [data.Config], "train.py": [runs.Config], "evaluate.py": [evaluate.Config], "intervene.py": [intervene.Config], "predict.py": [predict.Config],
+           "compose.py": [compose.Config],
            "speed.py": [speed.Config], "sweep.py": [sweep.Config, runs.Config], "measure.tables": [tables.Config],
            "measure.figures": [figures.Config], "miniature.pretrain": [pretrain.Config],
            "miniature": list(miniature.BENCHMARKS.values())}

@@ -8,7 +8,9 @@ from PIL import Image
 
 import data
 import ifam
-from measure import figures
+from benchmarks.files import is_our_picture
+from measure import figures, leakage
+from settings import UsageError, may_write
 from tiny import fails
 from tiny import train as run
 
@@ -66,7 +68,8 @@ def drawn(monkeypatch, *args, **more):
     figures.grid(*args, **more)
     figure, = kept
     colours = lambda axis: axis.images[0].to_rgba(axis.images[0].get_array())[..., :3] if axis.images else None
-    rows = [[(colours(axis), axis.get_xlabel()) for axis in figure.axes if axis.get_subplotspec().rowspan.start == row] for row in range(len(args[0]))]
+    rows = [[(colours(axis), axis.get_xlabel()) for axis in figure.axes
+             if axis.get_subplotspec() and axis.get_subplotspec().rowspan.start == row] for row in range(len(args[0]))]
     figures.plt.close(figure)
     return rows, figure
 
@@ -83,8 +86,24 @@ def test_a_map_with_values_outside_the_scale_is_refused_unless_the_scale_is_name
     with pytest.raises(ValueError, match="pass largest="):
         figures.grid({"": [np.array(values)]})
     assert not figures.plt.get_fignums()
-    drawn(monkeypatch, {"": [np.array([[0.0, 1.2]])]}, largest=1.2)
-    drawn(monkeypatch, {"": [np.array([[0.0, 1 + 1e-6]])]})                               # rounding
+    _, figure = drawn(monkeypatch, {"": [np.array([[0.0, 1.2]])]}, largest=1.2)
+    assert ends(figure) == ["0", "1.2"]                  # a scale of the figure's own has a colour bar
+    _, figure = drawn(monkeypatch, {"": [np.array([[0.0, 1 + 1e-6]])]})                   # rounding
+    assert ends(figure) == []
+
+
+def ends(figure):
+    """What stands at the two ends of the colour bars of a figure."""
+    return [label.get_text() for axis in figure.axes if not axis.get_subplotspec() for label in axis.get_yticklabels()]
+
+
+def test_gradients_which_are_scaled_to_their_own_image_have_a_colour_bar(few, monkeypatch):
+    model, samples = few
+    kept = []
+    monkeypatch.setattr(figures, "save", lambda figure, path, **how: kept.append(figure))
+    figures.gradients({"early, hard": leakage.stage2_classifier(model)}, samples, model.predictor.backbone, count=1)
+    assert ends(kept[0]) == ["0", "largest\nof the\nimage"]
+    figures.plt.close("all")
 
 
 def test_a_part_has_one_colour_on_every_animal():
@@ -95,6 +114,54 @@ def test_a_part_has_one_colour_on_every_animal():
     assert np.allclose(shown, figures.overlay(other, parts, 2))
     for part, corner in ((0, shown[:4, :4]), (1, shown[:4, 4:])):
         assert np.allclose(corner - corner.mean(2, keepdims=True), 0.6 * (figures.part_colour(part) - figures.part_colour(part).mean()))
+
+
+def test_the_number_of_a_part_stands_on_one_of_its_patches_and_only_on_parts_that_occur():
+    parts = np.full((4, 6), 3)
+    parts[0, 0] = parts[3, 5] = parts[3, 4] = 0          # a ring would have its middle outside
+    parts[1, 2] = 2
+    marks = figures.numbered(parts, 3)
+    assert [text for *_, text in marks] == ["0", "2"]
+    for x, y, text in marks:
+        assert parts[int(y * 4), int(x * 6)] == int(text)
+
+
+@pytest.mark.parametrize("suffix", figures.FORMATS)
+def test_every_format_has_our_signature_and_a_picture_of_somebody_else_has_not(suffix, tmp_path):
+    ours, theirs = tmp_path / f"ours.{suffix}", tmp_path / f"theirs.{suffix}"
+    figures.curves({"early, hard": [0.5, 0.6]}, "x", "y", ours)
+    figures.plt.figure().savefig(theirs, **({"metadata": {"Software": None}} if suffix == "png" else {}))
+    figures.plt.close("all")
+    may_write(ours, is_our_picture)
+    with pytest.raises(UsageError, match="was not written by this script"):
+        may_write(theirs, is_our_picture)
+
+
+def test_a_figure_of_an_unknown_format_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="png, pdf, svg"):
+        figures.schematic(tmp_path / "x.docx")
+    figures.plt.close("all")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_film_shows_the_steps_it_is_asked_for_and_refuses_others(few, tmp_path, monkeypatch):
+    _, samples = few
+    parts = lambda k: [[" ".join([str(k)] * 12)] * 12]
+    film = {"data": "waterbirds", "split": "test", "k": 4, "ids": [samples.ids[3]],
+            "frames": [{"step": 0, "parts": parts(4)}, {"step": 10, "parts": parts(2)}, {"step": 12, "parts": parts(1)}]}
+    (tmp_path / "film.json").write_text(json.dumps(film))
+    seen = {}
+    monkeypatch.setattr(figures, "grid", lambda rows, titles, path, **more: seen.update(more, rows=rows, titles=titles))
+    figures.film(tmp_path / "film.json", samples, steps=(0, 12))
+    (_, (_, first, _), (_, last, marks)), = seen["rows"].values()
+    assert seen["titles"] == ["image", "step 0", "step 12"] and (first, last) == ("0% kept", "100% kept")
+    assert seen["parts"] == [1] and marks[0][2] == "1"
+    with pytest.raises(UsageError, match="has no 11: it has the steps 0, 10, 12"):
+        figures.film(tmp_path / "film.json", samples, steps=(11,))
+    for wrong in ({"k": "4"}, {"frames": [{"step": 0, "parts": []}]}, {"ids": []}, {"data": "mars"}):
+        (tmp_path / "film.json").write_text(json.dumps(film | wrong))
+        with pytest.raises(UsageError, match=f"film.json is not as train.py writes it: {[*wrong][0]}"):
+            figures.film(tmp_path / "film.json", samples)
 
 
 def test_a_dollar_in_the_name_of_a_class_is_a_dollar(tmp_path):

@@ -14,7 +14,7 @@ from tiny import ROOT
 # A folder stands for its files: inside one, imports may run either way, but in no circle.
 FLOORS = """
 sweep
-evaluate intervene speed miniature.pretrain
+evaluate intervene speed compose miniature.pretrain
 train
 predict
 measure

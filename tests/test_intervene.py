@@ -147,6 +147,16 @@ def test_streamed_quantiles_are_the_exact_ones_to_a_bin_and_never_below(q):
         assert (v <= t).mean() >= q
 
 
+@pytest.mark.parametrize("q", [0.001, 0.5, 0.9, 0.999])
+def test_streamed_quantiles_from_above_are_the_exact_ones_to_a_bin_and_never_above(q):
+    values = np.random.default_rng(1).lognormal(1, 2, 4000).astype(np.float32)
+    found = intervene.Quantiles(2)
+    found.add(torch.zeros(4000, dtype=torch.long), torch.tensor(values))
+    exact = -np.quantile(-values, q, method="inverted_cdf")
+    ours, unseen = found.above(q).tolist()
+    assert exact * (1 - 2 ** -12) <= ours <= exact and (values >= ours).mean() >= q and unseen == -INF
+
+
 def test_zero_and_rounding_below_zero_are_small_distances_and_an_unseen_part_has_no_limit():
     found = intervene.Quantiles(2)
     found.add(torch.tensor([0, 0, 0]), torch.tensor([-1e-6, 0.0, -0.0]))
@@ -175,6 +185,62 @@ def test_calibration_counts_every_training_patch_under_its_part_in_the_evaluatio
         if len(mine):
             exact = np.quantile(mine, 0.8, method="inverted_cdf")
             assert found.at(0.8)[p].item() == pytest.approx(exact, rel=2 ** -11)
+
+
+@pytest.mark.parametrize("score", ifam.SCORES)
+@pytest.mark.parametrize("q", [0.3, 0.9])
+def test_of_each_part_a_share_q_of_the_calibration_patches_stays_and_those_are_the_least_unlike(score, q):
+    class Samples(torch.utils.data.Dataset):
+        images = pictures(6)
+        __len__ = lambda self: 6
+        __getitem__ = lambda self, i: {"image": self.images[i]}
+
+    model = tiny()
+    selector = model.selector
+    raw, features = selector(Samples.images).part_logits.detach(), selector.features(Samples.images).detach()
+    part = raw.argmax(1)
+    unlike = {"distance": (features[:, :, None] - selector.prototypes).square().sum(3).gather(2, part[..., None])[..., 0],
+              "margin": -(raw.amax(1) - raw[:, -1]),
+              "cosine": 1 - torch.nn.functional.cosine_similarity(features, selector.prototypes[part], dim=2)}[score]
+    found = intervene.calibrate(model, Samples(), batch=4, score=score)
+    limits = intervene.thresholds_at(found, q, score)
+    selector.limits, selector.score = limits, score
+    after = selector(Samples.images).part_logits.argmax(1)
+    checked = 0
+    for p in range(4):
+        mine = (part == p).nonzero(as_tuple=True)
+        if not len(mine[0]):
+            assert limits[p] == INF
+            continue
+        stays, value, checked = after[mine] == p, unlike[mine], checked + 1
+        assert stays.double().mean() >= q - 1e-9 and stays.sum() <= math.ceil(q * len(stays)) + 1
+        assert (~stays).sum() == 0 or value[stays].max() <= value[~stays].min() + 1e-4
+    assert checked > 1
+
+
+def test_scores_are_what_they_say_and_the_default_is_the_distance():
+    torch.manual_seed(0)
+    features, prototypes = torch.randn(2, 7, 5, dtype=torch.double), torch.randn(4, 5, dtype=torch.double)
+    raw = -(features[:, :, None] - prototypes).square().sum(3).mT
+    for b in range(2):
+        for n in range(7):
+            p = raw[b, :, n].argmax()
+            f, x = features[b, n], prototypes[p]
+            expected = {"distance": (f - x).square().sum(), "margin": raw[b, 3, n] - raw[b, p, n],
+                        "cosine": 1 - f @ x / f.norm() / x.norm()}
+            for score in ifam.SCORES:
+                assert ifam.unlikeness(score, raw, features, prototypes)[b, n].item() == pytest.approx(expected[score].item())
+    limits = torch.tensor([1.0, 5, 9])
+    assert torch.equal(refuse(raw, limits), refuse(raw, limits, ifam.unlikeness("distance", raw, features, prototypes)))
+
+
+def test_for_features_and_prototypes_of_one_length_distance_and_cosine_order_patches_alike():
+    torch.manual_seed(0)
+    unit = lambda *shape: 3 * torch.nn.functional.normalize(torch.randn(*shape, dtype=torch.double), dim=-1)
+    features, prototypes = unit(1, 200, 8), unit(5, 8)
+    raw = -(features[:, :, None] - prototypes).square().sum(3).mT
+    distance, cosine = (ifam.unlikeness(score, raw, features, prototypes) for score in ("distance", "cosine"))
+    torch.testing.assert_close(distance, 2 * 9 * cosine)                         # |f - p|^2 = |f|^2 + |p|^2 - 2 |f| |p| cos
 
 
 # ---------------------------------------------------------------- the rule
@@ -299,10 +365,40 @@ def test_evaluate_measures_the_corrected_model_in_its_whole_report(done):
     assert corrected["localisation"]["foreground_iou"] != plain["localisation"]["foreground_iou"]
 
 
+@pytest.mark.parametrize("score", ["margin", "cosine"])
+def test_the_score_is_in_the_file_and_evaluation_applies_the_same_patches(trained, tmp_path, score, capsys):
+    file = tmp_path / "x.json"
+    intervene.main(["--ckpt", str(trained), "--q", "0.7", "--score", score, "--limit", "24", "--device", "cpu", "--out", str(file)])
+    made = json.loads(file.read_text())
+    name = runs.THRESHOLDS[score]
+    assert made["score"] == score and made["thresholds"] == made["calibration"][name]["0.7"]
+    assert all(t is None or t >= 0 for t in made["thresholds"]) and f"of the {score}" in capsys.readouterr().out
+    model, state = runs.load_model(trained)
+    samples = predict.open_split(intervene.Config(str(trained), limit=24), state, model)[1]
+    assert runs.apply_intervention(model, file, trained)["score"] == score
+    row = next(r for r in made["rows"] if r["q"] == 0.7)
+    assert row["kept_share"] == pytest.approx(predict.predict(model, samples)["keep"].mean().item())
+    assert row["kept_share"] < made["rows"][0]["kept_share"]
+    for change, says in (({"score": "angle"}, "score is \"angle\", expected one of"), ({"score": "distance"}, "calibration.squared_distances is missing"),
+                         ({"score": []}, "score is []")):
+        (tmp_path / "edited.json").write_text(json.dumps(made | change))
+        assert says in fails(evaluate.main, "--ckpt", trained, "--intervention", tmp_path / "edited.json")(capsys)
+
+
+def test_a_file_from_before_there_were_scores_is_read_as_one_of_the_distance(trained, done, tmp_path):
+    old = {key: x for key, x in done[0].items() if key != "score"}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    model, _ = runs.load_model(trained)
+    assert runs.apply_intervention(model, tmp_path / "old.json", trained)["score"] == "distance" == model.selector.score
+    limits = model.selector.limits
+    runs.apply_intervention(model, trained.with_name("intervention.json"), trained)
+    assert torch.equal(limits, model.selector.limits)
+
+
 def test_the_rows_are_what_the_model_does_when_set_to_that_intervention(trained, done):
     cfg = intervene.Config(str(trained), limit=24)
     model, state = runs.load_model(trained)
-    samples = predict.open_split(cfg, state["config"], model)[1]
+    samples = predict.open_split(cfg, state, model)[1]
     runs.apply_intervention(model, trained.with_name("intervention.json"), trained)
     result = predict.predict(model, samples)
     expected = metrics.accuracies(result, samples)
@@ -314,14 +410,15 @@ def test_the_rows_are_what_the_model_does_when_set_to_that_intervention(trained,
 
 def test_there_is_a_sheet_for_every_part_and_a_picture_of_the_removed_patches(trained, done):
     for name in ("part-0", "part-1", "part-2", "patches"):
-        assert trained.with_name(f"intervention-{name}.png").stat().st_size > 10_000
+        with PIL.Image.open(trained.with_name(f"intervention-{name}.png")) as picture:
+            assert picture.height > 400 or picture.height < 100                  # a part without patches: one line
 
 
 def test_each_sheet_says_what_the_removal_of_its_part_does_and_unused_parts_say_that(trained, monkeypatch):
     titles = []
     monkeypatch.setattr(figures, "part_sheet", lambda model, samples, part, census, title, *where: titles.append(title))
     model, state = runs.load_model(trained)
-    trials = intervene.Trials(model, predict.open_split(intervene.Config(str(trained), limit=24), state["config"], model)[1])
+    trials = intervene.Trials(model, predict.open_split(intervene.Config(str(trained), limit=24), state, model)[1])
     trials.measure(intervene.UNTOUCHED, ((0,), None), ((1,), None), ((2,), None))
     intervene.pictures(trials, trained.with_name("x.json"), "here", (), "cpu")
     for part, title in enumerate(titles):
@@ -379,7 +476,7 @@ def test_what_was_decided_on_test_says_so(trained, tmp_path, capsys):
     (["--drop", 3], "no such part; its parts are 0 to 2"), (["--drop", -1], "at least 0"),
     (["--drop", 0, 1, 2], "removes all 3 parts"), (["--q", 1], "above 0 and below 1"), (["--q", 0.9, 0], "above 0 and below 1"),
     (["--q", "nan"], "finite"), (["--tolerance", -1], "at least 0"), (["--tolerance", "inf"], "finite"), (["--out", "nowhere/x.json"], "folder that exists"),
-    (["--split", "train"], "unknown --split")])
+    (["--split", "train"], "unknown --split"), (["--score", "angle"], "unknown --score"), (["--score", "cosine"], "add --q")])
 def test_a_mistake_is_one_line_and_writes_nothing(trained, tmp_path, capsys, flags, says):
     shutil.copy(trained, tmp_path / "best.pt")
     assert says in fails(intervene.main, "--ckpt", tmp_path / "best.pt", *flags)(capsys)
@@ -482,12 +579,12 @@ def test_force_replaces_what_this_program_did_not_write(trained, tmp_path):
 def test_names_with_dollars_tags_or_line_breaks_break_neither_table_nor_picture(trained, tmp_path, monkeypatch, capsys):
     names = ["a $x^{$\nbird", "<b>two</b> $\\frac$\udcff"]
     model, state = runs.load_model(trained)
-    samples = predict.open_split(intervene.Config(str(trained), limit=8), state["config"], model)[1]
+    samples = predict.open_split(intervene.Config(str(trained), limit=8), state, model)[1]
     samples.classes, samples.groups, samples.group_names = names, samples.labels, names
     trials = intervene.Trials(model, samples)
     trials.measure(intervene.UNTOUCHED, ((0,), None), ((1,), None), ((2,), None))
     monkeypatch.setattr(intervene, "most_changed", lambda row: tuple(map(intervene.one_line, names)))
-    lines = intervene.table(trials, intervene.UNTOUCHED).splitlines()
+    lines = [line for line in intervene.table(trials, intervene.UNTOUCHED).splitlines() if "is empty" not in line]
     assert len(lines) == 5 and all(line.isprintable() for line in lines) and "a $x^{$ bird" in lines[1]
     intervene.pictures(trials, tmp_path / "x.json", "here", (), "cpu")
     assert len(list(tmp_path.glob("x-part-*.png"))) == 3
@@ -503,13 +600,36 @@ def test_a_damaged_intervention_is_one_line(trained, tmp_path, capsys, content, 
 
 
 # ---------------------------------------------------------------- pictures
-def test_the_strongest_patch_of_each_image_is_found_and_framed_in_the_colour_of_its_part():
+def test_the_patch_that_beats_the_background_by_most_is_found_and_framed_in_the_colour_of_its_part():
     part_logits = torch.full((2, 3, 4), -9.0)
-    part_logits[0, 0] = torch.tensor([-5.0, -1.0, -2.0, -10.0])                  # part 0: patches 0, 1, 2; strongest 1
-    part_logits[0, 2, 3] = -1.0
+    part_logits[0, 0] = torch.tensor([-5.0, -1.0, -2.0, -10.0])                  # part 0: patches 0, 1, 2; the nearest is 1
+    part_logits[0, 2] = torch.tensor([-14.0, -3.0, -9.0, -1.0])                  # and patch 0 is farthest from the background
     part_logits[1, 2] = -1.0                                                     # all background
-    found = intervene.census(part_logits)
-    assert found.closest[0, 0] == 1 and found.where[0, 0] == 1 and found.count.tolist() == [[3, 0], [0, 0]]
-    assert found.closest[1, 0] == INF
+    found = intervene.census(part_logits, torch.tensor([[0.25, 0.5, 1.0, 1.0]] * 2))
+    assert found.margin[0, 0] == 9 and found.where[0, 0] == 0 and found.count.tolist() == [[3, 0], [0, 0]]
+    assert found.margin[1, 0] == -INF and found.area[0, 0] == 1.75 and found.best[0, 0] == 0.25
+    assert intervene.census(part_logits).area is None
     tile = figures.neighbourhood(np.zeros((12, 12, 3)), 4, 0, 1, figures.part_colour(5), around=1, least=12)
     assert np.allclose(tile[4, 4:8], figures.part_colour(5)) and np.allclose(tile[:4], 0.8) and (tile[8:] == 0).all()
+
+
+def test_a_sheet_says_how_it_ranks_and_how_much_of_the_patches_is_object_and_an_empty_part_is_one_line(trained, monkeypatch):
+    model, state = runs.load_model(trained)
+    samples = predict.open_split(intervene.Config(str(trained), limit=24), state, model)[1]
+    trials = intervene.Trials(model, samples)
+    trials.measure(intervene.UNTOUCHED)
+    census, grids, lines = trials.census, [], []
+    part = census.count.sum(0).argmax().item()
+    monkeypatch.setattr(figures, "grid", lambda rows, **more: grids.append((rows, more["heading"])))
+    monkeypatch.setattr(figures, "one_line", lambda text, path: lines.append(text))
+    figures.part_sheet(model, samples, part, census, "title")
+    rows, heading = grids[0]
+    raw = torch.cat([model.selector(samples[i]["image"][None]).part_logits for i in range(len(samples))]).detach()
+    masks = torch.nn.functional.avg_pool2d(torch.stack([samples[i]["mask"] for i in range(len(samples))])[:, None].float(), 8).flatten(1)
+    mine = raw.argmax(1) == part
+    assert f"and {masks[mine].mean():.0%} of that of all its patches" in heading and "largest margin over the background" in heading
+    assert [*rows][0].startswith("largest margin") and [*rows][-3:] == ["a patch\nat random", "images with\nthis part", "its patches"]
+    figures.part_sheet(model, samples, part, census._replace(count=census.count * 0), "title")
+    assert lines == [f"part {part} is empty: no patch of any of the 24 images goes to it"] and len(grids) == 1
+    trials.census = census._replace(count=census.count * 0)
+    assert intervene.table(trials, intervene.UNTOUCHED).count("is empty") == 3

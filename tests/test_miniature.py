@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import miniature
+import settings
 from miniature import scenes
 from settings import UsageError
 
@@ -193,8 +194,8 @@ def test_the_first_of_two_processes_wins_and_the_other_uses_its_copy(tmp_path, m
         os.environ["first"] = str(miniature.render("waterbirds", tmp_path, **TINY))
     monkeypatch.setenv("first", "")
     monkeypatch.setattr(miniature.Waterbirds, "finish", overtaken)
-    monkeypatch.setattr(miniature, "remove_stale", lambda root: None)
-    monkeypatch.setattr(miniature.os, "getpid", iter([1000001, 1000002]).__next__)
+    monkeypatch.setattr(settings, "remove_stale", lambda root: None)
+    monkeypatch.setattr(settings.os, "getpid", iter([1000001, 1000002]).__next__)
     second = miniature.render("waterbirds", tmp_path, **TINY)
     assert str(second) == os.environ["first"] and list(tmp_path.iterdir()) == [second]
 

@@ -1,9 +1,11 @@
 """pretrain.py: correspondences and words against brute force, a run that resumes bit for bit, the committed file."""
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
+import test_compose
 import torch
 from PIL import Image
 
@@ -116,6 +118,69 @@ def test_a_run_that_was_stopped_resumes_to_the_same_weights_on_one_thread(tmp_pa
     run("parts", "--resume")
     whole, parts = (torch.load(tmp_path / out / "mini.pt", weights_only=True) for out in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.fixture(scope="module")
+def composites(tmp_path_factory):
+    root = tmp_path_factory.mktemp("composites")
+    test_compose.draw_sources(root, each=3)
+    return test_compose.run(root, root / "set", "--train", 12, "--val", 8, "--size", 96)
+
+
+def test_it_learns_from_composed_pictures_from_given_weights_with_masks_as_a_target(composites, tmp_path):
+    run = lambda out, *flags: pretrain.main([*TINY, "--composites", str(composites), "--start", str(ROOT / "miniature/mini.pt"), "--steps", "2",
+                                             "--out", str(tmp_path / out), *flags])
+    run("still", "--lr", "0")
+    run("masks", "--view", "96", "--weight-pasted", "2", "--weight-ground", "0.5", "--weight-words", "0", "--weight-invariance", "0")
+    start, still, masks = (read_file(path, "weights") for path in (ROOT / "miniature/mini.pt", tmp_path / "still/mini.pt", tmp_path / "masks/mini.pt"))
+    moved = lambda other: {name for name in start if not torch.equal(start[name], other[name])}
+    assert moved(still) == {"norm.weight", "norm.bias"}                 # the scaling at the end
+    assert len(moved(masks)) > 10
+    log = [json.loads(line) for line in (tmp_path / "masks/log.jsonl").read_text().splitlines()]
+    assert 0.5 < log[0]["pasted"] < 4 and log[0]["own"] == log[0]["bag"] == 0 and 0 <= log[0]["ground"] < 0.5
+    assert "pasted" not in json.loads((tmp_path / "still/log.jsonl").read_text().splitlines()[0])
+
+
+def test_the_mask_terms_are_those_of_a_loop_over_patches(composites):
+    cfg = parse(pretrain.Config, "", ["--composites", str(composites), "--view", "96", "--weight-pasted", "2", "--weight-ground", "0.5", "--colour", "0"])
+    scenes, _ = pretrain.find_scenes(cfg)
+    model, scenes = pretrain.Reader(4, masks=True), pretrain.to_images(scenes[:3])
+    words = lambda views: (torch.ones(6, 144, 4), torch.ones(6, 144, 4))
+    words.weight, seen = 1, []
+    reading = model.patches
+    model.patches = lambda views: seen.append(reading(views)) or seen[-1]
+    torch.manual_seed(5)
+    terms = pretrain.loss_terms(model, words, scenes, cfg, 1000, "cpu")
+    torch.manual_seed(5)
+    a, centre = pretrain.draw_view(3, 96)
+    b, _ = pretrain.draw_view(3, 96, near=centre)
+    z, pasted, ground = seen[0], [], []
+    for i, (view, mask) in enumerate((v, s[3]) for v in (a, b) for s, v in zip(scenes, v)):
+        mask = pretrain.look(mask[None, None], view[None], 96)[0, 0]
+        for n in range(144):
+            y, x = divmod(n, 12)
+            cover = mask[8 * y:8 * y + 8, 8 * x:8 * x + 8].mean()
+            p = model.pasted(z[i, n]).sigmoid()[0]
+            pasted.append(-(cover * p.log() + (1 - cover) * (1 - p).log()))
+            ground += [z[i, n]] * bool(cover < .05)
+    ground = torch.stack(ground)
+    assert terms["pasted"].item() == pytest.approx(2 * torch.stack(pasted).mean().item(), rel=1e-3)
+    assert terms["ground"].item() == pytest.approx((0.5 * ground.var(0, correction=0).mean() / z.flatten(0, 1).var(0, correction=0).mean()).item(), rel=1e-3)
+
+
+def test_what_is_no_composite_and_no_start_is_refused_in_one_line(composites, tmp_path, capsys):
+    assert "masks are needed" in fails(pretrain.main, "--composites", without_masks(composites, tmp_path / "bare"), "--out", tmp_path / "x")(capsys)
+    assert "looked for" in fails(pretrain.main, "--composites", tmp_path / "nowhere", "--out", tmp_path / "x")(capsys)
+    torch.save({"a": torch.ones(2)}, tmp_path / "odd.pt")
+    assert "--start" in fails(pretrain.main, *TINY, "--start", tmp_path / "odd.pt", "--out", tmp_path / "x")(capsys)
+    assert not (tmp_path / "x").exists()
+
+
+def without_masks(composites, out):
+    shutil.copytree(composites, out)
+    lines = (out / "metadata.csv").read_text().splitlines()
+    (out / "metadata.csv").write_text("\n".join([lines[0].replace("mask", "unused"), *lines[1:]]) + "\n")
+    return out
 
 
 @pytest.mark.parametrize("arch", ["mini", "mini-rotary"])

@@ -8,6 +8,7 @@ import os
 import pytest
 from tiny import fails
 
+import compose
 import data
 import evaluate
 import intervene
@@ -32,6 +33,7 @@ PROMISE = [
     (train, (*MINI, "--root", "elsewhere"), 2, "leave out --root"), (train, (*MINI, "--method", "erm", "--k", 3), 2, "means nothing to"),
     (train, (*MINI, "--no-shaping", "--weight-entropy", 1), 2, "means nothing with --no-shaping"),
     (train, (*MINI, "--no-stage1-class", "--weight-class1", 1), 2, "means nothing with --no-stage1-class"),
+    (train, (*MINI, "--film", -1), 2, "at least 0"), (train, (*MINI, "--method", "erm", "--film", 2), 2, "means nothing to"),
     (train, ("--data", "imagenet9"), 2, "for evaluation only"), (train, ("--data", "cub", "--root", FILE), 2, FILE),
     (train, ("--data", "cub", "--root", "nowhere"), 2, "CUB_200_2011.tgz"), (train, (*MINI, "--config", "nowhere.json"), 2, "no such file"),
     (train, (*MINI, "--config", FILE), 2, "not whole JSON"), (train, (*MINI, "--config", "."), 2, "directory"),
@@ -55,6 +57,7 @@ PROMISE = [
         (("--ckpt", FILE), FILE), (("--ckpt", FILE, "--batch", 0), "at least 1"), (("--ckpt", FILE, "--limit", -1), "at least 0"),
         (("--ckpt", FILE, "--split", "tests"), "did you mean test"), (("--ckpt", FILE, "--device", "abacus"), "abacus"))),
     (evaluate, ("--ckpt", FILE, "--leakage", -1), 2, "at least 0"), (intervene, ("--ckpt", FILE, "--q", 1), 2, "below 1"),
+    (intervene, ("--ckpt", FILE, "--score", "angle"), 2, "unknown --score"),
     (intervene, ("--ckpt", FILE, "--tolerance", "inf"), 2, "finite"), (intervene, ("--ckpt", FILE, "--drop", "all"), 2, "invalid int"),
     # predict.py
     (predict, (), 2, "images"), (predict, (FILE,), 2, "give either --ckpt"), (predict, (FILE, "--ckpt", "x.pt", "--weights", "mini"), 2, "give either --ckpt"),
@@ -74,7 +77,16 @@ PROMISE = [
     (speed, ("--out", FILE), 2, "--force"), (speed, ("--out", "."), 2, "folder"),
     # measuring
     (tables, (), 2, "runs"), (tables, ("nowhere",), 2, "nowhere"), (tables, (FILE,), 2, "not a folder"), (tables, (".",), 2, "config.json"),
-    (figures, (), 2, "--ckpt"), (figures, ("--ckpt", "nowhere.pt"), 2, "no such file"),
+    (figures, (), 2, "--ckpt"), (figures, ("--ckpt", "nowhere.pt"), 2, "no such file"), (figures, ("--ckpt", FILE, "--format", "docx"), 2, "unknown --format"),
+    # compose.py
+    (compose, (), 2, "--objects"), (compose, ("--objects", "", "--backgrounds", "b", "--out", "o"), 2, "--objects is empty"),
+    *((compose, ("--objects", "nowhere", "--backgrounds", "nowhere", "--out", "o", *flags), 2, words) for flags, words in (
+        ((), "looked for"), (("--agreement", 1.5), "at most 1"), (("--agreement", "nan"), "finite"), (("--size", 8), "at least 16"),
+        (("--sizes", 0.9, 0.5), "smaller and a larger"), (("--crops", 0.9, 0.5), "smaller and a larger"), (("--shares", 0.5, 0.2, 0.2), "add up to 1"),
+        (("--shares", 1, 0, 0), "above 0"), (("--sizes", 0.5, 2), "at most 1"), (("--rotation", -1), "at least 0"), (("--train", HUGE), "at most"),
+        (("--patch", 100), "larger than --size"), (("--format", "bmp"), "unknown --format"), (("--out", FILE), "is there already"),
+        (("--train", 10 ** 7, "--size", 4096), "GiB"), (("--shared-object",), "did you mean --shared-objects"))),
+    (compose, ("--objects", FILE, "--backgrounds", "b", "--out", "o"), 2, FILE), (compose, ("--objects", ".", "--backgrounds", ".", "--out", "o"), 2, "no pictures"),
     # miniatures
     (miniature, ("--data", "waterbird"), 2, "waterbird"), (miniature, ("--train", HUGE), 2, "at most"), (miniature, ("--size", 33), 2, "multiple of 8"),
     (miniature, ("--train", 10 ** 6, "--size", 4096), 2, "GiB"),

@@ -221,6 +221,29 @@ def test_the_true_mask_of_an_augmented_image_moves_with_it():
     assert ((white == sample["mask"].bool()).float().mean() > 0.99) and 0.02 < sample["mask"].float().mean() < 0.5 and place
 
 
+def test_a_film_changes_no_bit_of_training_and_a_resumed_run_films_what_a_whole_one_does(tmp_path):
+    flags = ["--limit", 96, "--epochs", 2, "--batch", 8, "--save-every", 7]       # 12 steps an epoch
+    without, whole = run(tmp_path / "without", *flags, "--film", 0), run(tmp_path / "whole", *flags, "--film", 3)
+    a, b = (runs.read_checkpoint(folder / "last.pt") for folder in (without, whole))
+    assert all(torch.equal(a["model"][name], x) for name, x in b["model"].items())
+    assert all(torch.equal(x, b["optimizer"]["state"][n][m]) for n, moments in a["optimizer"]["state"].items() for m, x in moments.items())
+    assert not list(without.glob("film*")) and (whole / "film.png").is_file()
+    film = runs.read_film(whole / "film.json")
+    assert [frame["step"] for frame in film["frames"]] == [0, 10, 20, 24] and len(film["ids"]) == 3 and film["split"] == "val"
+    model, _ = runs.load_model(whole / "last.pt")        # the last frame is what the trained model does
+    samples = data.load("waterbirds", data.find_root("waterbirds", "", True), 96, limit=96, splits=("val",))["val"]
+    images = torch.stack([samples[samples.ids.index(name)]["image"] for name in film["ids"]])
+    found = model.selector(images).part_logits.argmax(1).view(3, 12, 12).tolist()
+    assert [[[int(x) for x in row.split()] for row in image] for image in film["frames"][-1]["parts"]] == found
+    (whole / "film.json").write_text(json.dumps({**film, "frames": [*film["frames"], {"step": 50, "parts": film["frames"][0]["parts"]}]}))
+    run(whole, *flags, "--film", 3, "--resume")          # what lies beyond last.pt is dropped, the rest stays
+    assert runs.read_film(whole / "film.json") == film
+
+
+def test_a_method_without_parts_has_no_film(tmp_path):
+    assert not list(run(tmp_path / "erm", "--limit", 16, "--method", "erm").glob("film*"))
+
+
 def test_a_run_that_is_already_there_is_moved_aside_not_lost(tmp_path):
     for _ in range(2):
         run(tmp_path / "run", "--limit", 16)
@@ -324,7 +347,7 @@ def test_a_file_that_is_no_image_is_found_before_the_run_begins(tmp_path, capsys
 
 def test_pixels_that_do_not_decode_stop_training_with_their_path_also_from_a_worker(tmp_path, capsys, monkeypatch):
     original = read_image
-    bad = lambda path, mode=None: original(tmp_path / "gone.jpg", mode) if mode else None
+    bad = lambda path, mode=None, upright=False: original(tmp_path / "gone.jpg", mode) if mode else None
     monkeypatch.setattr("benchmarks.samples.read_image", bad)
     for workers in (0, 1):
         line = fails(train.main, *TINY, "--workers", workers, "--out", tmp_path / "run")(capsys)
