@@ -239,14 +239,15 @@ def test_no_dropped_pixel_reaches_a_logit_under_rotary_positions(pooling, dense)
     assert gradient[~seen].eq(0).all() and gradient[seen].abs().max() > 0
 
 
-def test_the_last_attention_reads_turned_queries_and_keys():
+def test_the_last_attention_reads_turned_keys_and_gives_them_as_they_were_before():
     torch.manual_seed(0)
     vit, x = build_vit(ROTARY, (42, 70)).double(), pictures(2, 42, 70).double()
     seen = []
     vit.blocks[-1].attn.register_forward_hook(lambda module, inputs, out: seen.append((inputs[0], out)))
     vit(x)
     (before, after), attn = seen[0], vit.blocks[-1].attn
-    attention, _ = vit.last_attention(x)
+    attention, keys = vit.last_attention(x)
+    agrees(keys, attn.project(before)[1][:, 5:].transpose(1, 2), 1e-12)          # FOUND compares what patches look like
     q, k, v = attn.project(before, vit.turn())
     whole = (torch.einsum("bhd,bthd->bht", q[:, 0], k) / 16 ** 0.5).softmax(-1)
     agrees(attention, whole[..., 5:], 1e-12)
