@@ -373,13 +373,13 @@ class ViT(nn.Module):
     def last_attention(self, images, keep=None):
         """What the last block looks at: images (B, 3, S, S) -> attention (B, H, N), keys (B, H, N, D/H).
 
-        attention is that of the class token to the patches; with the class token and the registers it sums to 1. Keys are
-        those before any rotation: what a patch looks like, and not where it lies. keep: as in layers.
+        attention is that of the class token to the patches; with the class token and the registers it sums to 1. keys
+        are those before any rotation: what a patch looks like, and not where it lies. keep: as in layers.
         """
         last, x = self.blocks[-1], next(islice(self.layers(images, keep), len(self.blocks) - 1, None))
         q, k, _ = last.attn.project(last.norm1(x))
-        turned, (q, k) = rotate(k, self.turn()).transpose(1, 2), (y.transpose(1, 2) for y in (q, k))     # (B, H, T, D/H)
-        scores = q[:, :, :1] @ turned.mT * q.shape[-1] ** -0.5                  # the class token is not turned
+        q, k, turned = (y.transpose(1, 2) for y in (q, k, rotate(k, self.turn())))                   # (B, H, T, D/H)
+        scores = q[:, :, :1] @ turned.mT * q.shape[-1] ** -0.5                   # the class token is not turned
         if keep is not None:
             scores = scores + self.mask_of(keep).log()[:, None, None]
         return scores.softmax(-1)[:, :, 0, self.prefix:], k[:, :, self.prefix:]
