@@ -389,6 +389,17 @@ def test_a_run_whose_stages_start_from_different_files_freezes_stage_1_and_remem
     assert "--selector-weights means nothing to --method erm" in line
 
 
+def test_a_run_with_rotary_positions_takes_any_multiple_of_the_patch_and_changes_no_weight_for_it(tmp_path, capsys):
+    out = run_train(tmp_path / "run", "--arch", "mini-rotary", "--weights", "mini-rotary", "--size", 72, "--k", 3)
+    model, _ = runs.load_model(out / "best.pt")
+    start = weights.read_file(weights.MINIATURES["mini-rotary"], "weights")
+    own = model.selector.backbone.state_dict()
+    assert own.keys() == start.keys() and model.grid == (9, 9)
+    assert all(torch.equal(x, start[name].float()) for name, x in own.items() if not name.endswith("_tokens") and name != "cls_token")
+    line = fails(train.main, "--data", "waterbirds", "--mini", "--arch", "mini-rotary", "--weights", "mini-rotary", "--size", 70)(capsys)
+    assert "70x70 is not a multiple of the patch size 8, as 64 is" in line
+
+
 # ---------------------------------------------------------------- NeCo and Franca: DINOv2's network in other files
 def dense_successors():
     """{what a file looks like: (content, what is said of it)}; the backbone in all of them is the same."""
