@@ -35,6 +35,7 @@ import ifam
 import train
 import vit
 from baselines import FoundMask
+from benchmarks.files import is_our_picture
 from benchmarks.samples import Samples
 from benchmarks.transforms import FINE_GRAINED, PHOTOGRAPHS
 from predict import given_mask
@@ -469,6 +470,8 @@ def main(argv=None):
     if cfg.out:                                          # before minutes are spent
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         may_write(cfg.out, lambda path: {"command", "clock"} <= json.loads(path.read_text()).keys(), cfg.force)
+        if cfg.scale:
+            may_write(Path(cfg.out).with_suffix(".png"), is_our_picture, cfg.force)
     head = {"command": vars(cfg), **machine(device)}
     print(f"{mode}: {head['device']}, {head['threads']} threads, torch {torch.__version__}; {head['clock']}\n  "
           + ", ".join(f"{name} {x}" for name, x in vars(cfg).items() if name not in (*MODES, *unused) and x != ""))

@@ -323,7 +323,8 @@ def prediction(out, i, path=None):
     if out.maps is not None:
         there = occurring([out.parts[i]], K := out.maps.shape[1] - 1)
         alone = "" if out.logits_stage1 is None else f"stage 1 alone: {said(out.logits_stage1[i])}"
-        cells["parts"] = overlay(shown, out.parts[i].numpy(), K), alone
+        assigned = out.parts[i].numpy()
+        cells["parts"] = overlay(shown, assigned, K), alone, numbered(assigned, K)
     if out.keep is None:
         cells["what the model sees"] = shown, said(out.logits[i])
     else:
@@ -438,9 +439,13 @@ def schematic(path=None):
 
 
 # ---------------------------------------------------------------- charts
-def bar_style(name):
-    """Colour and hatching of a kind of mask: that of the first key of MASKS that its name contains, else black."""
-    colour, hatch = next((style for mask, style in MASKS.items() if mask in name), ("#000000", ""))
+def bar_style(name, other=0):
+    """Colour and hatching of a kind of mask: that of the first key of MASKS that its name contains.
+
+    Other names are black, or what comes after it: other counts them.
+    """
+    others = ("#000000", OKABE_ITO[6], OKABE_ITO[3])
+    colour, hatch = next((style for mask, style in MASKS.items() if mask in name), (others[other % 3], ""))
     return dict(color=colour, hatch=hatch, edgecolor="white", linewidth=0)
 
 
@@ -466,7 +471,7 @@ def group_bars(groups, path=None, chance=None):
         share = np.array([found[g]["accuracy"] for g in names])
         low, high = np.transpose([wilson(found[g]["accuracy"], found[g]["n"]) for g in names])
         axis.bar(np.arange(len(names)) + (i - (len(groups) - 1) / 2) * width, share, width * 0.92, label=model,
-                 yerr=np.maximum([share - low, high - share], 0), capsize=2, error_kw=dict(lw=1), **bar_style(model))
+                 yerr=np.maximum([share - low, high - share], 0), capsize=2, error_kw=dict(lw=1), **bar_style(model, i))
     few = len(names) < 5
     axis.set_xticks(range(len(names)), [short(g) if few else short(g).replace("\n", "") for g in names], fontsize=TEXT,
                     **({} if few else dict(rotation=20, ha="right")))
@@ -475,18 +480,19 @@ def group_bars(groups, path=None, chance=None):
     save(figure, path)
 
 
-def ladder(measures, path=None, n=0):
+def ladder(measures, path=None, n=0, form="", top=0):
     """Small multiples, one for each measure, a bar for each kind of mask: {measure: {name of a mask: number}}.
 
-    n: the numbers are shares of so many images, and get 95 % intervals (Wilson).
+    n: the numbers are shares of so many images, and get 95 % intervals (Wilson). form: how to write all numbers, such
+    as ".1f"; by default two or three digits. top: where the scale of all measures ends; by default each has its own.
     """
     figure, axes = plt.subplots(1, len(measures), figsize=(1.3 + 2.4 * len(measures), 2.6), sharey=True, squeeze=False,
                                 layout="constrained")
     for axis, (measure, values) in zip(axes[0], measures.items()):
-        largest = max(*(wilson(x, n)[1] if n else x for x in values.values()), 1e-9)
+        largest = top or max(*(wilson(x, n)[1] if n else x for x in values.values()), 1e-9)
         for name, value in values.items():
             axis.barh(name, value, 0.75, **bar_style(name))
-            digits = "0" if value == 0 else f"{value:.3g}" if value >= 10 else f"{value:.2g}"
+            digits = format(value, form) if form else "0" if value == 0 else f"{value:.{3 if value >= 10 else 2}g}"
             low, high = wilson(value, n) if n else (value, value)
             axis.plot([low, high], [name, name], color="black", lw=1)
             axis.text(high + 0.03 * largest, name, digits, va="center", fontsize=SMALL)
@@ -525,7 +531,7 @@ def growth(found, path=None):
                 axis.set(ylim=(0, 1.4 * top))
             else:
                 axis.set(xscale="log", yscale="log", ylim=(0.3 * low, 5 * top))
-                for slope, offset in ((1, (4, -14)), (2, (-14, -2))):     # from below the lowest point to the edge
+                for slope, offset in ((1, (4, -22)), (2, (-20, -12))):     # from below the lowest point to the edge
                     right = min(x[-1], x[0] * (10 * top / low) ** (1 / slope))
                     end = right, 0.5 * low * (right / x[0]) ** slope
                     axis.plot([x[0], right], [0.5 * low, end[1]], color="0.6", lw=0.8, zorder=0)
@@ -592,7 +598,7 @@ def film(file, samples, path=None, steps=(), columns=8):
 
 # ---------------------------------------------------------------- interventions
 @torch.no_grad()
-def part_sheet(model, samples, part, census, title, path=None, device="cpu", columns=8):
+def part_sheet(model, samples, part, census, title, path=None, device="cpu", columns=8, lines=4):
     """What a part is: the patch that beats the background by most in each of up to 32 images, then 8 whole images.
 
     The largest margin comes first. The 8 images are spread over those with this part; a patch of it is drawn at random
@@ -602,7 +608,7 @@ def part_sheet(model, samples, part, census, title, path=None, device="cpu", col
     have = (census.count[:, part] > 0).nonzero()[:, 0]
     if not len(have):
         return one_line(f"part {part} is empty: no patch of any of the {len(census.count)} images goes to it", path)
-    strongest = have[census.margin[have, part].argsort(descending=True, stable=True)][:4 * columns]
+    strongest = have[census.margin[have, part].argsort(descending=True, stable=True)][:lines * columns]
     seen = lambda images: [as_seen(model.selector, x, samples.normalisation) for x in images]
     tile = lambda picture, token: neighbourhood(picture, patch, *divmod(int(token), w), part_colour(part))
     tiles = [tile(picture, census.where[i, part])

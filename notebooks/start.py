@@ -24,9 +24,11 @@ if Path.cwd().name == HERE.name and not Path(HERE.name).is_dir():
 sys.path.insert(0, str(HERE.parent))
 
 import data  # noqa: E402
+import evaluate  # noqa: E402
+import intervene  # noqa: E402
 import sweep  # noqa: E402
-from runs import Config, differences, preset, read_config  # noqa: E402
-from settings import UsageError, parse  # noqa: E402
+from runs import Config, differences, hash_of, preset, read_config  # noqa: E402
+from settings import UsageError, parse, write_json  # noqa: E402
 
 FAST = os.environ.get("IFAM_FAST") == "1"
 MINI = FAST or os.environ.get("IFAM_DATA", "mini") == "mini"
@@ -54,7 +56,8 @@ def train(names, name, *flags, measure=("--leakage", "100"), also=(), folder="sw
     if FAST:
         flags, folder = [*flags, "--limit", "32", *["--epochs", "1"] * ("--epochs" not in flags)], f"fast-{folder}"
         measure = ["--leakage", "2"] if also else measure
-    return sweep.finished(names, ["--data", name, *["--mini"] * MINI, *flags], folder, measure, also)
+    mini = ["--mini"] * (MINI and name != "folder")      # pictures of one's own are what they are
+    return sweep.finished(names, ["--data", name, *mini, *flags], folder, measure, also)
 
 
 def readme_run():
@@ -69,6 +72,25 @@ def readme_run():
 def reports(runs, file="report.json"):
     """{name: folder} -> {name: report of evaluate.py}."""
     return {name: json.loads((folder / file).read_text()) for name, folder in runs.items()}
+
+
+def corrected(run, *flags):
+    """What intervene.py with these flags decides for a run, and evaluate.py before and after -> (file, {title: report}).
+
+    Measured anew only where the files are of another checkpoint or another decision.
+    """
+    file, ckpt, after = run / "intervention.json", run / "best.pt", run / "report-intervention.json"
+    made = json.loads(file.read_text()) if file.is_file() else {}
+    if made.get("checkpoint", {}).get("sha256") != hash_of(ckpt) or made.get("asked") != list(flags):
+        with contextlib.redirect_stdout(io.StringIO()):
+            intervene.main(["--ckpt", str(ckpt), "--out", str(file), *flags])
+            made = {**json.loads(file.read_text()), "asked": list(flags)}
+            write_json(file, made)
+            after.unlink(missing_ok=True)
+    if not after.is_file():
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluate.main(["--ckpt", str(ckpt), "--leakage", "100", "--intervention", str(file)])
+    return made, reports({"untouched": run, "corrected": run}) | {"corrected": json.loads(after.read_text())}
 
 
 def leaks(reports):

@@ -26,7 +26,7 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text()
 README = PAGES["README.md"]
 every_page = pytest.mark.parametrize("page", PAGES)
 
-MODULES = ["measure", "benchmarks", "miniature"]         # folders of modules, beside the root
+MODULES = ["measure", "benchmarks", "miniature", "notebooks"]         # folders of modules, beside the root
 EXTRA = {"data", "out", "sheet"}                         # of python -m miniature, beside the knobs of a benchmark
 TORCHRUN = {"nproc_per_node", "nnodes", "node_rank", "standalone"}
 MADE = {"data.docs_table()": lambda: data.docs_table(),  # what the markers "made by" stand for

@@ -13,6 +13,7 @@ from tiny import ROOT
 # From the top to the ground; a module imports from lines below its own, and from its own line only to the right of it.
 # A folder stands for its files: inside one, imports may run either way, but in no circle.
 FLOORS = """
+notebooks
 sweep
 evaluate intervene speed compose miniature.pretrain
 train
@@ -34,7 +35,7 @@ ORDER = [name for line in FLOORS.split("\n") for name in line.split()]
 
 def modules():
     """{module: its file}: everything but tests."""
-    paths = [*ROOT.glob("*.py"), *(p for folder in ("measure", "benchmarks", "miniature") for p in (ROOT / folder).glob("*.py"))]
+    paths = [*ROOT.glob("*.py"), *(p for folder in ("measure", "benchmarks", "miniature", "notebooks") for p in (ROOT / folder).glob("*.py"))]
     return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
 
 
@@ -103,7 +104,7 @@ def test_no_function_is_longer_than_60_lines_and_each_room_says_its_floor(name):
 
 def test_an_installation_has_every_room_and_what_lies_in_it():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {name.partition(".")[0] for name in modules() if "." in name}
+    folders = {name.partition(".")[0] for name in modules() if "." in name} - {"notebooks"}      # they are read in the clone
     assert set(setuptools["packages"]) == folders
     assert set(setuptools["py-modules"]) == {name for name in modules() if "." not in name} - folders
     files = {p.relative_to(ROOT) for folder in folders for p in (ROOT / folder).iterdir() if p.is_file() and p.suffix != ".py"}

@@ -1,6 +1,7 @@
 """Pictures of one's own: what predict.py says of them is what evaluation says, whatever their format, size and method."""
 import csv
 import json
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -12,6 +13,7 @@ from tiny import fails
 
 import baselines
 import data
+import intervene
 import predict
 import runs
 from benchmarks.files import is_our_picture
@@ -127,6 +129,17 @@ def test_explaining_is_removing_each_part_in_turn(model, samples):
     assert model.selector.limits is before and torch.equal(both.without[:, 2], both.logits)
     model.selector.limits = None
     assert not torch.equal(both.logits, out.logits)
+
+
+def test_a_correction_of_intervene_py_is_applied_to_pictures_too(checkpoint, model, samples, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(checkpoint, "best.pt")
+    intervene.main(["--ckpt", "best.pt", "--drop", "1", "--limit", "8", "--device", "cpu"])
+    predict.main(["--ckpt", "best.pt", str(samples.paths[0]), "--intervention", "intervention.json", "--no-figures"])
+    report = json.loads((tmp_path / "predictions/predictions.json").read_text())
+    expected = predict.on(model, [samples.paths[0]], explain=True)
+    assert report["intervention"]["drop"] == [1] and report["pictures"][0]["parts"][1] == 0
+    assert report["pictures"][0]["probability"] == pytest.approx(expected.without[0, 1].softmax(0).max().item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("method", baselines.METHODS)
