@@ -258,7 +258,7 @@ TAKES = {   # settings that only these methods have; all others have no such thi
                     ("ifam", "pdiscoformer")),
     **dict.fromkeys(("weight_class2", "warmup"), tuple(m for m in METHODS if m != "pdiscoformer")),
     **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "freeze_stage2", "selector_size",
-                     "selector_arch"), ("ifam",)),
+                     "selector_arch", "selector_weights"), ("ifam",)),
     "pooling": ("ifam", *GIVEN), "train_backbone": ("ep", "aim")}
 
 

@@ -196,7 +196,7 @@ def look(backbone, pictures):
     "class_token" (n, D), "patches" (n, h, w, D); "keep" (n, h, w): the patches that are not background to FOUND's seed
     step; "components" (n, h, w, 3): the first principal components of each picture's patches, scaled to [0, 1].
     """
-    images = torch.stack([p.image for p in pictures]).to(backbone.pos_embed.device)
+    images = torch.stack([p.image for p in pictures]).to(backbone.cls_token.device)
     tokens = backbone(images).float()
     patches = tokens[:, backbone.prefix:]
     centred = patches - patches.mean(1, keepdim=True)
@@ -378,9 +378,11 @@ def arrays_of(out, i):
 class Config:
     images: list[str] = opt(MISSING, "pictures, or folders of pictures", positional=True)
     ckpt: str = opt("", "checkpoint of train.py (best.pt or last.pt), or snapshot of the published code")
-    weights: str = opt("", "instead of --ckpt: a backbone alone, as train.py has it (dinov2, mini, a file). It has no "
-                           "classes and no parts: shown are principal components of its features and FOUND's mask")
-    arch: str = opt("b", "of --weights: size of the vision transformer", choices=tuple(vit.ARCHS))
+    weights: str = opt("", "instead of --ckpt: a backbone alone, as train.py has it (dinov2, dinov3, mini, a file). It "
+                           "has no classes and no parts: shown are principal components of its features and FOUND's "
+                           "mask")
+    arch: str = opt("b", "of --weights: size of the vision transformer", choices=tuple(vit.ARCHS),
+                    refused=vit.REFUSED)
     size: int = opt(518, "of --weights: image side in pixels", at_least=1)
     registers: int = opt(4, "of --weights: register tokens", at_least=0, at_most=1024)
     data: str = opt("", "benchmark of a published snapshot, which does not say it", choices=("", *data.BENCHMARKS))

@@ -56,11 +56,13 @@ class Config:
                                "at 3/4 of the side and with half of the blocks", choices=("paper", "mini", "fast"),
                       group="model")
     method: str = opt("ifam", "ifam, or a baseline", choices=METHODS)
-    arch: str = opt("b", "size of the vision transformers", choices=tuple(vit.ARCHS))
+    arch: str = opt("b", "size of the vision transformers: DINOv2's, DINOv3's (16), or the miniatures'",
+                    choices=tuple(vit.ARCHS), refused=vit.REFUSED)
     registers: int = opt(4, "register tokens; 0 for weights without registers", at_least=0, at_most=1024)
-    weights: str = opt("dinov2", "start of all backbones: dinov2 or rad-dino (downloaded once), mini "
-                                 "(miniature/mini.pt, for --arch mini), a file of DINOv2, timm or Hugging Face, or "
-                                 "none")
+    weights: str = opt("dinov2", "start of all backbones: dinov2 or rad-dino (downloaded once), dinov3 (gated, put "
+                                 "there by you), mini or mini-rotary (miniature/mini.pt, for --arch mini), a file of "
+                                 "DINOv2, DINOv3, NeCo, Franca, timm or Hugging Face, or none")
+    selector_weights: str = opt("", "start of stage 1, as --weights has it (if not given, that of --weights)")
     size: int = opt(518, "image side in pixels, a multiple of the patch", at_least=1)
     selector_size: int = opt(0, "side at which stage 1 looks at the image, smaller is faster (0: --size)", at_least=0)
     selector_arch: str = opt("", "a smaller ViT for stage 1: s where --arch is b, or b/6 for the first 6 blocks of b "
@@ -129,6 +131,10 @@ class Config:
     def __post_init__(self):
         self.out = self.out or f"runs/{self.title}" + f"-{self.method}" * (self.method != "ifam")
         self.workers = bounded(self.workers)
+
+    def stage1_starts_from(self):
+        """The weights of stage 1, as --weights has them."""
+        return self.selector_weights or self.weights
 
     @property
     def title(self):
@@ -281,9 +287,9 @@ def check(cfg):
         raise UsageError(f"every loss of --method {cfg.method} has weight 0, and nothing would train: give one of "
                          f"{', '.join(map(flag, own))}")
     refuse_too_large(cfg)
-    for arch in (cfg.arch, cfg.selector_arch.partition("/")[0]):
-        if arch in vit.ARCHS:                            # else the model says so
-            refuse_by_name(cfg.weights, arch, cfg.registers)
+    for weights, arch in ((cfg.weights, cfg.arch), (cfg.stage1_starts_from(), cfg.selector_arch or cfg.arch)):
+        if (size := arch.partition("/")[0]) in vit.ARCHS:    # building the model refuses another
+            refuse_by_name(weights, size, cfg.registers)
     if where := data.BENCHMARKS[cfg.data].trained_on:
         raise UsageError(f"--data {cfg.data} is for evaluation only: train with --data {where}, then "
                          f"evaluate.py --ckpt runs/{where}/best.pt --data {cfg.data}")
@@ -308,7 +314,7 @@ def refuse_too_large(cfg):
     arch = vit.ARCHS[cfg.arch]
     depth, D, patches = arch.get("depth", 12), arch["width"], (cfg.size // arch.get("patch", 14)) ** 2
     tokens = 1 + cfg.registers + patches
-    views = 2 * (cfg.train_tokens or cfg.weights == "none")                      # of stage 1: the image and its warp
+    views = 2 * (cfg.train_tokens or cfg.stage1_starts_from() == "none")         # of stage 1: the image and its warp
     views = {"ifam": views, "pdiscoformer": views, "erm": 1, "late-truth": 1, "late-found": 1}.get(cfg.method, 0)
     images = min(cfg.batch, cfg.micro or cfg.batch)
     each = 10 * views * depth * tokens * D + 3 * cfg.size ** 2 + (cfg.k + 1) * tokens

@@ -35,14 +35,15 @@ class RunError(Exception):
 
 
 # ---------------------------------------------------------------- command line
-def opt(default, help, choices=None, group="", positional=False, **bounds):
+def opt(default, help, choices=None, group="", positional=False, refused=None, **bounds):
     """A dataclass field that is also a flag; default=MISSING makes it required, choices refuses anything else.
 
     group: heading of --help, for this flag and those after it. positional: no flag, but the words before the flags.
-    bounds: at_least, at_most, above, below; they hold for every number of a pair or list. A number is always finite.
+    refused: {value: why}, of values that people will try and that are no choices. bounds: at_least, at_most, above,
+    below; they hold for every number of a pair or list. A number is always finite.
     """
     return field(default=default, metadata=dict(help=help, choices=choices, group=group, positional=positional,
-                                                bounds=bounds))
+                                                refused=refused or {}, bounds=bounds))
 
 
 def flag(name):
@@ -136,6 +137,8 @@ def check_bounds(settings):
         value, name = getattr(settings, f.name), f.name if f.metadata["positional"] else flag(f.name)
         choices, bounds = f.metadata["choices"], f.metadata["bounds"]
         for x in value if isinstance(value, (tuple, list)) else [value]:
+            if x in f.metadata["refused"]:
+                raise UsageError(f"{name} {x} is refused: {f.metadata['refused'][x]}")
             if choices and x not in choices:
                 raise UsageError(f"unknown {name} {x!r}{nearest(str(x), filter(None, choices))} "
                                  f"(one of: {', '.join(filter(None, choices))})")

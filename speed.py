@@ -5,6 +5,7 @@
     python speed.py --scale                              # growth with tokens, K and batch -> docs/scale.json and .png
     python speed.py --training --device cuda --amp bf16  # training steps, 20 % of the patches kept
     python speed.py --reading                            # images/s that one core reads and augments
+    python speed.py --sizes                              # parameters and operations of every --arch, counted only
     python evaluate.py --ckpt runs/waterbirds-mini/best.pt --speed       # a trained model on its own images
 
 Everything is measured in turn, round after round, so that other work on the machine slows all of it alike; a ratio is
@@ -32,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ifam
 import train
+import vit
 from baselines import FoundMask
 from benchmarks.files import is_our_picture
 from benchmarks.samples import Samples
@@ -49,8 +51,10 @@ class Config:
     scale: bool = opt(False, "time and memory against tokens, K and batch", group="instead of prediction")
     training: bool = opt(False, "steps of train.py: one ViT, two stages, and two stages of which less trains")
     reading: bool = opt(False, "the input pipeline: decoding, augmentation and tensor")
+    sizes: bool = opt(False, "parameters and operations of every --arch at 224 and 512 px: counted, not timed")
 
-    arch: str = opt("s", "vision transformers: s, b, l, g, mini, or s/3 for the first 3 blocks of s", group="model")
+    arch: str = opt("s", "vision transformers, as train.py has them, or s/3 for the first 3 blocks of s", group="model",
+                    refused=vit.REFUSED)
     size: int = opt(224, "image side in pixels, a multiple of the patch", at_least=1)
     k: int = opt(8, "foreground parts", at_least=1)
     selector_size: int = opt(0, "side at which stage 1 looks at the image (0: --size)", at_least=0)
@@ -265,6 +269,40 @@ def prediction(cfg, device):
                 for name, row in in_turn(calls, cfg.batch, cfg.rounds, device).items()}
 
 
+# ---------------------------------------------------------------- every size
+def formula(backbone, patches, class_only=False):
+    """Operations per image of a ViT that computes this many of its patches, as `operations` counts them."""
+    D, T = backbone.width, backbone.prefix + patches
+    hidden = sum(p.numel() for name, p in backbone.blocks[0].mlp.named_parameters() if name.endswith("weight"))
+    block = lambda asked: 2 * (2 * asked + 2 * T) * D * D + 4 * asked * T * D + 2 * asked * hidden
+    last = block(1 if class_only else T)
+    return (len(backbone.blocks) - 1) * block(T) + last + 2 * patches * 3 * backbone.patch ** 2 * D
+
+
+def sizes(cfg, device, sides=(224, 512), kept=0.2):
+    """Parameters of one ViT, and operations of it and of both stages, 20 % kept -> {size: {...}}.
+
+    At multiples of the patch that are nearest to `sides`. The rotations of rotary positions, like every other
+    elementwise operation, are not counted.
+    """
+    rows = {}
+    for name, arch in vit.ARCHS.items():
+        patch = arch.get("patch", 14)
+        real = [round(side / patch) * patch for side in sides]
+        row = {}
+        for side, wanted in zip(real, sides):
+            with torch.device("meta"):
+                backbone = vit.build_vit(name, side)
+            row.setdefault("parameters", sum(p.numel() for p in backbone.parameters()))
+            patches, parts = math.prod(backbone.grid), (cfg.k + 1) * backbone.width
+            selector = formula(backbone, patches) + 2 * (2 * parts * patches + 2 * cfg.k * backbone.width)
+            predictor = formula(backbone, round(kept * patches), class_only=True) + 4 * backbone.width
+            row |= {f"gflops_{wanted}": formula(backbone, patches) / 1e9,
+                    f"both_{wanted}": (selector + predictor) / 1e9}
+        rows[f"{name} (patch {patch}; {real[0]} and {real[1]} px)"] = row
+    return rows
+
+
 # ---------------------------------------------------------------- growth
 STEPS = {  # what grows: the setting, its values, and what is fixed meanwhile
     "tokens": ("size", (224, 518, 1022), dict(batch=1)), "K": ("k", (1, 4, 16, 64), dict(batch=4)),
@@ -384,11 +422,15 @@ MODES = {  # what measures, the settings that it has no use for, and its own def
     "prediction": (prediction, ("keep",), {}),
     "scale": (growth, ("size", "k", "batch", "keep", "compile"), dict(out="docs/scale.json")),
     "training": (training, (), dict(batch=4, rounds=10)),
-    "reading": (reading, (*SHARED, "keep", "device"), dict(rounds=2, device="cpu"))}
+    "reading": (reading, (*SHARED, "keep", "device"), dict(rounds=2, device="cpu")),
+    "sizes": (sizes, (*(name for name in SHARED if name != "k"), "rounds", "keep", "device"), dict(device="cpu"))}
 COLUMNS = {  # of the table: title, unit, digits
     "seconds": ("    ms", 1e-3, 1), "images_per_second": ("images/s", 1, 1), "relative_to_dense": ("of dense", 1, 3),
     "relative_processor_time": ("of its processor time", 1, 3), "gflops": ("GFLOPs/image", 1, 2),
-    "relative_operations": ("of dense", 1, 3), "peak_bytes": ("peak MB", 1e6, 1)}
+    "relative_operations": ("of dense", 1, 3), "peak_bytes": ("peak MB", 1e6, 1),
+    "parameters": ("M parameters", 1e6, 1),
+    **{f"{what}_{side}": (f"GFLOPs, {title}, {side} px", 1, 1) for side in (224, 512)
+       for what, title in (("gflops", "dense"), ("both", "iFAM"))}}
 
 
 def mode_of(settings):

@@ -79,7 +79,7 @@ def freeze_backbone(stage, train_tokens=True):
 def role_of(name, cfg):
     """The part that a parameter plays: its learning rate is that of cfg.lr_<role>, of "backbone" cfg.lr."""
     return ("prototypes" if "prototypes" in name else "heads" if ".backbone." not in name else
-            "tokens" if cfg.weights != "none" and name.startswith("selector.") else "backbone")
+            "tokens" if cfg.stage1_starts_from() != "none" and name.startswith("selector.") else "backbone")
 
 
 def parameter_groups(model, cfg, steps):
@@ -189,7 +189,7 @@ def start_model(cfg, classes, read=None):
     if model.selector is not None and min(model.selector.backbone.grid) < 3:
         raise UsageError(f"stage 1 looks at {' x '.join(map(str, model.selector.backbone.grid))} patches, and its "
                          "losses need 3 x 3 at least: take a larger --size or --selector-size")
-    load_pretrained(model, cfg.weights, cfg.arch, cfg.registers, cfg.selector_arch, read)
+    load_pretrained(model, cfg.weights, cfg.arch, cfg.registers, cfg.selector_arch, cfg.selector_weights, read)
     return model
 
 
@@ -199,10 +199,11 @@ def try_out(cfg):
     Weights that are to be downloaded are not: their name and the settings tell that they fit. The model has no memory,
     unless it is so small that this costs less.
     """
-    read = reader(cfg.weights, cfg.registers)
-    here = {**vars(cfg), "weights": "none"} if cfg.weights in ("dinov2", "rad-dino") else vars(cfg)
-    with torch.device("cpu" if cfg.arch == "mini" else "meta"), warnings.catch_warnings(action="ignore"):
-        start_model(Config(**here), 2, read)
+    read = reader(cfg.registers)
+    here = lambda name: "none" if name in ("dinov2", "rad-dino") else name
+    own = {"weights": here(cfg.weights), "selector_weights": here(cfg.stage1_starts_from())}
+    with torch.device("cpu" if cfg.arch.startswith("mini") else "meta"), warnings.catch_warnings(action="ignore"):
+        start_model(Config(**{**vars(cfg), **own}), 2, read)
     return read
 
 
@@ -212,7 +213,7 @@ def build_model(cfg, device, classes=None, read=None):
     model = start_model(cfg, classes or data.BENCHMARKS[cfg.data].classes, read)
     if isinstance(model, FoundMask):
         model.copy_backbone()
-    if cfg.weights != "none" and model.selector is not None:
+    if cfg.stage1_starts_from() != "none" and model.selector is not None:
         freeze_backbone(model.selector, cfg.train_tokens)
     if cfg.freeze_stage2:
         freeze_backbone(model.predictor)

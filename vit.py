@@ -2,7 +2,8 @@
 
 Floor: the lesson, its lower half; it needs torch alone. A hard mask hides patches from every block: `keep` enters
 attention, dropped patches are read by nobody, and the gradient of the mask is exact (KeepGradient). Parameters are
-named as in DINOv2's files.
+named as in DINOv2's files. Where a patch lies is told by a learned embedding (DINOv2) or by a rotation of queries and
+keys (DINOv3).
 
 Letters: B images, N = h*w patches, R registers, T = 1+R+N tokens (class token, registers, patches), D width, H heads,
 P side of a patch. keep (B, N): 1 = this patch may be read.
@@ -10,6 +11,7 @@ P side of a patch. keep (B, N): 1 = this patch may be read.
     vit = build_vit("b", 518)
     tokens = vit.eval()(images, keep)             # images (B, 3, 518, 518), normalised -> (B, T, D)
 """
+import math
 from functools import partial
 from itertools import islice
 
@@ -18,13 +20,22 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-ARCHS = {  # the DINOv2 sizes, and a small one for the miniatures
-    "mini": dict(patch=8, width=128, depth=4, heads=4, layer_scale=1.0),
+MINI = dict(patch=8, width=128, depth=4, heads=4, layer_scale=1.0)
+DINOV3 = dict(patch=16, positions="rotary", eps=1e-5)
+ARCHS = {  # small ones for the miniatures, the DINOv2 sizes, those of DINOv3
+    "mini": MINI,
+    "mini-rotary": dict(MINI, positions="rotary"),
     "s": dict(width=384, depth=12, heads=6),
     "b": dict(width=768, depth=12, heads=12),
     "l": dict(width=1024, depth=24, heads=16),
     "g": dict(width=1536, depth=40, heads=24, ffn="swiglu"),
+    "s16": dict(DINOV3, width=384, depth=12, heads=6),
+    "s16plus": dict(DINOV3, width=384, depth=12, heads=6, ffn="swiglu", hidden=1536),
+    "b16": dict(DINOV3, width=768, depth=12, heads=12),
+    "l16": dict(DINOV3, width=1024, depth=24, heads=16),
 }
+REFUSED = {"7b16": "DINOv3's ViT-7B has 6.7 billion parameters, and training one stage of it needs over 100 GB; take "
+                   "l16, the largest of its family here"}
 
 
 # ---------------------------------------------------------------- attention under a mask
@@ -100,6 +111,32 @@ class KeepGradient(torch.autograd.Function):
         return grad, None, None, None, total.to(mask.dtype)
 
 
+# ---------------------------------------------------------------- rotary positions
+def rotations(grid, prefix, channels, base=100.0, device=None):
+    """The rotations that tell queries and keys where their patch lies: (1, T, 2, 1, channels), cosines and sines.
+
+    grid: (h, w) patches; prefix: tokens before them, which are not turned; channels: of a head, a multiple of 4. Axial,
+    as in DINOv3 (Simeoni et al., 2025): a patch's centre has coordinates in [-1, 1] on each axis of its image; the
+    first quarter of the channels turns with the row, the next with the column, by 2 pi coordinate / period, with
+    periods base^(4i / channels); the other half is their partners. DINOv3 is pretrained with coordinates rescaled at
+    random in each step; here they never are, so that a patch is where it is in training too.
+    """
+    centres = [(torch.arange(n, device=device) + 0.5) / n * 2 - 1 for n in grid]
+    where = torch.stack(torch.meshgrid(*centres, indexing="ij"), -1).view(-1, 2, 1)                  # (N, 2, 1)
+    periods = base ** (torch.arange(channels // 4, device=device) * 4 / channels)
+    angles = F.pad((2 * math.pi * where / periods).flatten(1).tile(2), (0, 0, prefix, 0))            # (T, channels)
+    return torch.stack([angles.cos(), angles.sin()], 1)[None, :, :, None]
+
+
+def rotate(x, turn):
+    """Queries or keys x (..., T, H, D/H), turned by rows of `rotations`; None: as they are."""
+    if turn is None:
+        return x
+    cos, sin = turn.unbind(-3)                                                   # (..., T, 1, D/H) each
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
 # ---------------------------------------------------------------- the vision transformer, named as in DINOv2's files
 class PatchEmbed(nn.Module):
     def __init__(self, patch, width):
@@ -123,17 +160,19 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def project(self, x):
-        """-> queries, keys, values, each (..., H, D/H)."""
-        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+    def project(self, x, turn=None):
+        """-> queries, keys, values, each (..., H, D/H). turn: the rotations of x's tokens, if positions are rotary."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return rotate(q, turn), rotate(k, turn), v
 
-    def forward(self, x, attend, rows=None):
-        """rows: a function that takes the rows that ask out of x; None: all do."""
+    def forward(self, x, attend, rows=None, turn=None):
+        """rows: a function that takes the rows that ask out of x; None: all do. turn: as in project."""
         if rows is None:
-            return self.proj(attend(*self.project(x)).flatten(-2))
+            return self.proj(attend(*self.project(x, turn)).flatten(-2))
         parts = [w.split(x.shape[-1]) for w in (self.qkv.weight, self.qkv.bias)]         # of queries, keys, values
         q, k, v = (F.linear(y, *part).unflatten(-1, (self.heads, -1)) for y, part in zip((rows(x), x, x), zip(*parts)))
-        return self.proj(attend(q, k, v).flatten(-2))
+        q = rotate(q, turn if turn is None else rows(turn))
+        return self.proj(attend(q, rotate(k, turn), v).flatten(-2))
 
 
 class Mlp(nn.Module):
@@ -167,18 +206,18 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width, heads, hidden, ffn, layer_scale):
+    def __init__(self, width, heads, hidden, ffn, layer_scale, eps):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, heads)
         self.ls1 = LayerScale(width, layer_scale)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = {"mlp": Mlp, "swiglu": SwiGLU}[ffn](width, hidden)
         self.ls2 = LayerScale(width, layer_scale)
 
-    def forward(self, x, attend, rows=None):
+    def forward(self, x, attend, rows=None, turn=None):
         """rows: a function that takes out of x the rows that anybody will read; only they are computed."""
-        return self.add(x if rows is None else rows(x), self.attn(self.norm1(x), attend, rows))
+        return self.add(x if rows is None else rows(x), self.attn(self.norm1(x), attend, rows, turn))
 
     def add(self, x, attended):
         """The residual stream x (B, T, D) after what attention found, and what the feed-forward layer makes of it."""
@@ -187,20 +226,27 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer with registers (DINOv2; Darcet et al., ICLR 2024).
+    """Vision transformer with registers (DINOv2; Darcet et al., ICLR 2024; DINOv3; Simeoni et al., 2025).
 
-    size: image side, or (height, width), in pixels; a multiple of patch. grid: the (h, w) of the position embedding.
+    size: image side, or (height, width), in pixels; a multiple of patch. grid: the (h, w) of its patches.
     hidden: width of the feed-forward layer, by default that of DINOv2 for the kind of ffn ("mlp" or "swiglu").
+    positions: "learned", an embedding added to the first block's input, whose number of patches is part of the weights;
+    or "rotary" (see rotations), which has no weights, so that they fit every size. eps: that of every LayerNorm.
     """
 
     def __init__(self, size=518, patch=14, width=768, depth=12, heads=12, registers=4, ffn="mlp", hidden=None,
-                 layer_scale=1e-5):
+                 layer_scale=1e-5, positions="learned", eps=1e-6):
         super().__init__()
         height, across = (size, size) if isinstance(size, int) else size
         if height % patch or across % patch or min(height, across) < patch:
-            raise ValueError(f"image size {height}x{across} is not a multiple of the patch size {patch}")
+            near = max(height, across) // patch * patch or patch
+            raise ValueError(f"image size {height}x{across} is not a multiple of the patch size {patch}, as {near} is")
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of the number of heads {heads}")
+        if positions not in ("learned", "rotary"):
+            raise ValueError(f"positions are learned or rotary, not {positions!r}")
+        if positions == "rotary" and width // heads % 4:
+            raise ValueError(f"rotary positions need a multiple of 4 channels a head, not {width // heads}")
         self.patch, self.width, self.grid = patch, width, (height // patch, across // patch)
         self.grid_is_known = True                        # False: the number of positions is, their shape is not yet
         self.packed = True                               # False: shapes never depend on what a mask keeps (ifam.Static)
@@ -208,9 +254,10 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(patch, width)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.register_tokens = nn.Parameter(torch.randn(1, registers, width) * 0.02) if registers else None
-        self.pos_embed = nn.Parameter(torch.randn(1, 1 + self.grid[0] * self.grid[1], width) * 0.02)
-        self.blocks = nn.ModuleList(Block(width, heads, hidden, ffn, layer_scale) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pos_embed = (nn.Parameter(torch.randn(1, 1 + self.grid[0] * self.grid[1], width) * 0.02)
+                          if positions == "learned" else None)
+        self.blocks = nn.ModuleList(Block(width, heads, hidden, ffn, layer_scale, eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=eps)
         self.prefix = 1 + registers                                              # tokens before the patches
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -234,14 +281,24 @@ class ViT(nn.Module):
 
     def before_patches(self):
         """Class token and registers before the first block (1+R, D); registers have no position."""
-        first = self.cls_token[0] + self.pos_embed[0, :1]
+        first = self.cls_token[0] if self.pos_embed is None else self.cls_token[0] + self.pos_embed[0, :1]
         return first if self.register_tokens is None else torch.cat([first, self.register_tokens[0]])
 
     def embed(self, images):
         """images (B, 3, h*patch, w*patch) -> tokens (B, T, D) before the first block."""
         self.fit(images)
-        patches = self.patch_embed(images) + self.pos_embed[:, 1:]
+        patches = self.patch_embed(images)
+        if self.pos_embed is not None:
+            patches = patches + self.pos_embed[:, 1:]
         return torch.cat([self.before_patches().expand(len(images), -1, -1), patches], dim=1)
+
+    def turn(self):
+        """The rotations of all T tokens (see rotations), or None if positions are learned. Read after fit."""
+        if self.pos_embed is not None:
+            return None
+        channels, own = self.width // self.blocks[0].attn.heads, self.cls_token
+        turn = rotations(self.grid, self.prefix, channels, device=own.device)
+        return turn.to(torch.promote_types(own.dtype, torch.float32))
 
     def forward(self, images, keep=None, hard=True, class_only=False):
         """images (B, 3, S, S), keep (B, N) or None for all -> tokens (B, T, D) after the final norm.
@@ -265,10 +322,12 @@ class ViT(nn.Module):
         """keep (B, N) -> (B, T): the class token and the registers may always be read."""
         return F.pad(keep.to(torch.promote_types(keep.dtype, torch.float16)), (self.prefix, 0), value=1.0)
 
-    def _run(self, x, attend, rows=None):
+    def _run(self, x, attend, rows=None, turn=None):
+        """turn: the rotations of x's tokens, by default those of all T."""
+        turn = self.turn() if turn is None else turn
         for block in self.blocks[:-1]:
-            x = block(x, attend)
-        return self.norm(self.blocks[-1](x, attend, rows))
+            x = block(x, attend, turn=turn)
+        return self.norm(self.blocks[-1](x, attend, rows, turn))
 
     def _run_joint(self, x, mask, class_only):
         """forward() with the gradient of the mask, but gradients of tokens only where there are any.
@@ -280,11 +339,13 @@ class ViT(nn.Module):
         order, count = self._kept_first(mask.detach())                           # the class token stays the first
         mask, tokens = mask.gather(1, order), x.take_along_dim(order[..., None], 1)
         head, tail = tokens[:, :count], tokens[:, count:].detach()
+        turn = self.turn()
+        own, others = (None, None) if turn is None else turn[0][order].split([count, x.shape[1] - count], 1)
         for block in self.blocks:
             one = class_only and block is self.blocks[-1]
-            q, k, v = block.attn.project(block.norm1(head))
+            q, k, v = block.attn.project(block.norm1(head), own)
             with torch.no_grad():
-                asked, *hidden = block.attn.project(block.norm1(tail))
+                asked, *hidden = block.attn.project(block.norm1(tail), others)
                 if not one:
                     found = attend_masked(asked, k, v, mask[:, :count].detach())
                     tail = block.add(tail, block.attn.proj(found.flatten(-2)))
@@ -304,19 +365,21 @@ class ViT(nn.Module):
         attend = attend_all if keep is None else partial(attend_masked, mask=self.mask_of(keep))
         x = self.embed(images)
         yield x
+        turn = self.turn()
         for block in self.blocks:
-            x = block(x, attend)
+            x = block(x, attend, turn=turn)
             yield x
 
     def last_attention(self, images, keep=None):
         """What the last block looks at: images (B, 3, S, S) -> attention (B, H, N), keys (B, H, N, D/H).
 
-        attention is that of the class token to the patches; with the class token and the registers it sums to 1.
-        keep: as in layers.
+        attention is that of the class token to the patches; with the class token and the registers it sums to 1. keys
+        are those before any rotation: what a patch looks like, and not where it lies. keep: as in layers.
         """
         last, x = self.blocks[-1], next(islice(self.layers(images, keep), len(self.blocks) - 1, None))
-        q, k, _ = (y.transpose(1, 2) for y in last.attn.project(last.norm1(x)))  # (B, H, T, D/H)
-        scores = q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5
+        q, k, _ = last.attn.project(last.norm1(x))
+        q, k, turned = (y.transpose(1, 2) for y in (q, k, rotate(k, self.turn())))                   # (B, H, T, D/H)
+        scores = q[:, :, :1] @ turned.mT * q.shape[-1] ** -0.5                   # the class token is not turned
         if keep is not None:
             scores = scores + self.mask_of(keep).log()[:, None, None]
         return scores.softmax(-1)[:, :, 0, self.prefix:], k[:, :, self.prefix:]
@@ -325,16 +388,20 @@ class ViT(nn.Module):
         """forward() for keep (B, N) of True and False: the tokens of all images one after the other, no padding."""
         self.fit(images)
         B, P, patch = len(images), self.prefix, keep.nonzero()[:, 1]
-        own = self.patch_embed.some(images, keep) + self.pos_embed[0, 1 + patch]                 # (kept, D)
+        own = self.patch_embed.some(images, keep)                                                # (kept, D)
+        if self.pos_embed is not None:
+            own = own + self.pos_embed[0, 1 + patch]
         tokens = torch.cat([self.before_patches().to(own.dtype).repeat(B, 1), own])
         where = torch.cat([torch.arange(B * P, device=keep.device).view(B, P),                   # (B, T), in `tokens`
                            B * P - 1 + keep.flatten().cumsum(0).view(keep.shape)], dim=1)
         readable = F.pad(keep, (P, 0), value=True)
+        turn = self.turn()
+        turn = turn if turn is None else turn[0][readable.nonzero()[:, 1]]                       # (sum of lengths, ...)
         lengths = readable.sum(1)
         first, lengths = lengths.cumsum(0) - lengths, lengths.tolist()
         asked, rows = ([1] * B, lambda x: x[first]) if class_only else (None, None)
         one = lambda q, k, v: attend_packed(q, k, v, lengths, asked if len(q) == B else None)
-        packed = self._run(tokens[where[readable]], one, rows)
+        packed = self._run(tokens[where[readable]], one, rows, turn)
         return packed[:, None] if class_only else packed.new_zeros(*where.shape, self.width).masked_scatter(
             readable[..., None], packed)
 
@@ -343,6 +410,8 @@ def build_vit(arch, size, registers=4):
     """A ViT: arch is a name in ARCHS, "b/6" for the first 6 blocks of one, or a dict of ViT's arguments."""
     if isinstance(arch, str):
         name, slash, blocks = arch.partition("/")
+        if name in REFUSED:
+            raise ValueError(f"{name} is refused: {REFUSED[name]}")
         if name not in ARCHS or slash and not blocks.isdecimal():
             raise ValueError(f"{arch!r} is no architecture: one of {', '.join(ARCHS)}, or b/6 for the first 6 blocks "
                              "of b")

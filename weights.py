@@ -1,6 +1,7 @@
 """weights.py: weights of other people's files, under our names.
 
     load_pretrained(model, "dinov2", "b")                # downloaded once; every backbone starts from it
+    load_pretrained(model, "dinov3", "b16")              # gated: a user puts the file there
     load_backbone(vit, read_file("model.safetensors", "weights"))        # official, timm or Hugging Face
     names, sizes = rename_published(find_published(read_file("snapshot_best.pt", "a snapshot")))
 
@@ -26,7 +27,10 @@ from settings import UsageError
 
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{name}/{name}{registers}_pretrain.pth"
 RAD_DINO_URL = "https://huggingface.co/microsoft/rad-dino/resolve/main/model.safetensors"
+DINOV3 = "dinov3_vit{arch}_pretrain_lvd1689m*.pth"       # the official name ends in eight digits of a checksum
+DINOV3_URL = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
 MINI = Path(__file__).resolve().parent / "miniature" / "mini.pt"                 # by miniature/pretrain.py
+MINIATURES = {"mini": MINI, "mini-rotary": MINI.with_name("mini-rotary.pt")}
 
 
 # ---------------------------------------------------------------- files
@@ -164,42 +168,46 @@ def fetch(url, cached):
 
 
 # ---------------------------------------------------------------- a pretrained backbone
-def load_pretrained(model, name, arch, registers=4, selector_arch="", read=None):
-    """Start every backbone of a model from pretrained weights: all from the same, but for a stage 1 of its own size.
+def load_pretrained(model, name, arch, registers=4, selector_arch="", selector_name="", read=None):
+    """Start every backbone of a model from pretrained weights: all from the same, but for a stage 1 of its own.
 
-    name: "dinov2", "rad-dino", "mini", the path of a file, or "none". arch, selector_arch ("": as arch): as build_vit
-    has them; "b/6" takes the first 6 blocks of b's file. read: what reader() gave, so that no file is read again.
-    UsageError when it is not there or does not fit.
+    name: "dinov2", "dinov3", "rad-dino", "mini", "mini-rotary", the path of a file, or "none"; selector_name: that of
+    stage 1 ("": name). arch, selector_arch ("": as arch): as build_vit has them; "b/6" takes the first 6 blocks of b's
+    file. read: what reader() gave, so that no file is read again. UsageError when it is not there or does not fit.
     """
-    if name == "none":
-        return
-    read = read or reader(name, registers)
-    for stage, whole in ((model.selector, selector_arch or arch), (model.predictor, arch)):
-        if stage is not None:
+    read = read or reader(registers)
+    for stage, start, whole in ((model.selector, selector_name or name, selector_arch or arch),
+                                (model.predictor, name, arch)):
+        if stage is not None and start != "none":
             size, _, blocks = whole.partition("/")
-            state = read(size)
+            state = read(start, size)
             try:
                 load_backbone(stage.backbone, state, int(blocks) if blocks else None)
             except ValueError as error:
                 reason = other_size(state, stage.backbone, blocks) or error
-                raise UsageError(f"--weights {name} with --arch {whole}: {reason}") from None
+                raise UsageError(f"--weights {start} with --arch {whole}: {reason}") from None
 
 
-def reader(name, registers=4):
-    """A function of a named size that reads the weights --weights NAME, each file once; its line is printed once."""
-    return functools.cache(lambda size: read_weights(name, size, registers))
+def reader(registers=4):
+    """A function (NAME, named size) that reads --weights NAME, each file once; its line is printed once."""
+    return functools.cache(lambda name, size: read_weights(name, size, registers))
 
 
 def refuse_by_name(name, arch, registers=4):
     """UsageError for weights of which the name alone tells that they do not fit a named size; nothing is read."""
-    if name == "dinov2" and arch == "mini":
-        raise UsageError("--weights dinov2 has no mini architecture: add --weights mini (or none) to --arch mini, or "
-                         "choose another --arch")
+    if name == "dinov2" and arch not in ("s", "b", "l", "g"):
+        other = "dinov3" if "16" in arch else arch
+        raise UsageError(f"--weights dinov2 has no {arch} architecture: add --weights {other} (or none) to --arch "
+                         f"{arch}, or choose another --arch")
+    if name == "dinov3" and arch not in ("s16", "s16plus", "b16", "l16"):
+        raise UsageError(f"--weights dinov3 has no {arch} architecture: add --arch s16, s16plus, b16 or l16")
+    if name == "dinov3" and registers != 4:
+        raise UsageError(f"--weights dinov3 has 4 registers (storage tokens), not {registers}: leave out --registers")
     if name == "dinov2" and registers not in (0, 4):
         raise UsageError(f"--weights dinov2 has 4 registers or none: --registers {registers} fits neither")
-    if name == "mini" and arch != "mini":
-        raise UsageError(f"--weights mini is the small backbone of the miniatures and does not fit --arch {arch}: add "
-                         "--arch mini, or choose other --weights")
+    if name in MINIATURES and arch != name:
+        raise UsageError(f"--weights {name} is a small backbone of the miniatures and does not fit --arch {arch}: add "
+                         f"--arch {name}, or choose other --weights")
     if name == "rad-dino" and (arch != "b" or registers):
         raise UsageError("--weights rad-dino is a ViT-B without registers: add --arch b --registers 0")
 
@@ -211,11 +219,13 @@ def read_weights(name, arch, registers):
     if name == "dinov2":
         url = DINOV2_URL.format(name=f"dinov2_vit{arch}14", registers="_reg4" if registers else "")
         state = fetch(url, cache / Path(url).name)
+    elif name == "dinov3":
+        state = read_gated(cache, arch)
     elif name == "rad-dino":
         state = fetch(RAD_DINO_URL, cache / "rad-dino" / "model.safetensors")
     else:
-        state = read_file(MINI if name == "mini" else name,
-                          "a file of backbone weights (or one of dinov2, rad-dino, mini, none)")
+        state = read_file(MINIATURES.get(name, name), "a file of backbone weights (or one of dinov2, dinov3, rad-dino, "
+                          "mini, mini-rotary, none)")
     if find_published(state):
         raise UsageError(f"--weights {name} is a snapshot of the published two-stage code, not a backbone; "
                          "evaluate it with evaluate.py --ckpt")
@@ -224,10 +234,29 @@ def read_weights(name, arch, registers):
                          "with evaluate.py --ckpt, or go on with train.py --resume")
     state, taken_off = unwrap(state)
     if not named_tensors(state):
-        raise UsageError(f"--weights {name}: expected a dict of tensors, named as by DINOv2, timm or Hugging Face")
+        raise UsageError(f"--weights {name}: expected a dict of tensors, named as by DINOv2, DINOv3, timm or Hugging "
+                         "Face")
+    if any(x.shape[-1:] == (4096,) for key, x in state.items() if key.endswith("cls_token")):
+        raise UsageError(f"--weights {name} is DINOv3's ViT-7B, which is refused: it is too large; --arch l16 is the "
+                         "largest of its family here")
     if taken_off and int(os.environ.get("RANK", 0)) == 0:
         print(f"--weights {name}: {taken_off}")
     return state
+
+
+def read_gated(cache, arch):
+    """The official file of DINOv3 for a named size, which a user must ask for and put into the folder `cache`."""
+    pattern = DINOV3.format(arch=arch)
+    found = sorted(cache.glob(pattern))
+    if not found:
+        raise UsageError(f"--weights dinov3 is gated, and no {pattern} is in {cache}: ask for access at {DINOV3_URL}, "
+                         "download the file of that name and put it there, or name one that you have, official, of "
+                         "Hugging Face or of timm, as --weights FILE; the DINOv3 License travels with it and with what "
+                         "you train from it")
+    if len(found) > 1:
+        raise UsageError(f"--weights dinov3: {len(found)} files fit in {cache}, {', '.join(p.name for p in found)}: "
+                         "keep one, or name one as --weights FILE")
+    return read_file(found[0], "the official file of DINOv3", "download it again")
 
 
 def named_tensors(content):
@@ -239,29 +268,36 @@ def named_tensors(content):
 def unwrap(content):
     """What people save around a backbone's weights, taken off -> (what is inside, a line that says what, or "").
 
-    One level, an entry of WRAPPERS; then each of PREFIXES that all names share, and those below it.
+    One level, an entry of WRAPPERS; then each of PREFIXES that all names share, and those below it. Of a teacher beside
+    its student the teacher is taken, of a backbone beside heads of its pretraining (HEADS) the backbone.
     """
     inner = next((key for key in WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)), "")
-    content, prefix = content[inner] if inner else content, ""
-    shared = lambda p: all(name.startswith(p) for name in content)
-    while content and named_tensors(content) and (more := next(filter(shared, PREFIXES), "")):
-        content, prefix = {name[len(more):]: x for name, x in content.items()}, prefix + more
+    content, prefix, left = content[inner] if inner else content, "", []
+    while content and named_tensors(content):
+        first = {name.partition(".")[0] + "." for name in content}
+        more = next((p for p, beside in PREFIXES.items() if p in first and first <= {p, *beside}), "")
+        if not more:
+            break
+        left += sorted(first - {more})
+        content = {name.removeprefix(more): x for name, x in content.items() if name.startswith(more)}
+        prefix += more
     said = f"read what is under {inner!r}" if inner else "read"
-    return content, (said + f", names without {prefix!r}" * bool(prefix)) * bool(inner or prefix)
+    said += f", names without {prefix!r}" * bool(prefix) + f", left out {', '.join(left)}" * bool(left)
+    return content, said * bool(inner or prefix)
 
 
 def load_backbone(vit, state_dict, blocks=None):
-    """Copy the weights of a DINOv2 model into vit: official files, timm's, Hugging Face's, or another ViT of ours.
+    """Copy the weights of a DINOv2 or DINOv3 model into vit: official files, timm's, Hugging Face's, or a ViT of ours.
 
     A position embedding of another number of patches must be of a square grid and is resampled to vit's, as the code
-    that wrote the file does it. blocks: take only that many, the first; the final norm stays that of the whole. Raises
-    ValueError that names the first keys or shapes that do not fit.
+    that wrote the file does it; rotary positions have no weights. blocks: take only that many, the first; the final
+    norm stays that of the whole. Raises ValueError that names the first keys or shapes that do not fit.
     """
     try:
         state = official_names(state_dict)
         if blocks is not None:
             state = {name: x for name, x in state.items() if block_of(name) < blocks}
-        if "pos_embed" in state and state["pos_embed"].shape[1] != vit.pos_embed.shape[1]:
+        if "pos_embed" in state and vit.pos_embed is not None and state["pos_embed"].shape[1] != vit.pos_embed.shape[1]:
             state["pos_embed"] = resample_positions(state["pos_embed"], vit.grid, *how_resampled(state_dict))
     except KeyError as error:
         raise ValueError(f"weights do not fit the model: missing {error.args[0]}") from None
@@ -273,20 +309,24 @@ def load_backbone(vit, state_dict, blocks=None):
 def other_size(state_dict, vit, blocks=""):
     """"this is a ViT-S/14 with 4 registers: --arch s --registers 4" if a file is of another size than vit, else ""."""
     try:
-        file, own = (describe(official_names(state), heads=1)[0] for state in (state_dict, vit.state_dict()))
+        file, own = (shape_of(official_names(state)) for state in (state_dict, vit.state_dict()))
     except (KeyError, IndexError, ValueError):           # too little of it is there
         return ""
     if blocks and file["depth"] >= int(blocks):
         own["depth"] = file["depth"]
-    size_of = lambda arch: SIZES.get((arch["patch"], arch["width"], arch["depth"]))
+    size_of = lambda shape: SIZES.get(tuple(shape[name] for name in ("patch", "width", "depth", "ffn", "positions")))
     if (size_of(file) or file, file["registers"]) == (size_of(own) or own, own["registers"]):
         return ""
+    if not size_of(file) and size_of({**file, "positions": "learned"}):          # its positions are missing
+        return ""
     registers = f"with {file['registers']} registers" if file["registers"] else "without registers"
+    rotary = " and rotary positions" * (file["positions"] == "rotary")
     if size := size_of(file):
-        return (f"this is a ViT-{size.title()}/{file['patch']} {registers}: --arch {size} "
+        name = re.sub("16|-rotary", "", size).replace("plus", "+").title()
+        return (f"this is a ViT-{name}/{file['patch']} {registers}{rotary}: --arch {size} "
                 f"--registers {file['registers']}")
-    return (f"this is a ViT/{file['patch']} of width {file['width']} with {file['depth']} blocks, {registers}, which "
-            "no --arch is")
+    return (f"this is a ViT/{file['patch']} of width {file['width']} with {file['depth']} blocks, {registers}{rotary}, "
+            "which no --arch is")
 
 
 def how_resampled(state_dict):
@@ -334,9 +374,16 @@ def load_strictly(module, state_dict):
 
 # ---------------------------------------------------------------- names
 WRAPPERS = ("teacher", "model", "state_dict")            # entries that hold the weights: DINO, MAE, Lightning
-PREFIXES = ("module.", "_orig_mod.", "backbone.", "dinov2.", "model.", "encoder.")       # DDP, torch.compile, a parent
-# (patch, width, depth): --arch
-SIZES = {(8, 128, 4): "mini", (14, 384, 12): "s", (14, 768, 12): "b", (14, 1024, 24): "l", (14, 1536, 40): "g"}
+HEADS = ("dino_head.", "ibot_head.")                     # of the pretraining of DINOv2 and of Franca
+PREFIXES = {  # what all names may begin with, or all but those of what is beside it and left out
+    **dict.fromkeys(("module.", "_orig_mod.", "dinov2.", "model.", "encoder."), ()),     # DDP, torch.compile, a parent
+    "teacher.": ("student.", *HEADS), "student.": HEADS, "backbone.": HEADS}             # of NeCo; of Franca
+# (patch, width, depth, feed-forward, positions): --arch
+SIZES = {(8, 128, 4, "mlp", "learned"): "mini", (8, 128, 4, "mlp", "rotary"): "mini-rotary",
+         (14, 384, 12, "mlp", "learned"): "s", (14, 768, 12, "mlp", "learned"): "b",
+         (14, 1024, 24, "mlp", "learned"): "l", (14, 1536, 40, "swiglu", "learned"): "g",
+         (16, 384, 12, "mlp", "rotary"): "s16", (16, 384, 12, "swiglu", "rotary"): "s16plus",
+         (16, 768, 12, "mlp", "rotary"): "b16", (16, 1024, 24, "mlp", "rotary"): "l16"}
 HUGGING_FACE = (  # how Dinov2Model and Dinov2WithRegistersModel name what we name otherwise; every line is applied
     ("embeddings.position_embeddings", "pos_embed"),
     ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
@@ -350,6 +397,22 @@ HUGGING_FACE = (  # how Dinov2Model and Dinov2WithRegistersModel name what we na
     (".mlp.weights_out.", ".mlp.w3."),
     ("layernorm.", "norm."),
 )
+HUGGING_FACE_DINOV3 = (  # the same for DINOv3ViTModel; its queries, keys and values are put together below
+    ("embeddings.patch_embeddings.", "patch_embed.proj."),
+    ("embeddings.", ""),
+    ("model.layer.", "blocks."),
+    ("layer.", "blocks."),
+    (".attention.o_proj.", ".attn.proj."),
+    (".attention.q_proj.bias", ".attn.q_bias"),
+    (".attention.v_proj.bias", ".attn.v_bias"),
+    (".attention.", ".attn."),
+    (".layer_scale1.lambda1", ".ls1.gamma"),
+    (".layer_scale2.lambda1", ".ls2.gamma"),
+)
+HUGGING_FACE_MLP = ((".mlp.up_proj.", ".mlp.fc1."), (".mlp.down_proj.", ".mlp.fc2."))
+HUGGING_FACE_SWIGLU = ((".mlp.gate_proj.", ".mlp.w1."), (".mlp.up_proj.", ".mlp.w2."), (".mlp.down_proj.", ".mlp.w3."))
+TIMM_DINOV3 = (("reg_token", "register_tokens"), (".gamma_1", ".ls1.gamma"), (".gamma_2", ".ls2.gamma"))
+TIMM_DINOV3_SWIGLU = ((".mlp.fc1_g.", ".mlp.w1."), (".mlp.fc1_x.", ".mlp.w2."), (".mlp.fc2.", ".mlp.w3."))
 TIMM_SWIGLU = ((".mlp.fc1.", ".mlp.w12."), (".mlp.fc2.", ".mlp.w3."))            # gate and value in one matrix
 PUBLISHED = (  # how the published two-stage code names what is not in its ViTs; the first prefix that fits counts
     ("stage_1.fc_landmarks.weight", "selector.prototypes"),
@@ -363,7 +426,7 @@ PUBLISHED = (  # how the published two-stage code names what is not in its ViTs;
 
 
 def is_hugging_face(state_dict):
-    return any(name.startswith(("embeddings.", "encoder.layer.")) for name in state_dict)
+    return any(name.startswith(("embeddings.", "encoder.layer.", "model.layer.", "layer.")) for name in state_dict)
 
 
 def block_of(name):
@@ -379,10 +442,15 @@ def rename(state, table):
 
 
 def official_names(state_dict):
-    """A ViT as timm or Hugging Face writes it -> the same under official DINOv2 names; official ones stay as they are.
+    """A ViT as timm or Hugging Face writes it, or one of DINOv3 -> the same under official DINOv2 names.
 
-    The mask token of pretraining is dropped. KeyError for a missing part of a tensor that is put together here.
+    Official ones stay as they are, but for blocks in chunks (blocks.0.11 is blocks.11), as DINOv2's and Franca's
+    pretraining writes them. The mask token of pretraining is dropped. KeyError for a missing part of a tensor that is
+    put together here.
     """
+    marks = ("storage_tokens", "rope_embed.periods", ".bias_mask", ".q_proj.weight", ".o_proj.weight", ".gamma_1")
+    if any(name.endswith(marks) for name in state_dict):
+        return dinov3_names(state_dict)
     state = dict(state_dict)
     if is_hugging_face(state):
         state = rename(state, HUGGING_FACE)
@@ -396,7 +464,66 @@ def official_names(state_dict):
     if first is not None and second is not None and len(first) != second.shape[1]:
         state = rename(state, TIMM_SWIGLU)
     state.pop("mask_token", None)
+    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): x for name, x in state.items()}
+
+
+def dinov3_names(state_dict):
+    """A ViT of DINOv3, official, Hugging Face's or timm's -> our names.
+
+    Left out are the mask token, the norm of the class token of local crops (local_cls_norm, which only pretraining
+    uses) and the periods, which must be ours. The key's bias, which the official code masks in every step, becomes 0
+    here, once; training may move it. KeyError as in official_names; ValueError for other periods, or a mask that was
+    never set.
+    """
+    gated = any(".mlp.gate_proj." in name or ".mlp.fc1_g." in name for name in state_dict)
+    timm = any(name.endswith((".gamma_1", ".gamma_2")) for name in state_dict)
+    if is_hugging_face(state_dict):
+        state = rename(state_dict, HUGGING_FACE_DINOV3 + (HUGGING_FACE_SWIGLU if gated else HUGGING_FACE_MLP))
+    elif timm:
+        state = rename(state_dict, TIMM_DINOV3 + TIMM_DINOV3_SWIGLU * gated)
+    else:
+        state = rename(state_dict, (("storage_tokens", "register_tokens"),))
+    check_periods(state.pop("rope_embed.periods", None))
+    state = {name: x for name, x in state.items() if name != "mask_token" and not name.startswith("local_cls_norm.")}
+    without_bias = timm and not any(name.endswith(("q_bias", "v_bias", "qkv.bias")) for name in state)
+    for block in sorted({name.rpartition("attn.")[0] for name in state if "attn." in name}):
+        if is_hugging_face(state_dict):
+            parts = [state.pop(f"{block}attn.{one}_proj.weight") for one in "qkv"]
+            state[f"{block}attn.qkv.weight"] = torch.cat(parts)
+        state[f"{block}attn.qkv.bias"] = masked_bias(state, block + "attn.", without_bias)
+        halves = [f"{block}mlp.{one}." for one in ("w1", "w2")]
+        if any(name.startswith(tuple(halves)) for name in state):
+            for kind in ("weight", "bias"):              # gate and value in one matrix
+                state[f"{block}mlp.w12.{kind}"] = torch.cat([state.pop(half + kind) for half in halves])
     return state
+
+
+def masked_bias(state, attn, without):
+    """The bias of queries, keys and values of an attention layer of DINOv3, 0 for keys; its parts leave `state`.
+
+    without: the file has none (timm leaves it out where it was trained to 0).
+    """
+    if without:
+        return torch.zeros_like(state[f"{attn}qkv.weight"][:, 0])
+    if f"{attn}qkv.bias" not in state and f"{attn}qkv.bias_mask" not in state:
+        query, value = state.pop(f"{attn}q_bias"), state.pop(f"{attn}v_bias")
+        return torch.cat([query, torch.zeros_like(query), value])
+    mask = state.pop(f"{attn}qkv.bias_mask")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"{attn}qkv.bias_mask has values other than 0 and 1")
+    return torch.where(mask.bool(), state.pop(f"{attn}qkv.bias"), 0)
+
+
+def check_periods(periods):
+    """ValueError for periods of rotary positions that are not vit.rotations'; None: the file does not tell.
+
+    The official files have them in bfloat16, three digits; ours are exact, as Hugging Face's and timm's.
+    """
+    if periods is not None:
+        ours = 100.0 ** (torch.arange(len(periods), device=periods.device) / len(periods))
+        if not torch.allclose(periods.float(), ours, rtol=0.01):
+            raise ValueError(f"its rotary positions have periods {periods[0]:.3g} to {periods[-1]:.3g}, and not "
+                             f"{ours[0]:.3g} to {ours[-1]:.3g}")
 
 
 # ---------------------------------------------------------------- snapshots of the published two-stage code
@@ -439,15 +566,21 @@ def rename_published(state_dict, heads=None):
 
 def describe(vit, heads):
     """A ViT's state dict -> (arguments of ViT, (height, width) of images if its grid is nearest to square)."""
-    width, _, patch, _ = vit["patch_embed.proj.weight"].shape
-    if heads is None and width % 64:
-        raise ValueError(f"the number of heads cannot be read from the tensors at width {width}: pass heads=")
+    shape = shape_of(vit)
+    if heads is None and shape["width"] % 64:
+        raise ValueError(f"the number of heads cannot be read from the tensors at width {shape['width']}: pass heads=")
     patches = vit["pos_embed"].shape[1] - 1
     if patches < 1:
         raise ValueError("its position embedding has no patches")
     rows = next(n for n in range(math.isqrt(patches), 0, -1) if patches % n == 0)
+    return {**shape, "heads": heads or shape["width"] // 64}, (rows * shape["patch"], patches // rows * shape["patch"])
+
+
+def shape_of(vit):
+    """A ViT's state dict -> the arguments of ViT that its tensors tell: all but the number of heads and the size."""
+    width, _, patch, _ = vit["patch_embed.proj.weight"].shape
     ffn, last = ("swiglu", "w3") if "blocks.0.mlp.w12.weight" in vit else ("mlp", "fc2")
-    hidden = vit[f"blocks.0.mlp.{last}.weight"].shape[1]
-    arch = dict(patch=patch, width=width, depth=1 + max(map(block_of, vit)), heads=heads or width // 64, ffn=ffn,
-                hidden=hidden, registers=vit["register_tokens"].shape[1] if "register_tokens" in vit else 0)
-    return arch, (rows * patch, patches // rows * patch)
+    return dict(patch=patch, width=width, depth=1 + max(map(block_of, vit)), ffn=ffn,
+                hidden=vit[f"blocks.0.mlp.{last}.weight"].shape[1],
+                registers=vit["register_tokens"].shape[1] if "register_tokens" in vit else 0,
+                positions="learned" if "pos_embed" in vit else "rotary")

@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m miniature.pretrain   # 35 minutes on one core -> runs/pretrain/mini.pt and mini.json
     python -m miniature.pretrain --resume            # go on after a stop
+    python -m miniature.pretrain --arch mini-rotary --out runs/pretrain-rotary     # its twin with rotary positions
     python -m miniature.pretrain --composites PATH   # learn from a folder that compose.py wrote, not from drawn scenes
 
 Floor: commands, though it stays beside the weights that it makes. Read vit.py and scenes.py first. The scenes show one
@@ -58,6 +59,7 @@ class Config:
     steps: int = opt(4500, "training steps", at_least=1, at_most=10 ** 7, group="schedule")
     batch: int = opt(24, "scenes a step, two views of each", at_least=1, at_most=4096)
     view: int = opt(64, "side of a view in pixels, a multiple of 8", at_least=24, at_most=96)
+    arch: str = opt("mini", "the backbone: its positions are learned, or rotary", choices=("mini", "mini-rotary"))
     words: int = opt(32, "visual words", at_least=1, at_most=4096)
     weight_words: float = opt(1.0, "loss weight: a patch tells its own word and the bag of words around it", at_least=0)
     weight_pasted: float = opt(0.0, "loss weight: a patch tells how much of it is object, by the true mask", at_least=0)
@@ -185,11 +187,13 @@ class Words:
 class Reader(nn.Module):
     """The ViT, and linear heads that read words, and what is object, from its patches. Only the ViT is kept."""
 
-    def __init__(self, words, masks=False):
+    def __init__(self, words, arch="mini", masks=False):
         super().__init__()
-        self.vit = build_vit("mini", 96)
+        self.vit = build_vit(arch, 96)
         self.own, self.bag = nn.Linear(self.vit.width, words), nn.Linear(self.vit.width, words)
         self.pasted = nn.Linear(self.vit.width, 1) if masks else None
+        if self.vit.pos_embed is None:
+            return
         frequency = 10000 ** (-torch.arange(self.vit.width // 4) / (self.vit.width // 4))
         rows, columns = torch.meshgrid(*(torch.arange(float(n)) for n in self.vit.grid), indexing="ij")
         waves = [f(x.reshape(-1, 1) * frequency) for x in (rows, columns) for f in (torch.sin, torch.cos)]
@@ -201,9 +205,13 @@ class Reader(nn.Module):
         first = torch.randint(0, vit.grid[0] - g + 1, (B, 2))
         rows, columns = (first[:, i:i + 1] + torch.arange(g) for i in (0, 1))
         window = (rows[:, :, None] * vit.grid[1] + columns[:, None]).flatten(1).to(views.device)
-        x = vit.patch_embed(views) + vit.pos_embed[0, 1:][window]
-        prefix = torch.cat([vit.cls_token + vit.pos_embed[:, :1], vit.register_tokens], 1).expand(B, -1, -1)
-        return vit._run(torch.cat([prefix, x], 1), attend_all)[:, vit.prefix:]
+        x, turn = vit.patch_embed(views), vit.turn()
+        if turn is None:
+            x = x + vit.pos_embed[0, 1:][window]
+        else:
+            turn = turn[0][F.pad(window + vit.prefix, (vit.prefix, 0))]          # those before: as token 0, not at all
+        x = torch.cat([vit.before_patches().expand(B, -1, -1), x], 1)
+        return vit._run(x, attend_all, turn=turn)[:, vit.prefix:]
 
 
 def draw_scenes(scenes, count):
@@ -244,8 +252,13 @@ def loss_terms(model, words, scenes, cfg, step, device):
 @torch.no_grad()
 def features(vit, images):
     """Normalised images (n, 3, 96, 96) -> patch features (n, N, D) on the CPU."""
-    device = vit.pos_embed.device
+    device = vit.cls_token.device
     return torch.cat([vit(part.to(device))[:, vit.prefix:].cpu() for part in images.split(64)])
+
+
+def position_share(x):
+    """Share of the variance of patch features x (n, N, D) that the position of a patch explains."""
+    return (x.mean(0).var(0).sum() / x.flatten(0, 1).var(0).sum()).item()
 
 
 def iou(a, b):
@@ -270,7 +283,7 @@ def measures(vit, images, objects):
     head = linear_head(fit, true_fit.long(), 2, penalty=1e-3)
     objectness = head(fit)[:, 1]
     cut = max(torch.linspace(.2, .7, 26).tolist(), key=lambda c: iou(objectness > c, true_fit))
-    return {"position": (x.mean(0).var(0).sum() / x.flatten(0, 1).var(0).sum()).item(),
+    return {"position": position_share(x),
             "k_means": iou(torch.isin(cluster_test, union), true_test),
             "linear": iou(head(test)[:, 1] > cut, true_test)}
 
@@ -372,7 +385,7 @@ def pretrain(cfg):
     test = (unseen[:, :3] - MEAN) / STD, patch_keep(unseen[:, 3] > .5, 8).bool()
 
     torch.manual_seed(cfg.seed)
-    model = Reader(cfg.words, masks=bool(cfg.weight_pasted or cfg.weight_ground))
+    model = Reader(cfg.words, cfg.arch, masks=bool(cfg.weight_pasted or cfg.weight_ground))
     if cfg.start:
         start_from(model.vit, cfg.start)
     words = Words(scenes, cfg)
@@ -408,15 +421,16 @@ def pretrain(cfg):
 
 
 def write_backbone(folder, vit, cfg, seconds, found):
-    """mini.pt, the weights in half precision, and mini.json: how they were made, and what they measure."""
+    """ARCH.pt, the weights in half precision, and ARCH.json: how they were made, and what they measure."""
     weights = {name: x.detach().cpu().half() for name, x in vit.state_dict().items()}
-    write_whole(folder / "mini.pt", lambda temporary: torch.save(weights, temporary))
-    device = vit.pos_embed.device.type
-    made = {"command": " ".join(["python", *sys.argv]), "seed": cfg.seed, "seconds": round(seconds),
+    write_whole(folder / f"{cfg.arch}.pt", lambda temporary: torch.save(weights, temporary))
+    device = vit.cls_token.device.type
+    made = {"command": " ".join(["python -m miniature.pretrain", *sys.argv[1:]]), "seed": cfg.seed,
+            "seconds": round(seconds),
             "machine": f"{os.cpu_count()} x {platform.machine()}, {torch.get_num_threads()} threads, {device}",
             "torch": torch.__version__, **found}
-    write_json(folder / "mini.json", made)
-    print(f"wrote {folder / 'mini.pt'} and mini.json; to use it in all runs, copy both to miniature/")
+    write_json(folder / f"{cfg.arch}.json", made)
+    print(f"wrote {folder / cfg.arch}.pt and {cfg.arch}.json; to use it in all runs, copy both to miniature/")
 
 
 def main(argv=None):

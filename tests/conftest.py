@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -31,3 +32,17 @@ def agrees(ours, theirs, rel=1e-5):
     assert ours.shape == theirs.shape
     error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     assert error <= rel * scale, f"off by {error:.2e}, largest entry {scale:.2e}"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty folder of downloads without a network behind it -> (folder, what was asked for)."""
+    asked = []
+
+    def download(url, path, **how):
+        asked.append(url)
+        raise OSError("Network is unreachable")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "hub" / "checkpoints" / "rad-dino").mkdir(parents=True)
+    return tmp_path / "hub" / "checkpoints", asked

@@ -1,9 +1,12 @@
 """Small models, and what the published code calls their parameters."""
+from types import SimpleNamespace
+
 import torch
 from conftest import below, golden
 
 from ifam import IFAM
 from runs import load_published
+from vit import ViT
 
 TINY = dict(patch=14, width=32, depth=2, heads=2, layer_scale=1.0)
 
@@ -18,6 +21,12 @@ def tiny(size=70, classes=3, k=4, seed=0, **settings):
     model = IFAM(classes, k, settings.pop("arch", TINY), size, **settings).eval()
     torch.nn.init.normal_(model.selector.prototypes, std=0.5)
     return model
+
+
+def two_stages(size=70, **kind):
+    """A model of two small backbones, for load_pretrained."""
+    return SimpleNamespace(**{stage: SimpleNamespace(backbone=ViT(size, 14, 48, 3, 3, layer_scale=1.0, **kind))
+                              for stage in ("selector", "predictor")})
 
 
 def pictures(count=3, height=70, width=None, seed=1):

@@ -64,7 +64,7 @@ def test_k_means_finds_clusters_that_are_apart():
 
 def test_the_measures_are_1_for_features_that_are_only_position_or_only_the_mask():
     class Given(torch.nn.Module):
-        prefix, pos_embed = 0, torch.zeros(1)
+        prefix, cls_token = 0, torch.zeros(1)
 
         def __init__(self, x):
             super().__init__()
@@ -183,11 +183,24 @@ def without_masks(composites, out):
     return out
 
 
-def test_the_committed_file_is_small_and_measures_as_written_beside_it():
-    path = ROOT / "miniature" / "mini.pt"
-    made = json.loads((ROOT / "miniature" / "mini.json").read_text())
-    assert path.stat().st_size < 4e6 and "python pretrain.py" in made["command"]
-    vit = build_vit("mini", 96)
+@pytest.mark.parametrize("arch", ["mini", "mini-rotary"])
+def test_a_view_as_large_as_an_image_is_read_as_the_vit_reads_it_and_a_smaller_one_at_its_place(arch):
+    torch.manual_seed(0)
+    reader, views = pretrain.Reader(4, arch), torch.randn(2, 3, 96, 96)
+    reader.vit.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(reader.patches(views), reader.vit(views)[:, reader.vit.prefix:], atol=1e-5, rtol=1e-5)
+        seen = [reader.patches(views[..., :64, :64]) for _ in range(2)]          # at random places of the grid
+    # rotary positions too: patches read the class token and registers, which are not turned, at an angle of their place
+    assert not torch.allclose(seen[0], seen[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["mini", "mini-rotary"])
+def test_the_committed_file_is_small_and_measures_as_written_beside_it(arch):
+    path = ROOT / "miniature" / f"{arch}.pt"
+    made = json.loads((ROOT / "miniature" / f"{arch}.json").read_text())
+    assert path.stat().st_size < 4e6 and "pretrain" in made["command"] and made["seed"] == 0
+    vit = build_vit(arch, 96)
     load_backbone(vit, read_file(path, "weights"))
     cfg = parse(pretrain.Config, "", [])
     images, masks = pretraining_scenes(400, cfg.seed + 1, size=96)

@@ -41,6 +41,9 @@ PROMISE = [
     (train, (*MINI, "--resume", "--out", "nowhere"), 2, "no run at nowhere"), (train, (*MINI, "--weights", "nowhere.pt"), 2, "no such file"),
     (train, (*MINI, "--weights", FILE), 2, FILE), (train, (*MINI, "--arch", "b", "--size", 98, "--weights", "mini"), 2, "--arch"),
     (train, (*MINI, "--device", "abacus"), 2, "--device abacus"), (train, (*MINI, "--size", 100), 2, "not a multiple"),
+    (train, (*MINI, "--arch", "7b16"), 2, "--arch 7b16 is refused"), (train, (*MINI, "--arch", "s16", "--size", 96, "--weights", "dinov2"), 2, "--weights dinov3"),
+    (train, (*MINI, "--arch", "mini-rotary"), 2, "add --arch mini"), (train, (*MINI, "--selector-weights", "nowhere.pt"), 2, "no such file"),
+    (train, (*MINI, "--weights", "dinov3"), 2, "add --arch s16"), (train, (*MINI, "--method", "erm", "--selector-weights", "mini"), 2, "means nothing to"),
     (train, (*MINI, "--size", 8), 2, "3 x 3"), (train, (*MINI, "--batch", 100000, "--micro", 8), 2, "larger than the training set"),
     (train, ("--data", "folder"), 2, "--root"), (train, ("--data", "folder", "--root", FILE), 2, "not a folder"), (train, ("--data", "folder", "--root", "."), 2, "expected"),
     (train, ("--data", "folder", "--mini"), 2, "--recipe mini"), (train, ("--recipe", "papr"), 2, "did you mean paper"), (train, ("--arch", "mini", "--size", 96), 2, "--weights mini"),
@@ -62,7 +65,7 @@ PROMISE = [
     (predict, ("nowhere.jpg", "--ckpt", FILE), 2, "nowhere.jpg: no such file"), (predict, (FILE, "--ckpt", FILE, "--out", FILE), 2, "name a folder"),
     (predict, (FILE, "--weights", "mini", "--arch", "mini", "--size", 96), 2, "none of 1 files"), (predict, (FILE, "--weights", "mini"), 2, "--arch"),
     (predict, (FILE, "--weights", "mini", "--arch", "mini", "--size", 95), 2, "--size 95"), (predict, (FILE, "--ckpt", FILE, "--batch", 0), 2, "at least 1"),
-    (predict, (FILE, "--weights", "dinov2", "--arch", "mini", "--size", 96), 2, "no mini architecture"),
+    (predict, (FILE, "--weights", "dinov2", "--arch", "mini", "--size", 96), 2, "no mini architecture"), (predict, (FILE, "--arch", "7b16", "--weights", "dinov3"), 2, "refused"),
     # sweep.py
     (sweep, (), 2, "what"), (sweep, ("lader", *MINI), 2, "did you mean ladder"), (sweep, ("erm", *MINI, "--seeds", 0), 2, "at least 1"),
     (sweep, ("early-truth", "erm", "--data", "folder", "--recipe", "mini", "--k", 2), 2, "means nothing to"),
@@ -91,7 +94,7 @@ PROMISE = [
     (miniature, ("--sheet", FILE), 2, "--force"), (miniature, ("--sheet", "nowhere/x.png"), 2, "no folder"),
     (miniature, ("--sheet", "x.docx"), 2, ".png"), (miniature, ("--out", f"{FILE}/x", "--train", 1, "--val", 4, "--test", 4), 1, FILE),
     (pretrain, ("--view", 25), 2, "multiple of 8"), (pretrain, ("--view", 1000), 2, "at most"), (pretrain, ("--scenes", HUGE), 2, "at most"),
-    (pretrain, ("--lr", "nan"), 2, "finite"), (pretrain, ("--resume", "--out", "nowhere"), 2, "no such file"),
+    (pretrain, ("--lr", "nan"), 2, "finite"), (pretrain, ("--arch", "s"), 2, "unknown --arch"), (pretrain, ("--resume", "--out", "nowhere"), 2, "no such file"),
     (pretrain, ("--out", "."), 2, "not empty"), (pretrain, ("--shift", 1), 2, "unknown flag")]
 
 

@@ -18,17 +18,13 @@ RAGGED[2, 3:17] = 1
 RAGGED[3] = 1
 
 
-def formula(vit, patches, class_only=False):
-    """Operations of one image in a ViT that computes this many of its patches, 2 for a multiply-add."""
-    D, T = vit.width, vit.prefix + patches
-    hidden = sum(p.numel() for name, p in vit.blocks[0].mlp.named_parameters() if name.endswith("weight"))
-    block = lambda asked: 2 * (2 * asked + 2 * T) * D * D + 4 * asked * T * D + 2 * asked * hidden
-    return (len(vit.blocks) - 1) * block(T) + block(1 if class_only else T) + 2 * patches * 3 * vit.patch ** 2 * D
+formula = speed.formula
 
 
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
-def test_operations_are_those_of_the_formula_and_of_kept_patches_alone(ffn):
-    model, x = tiny(arch=dict(TINY, ffn=ffn, depth=3)), pictures(4)
+def test_operations_are_those_of_the_formula_and_of_kept_patches_alone(ffn, positions):
+    model, x = tiny(arch=dict(TINY, ffn=ffn, depth=3, positions=positions)), pictures(4)
     vit, D = model.predictor.backbone, TINY["width"]
     assert speed.operations(vit, x) == formula(vit, 25)
     assert speed.operations(model.selector, x) == formula(vit, 25) + 2 * (2 * 5 * 25 * D + 4 * D * 3)    # distances, features and classifier
@@ -154,6 +150,22 @@ def test_reading_is_measured_at_both_sizes(run):
     assert len(found["rows"]) == 4 and "518 px" in text and "224 px" in text
 
 
+def test_the_table_of_sizes_is_what_torch_counts_and_has_every_arch(monkeypatch, capsys):
+    monkeypatch.setattr(speed.vit, "ARCHS", {"mini": dict(TINY, positions="rotary"), "s": TINY})
+    rows = speed.sizes(speed.Config(k=4), torch.device("cpu"), sides=(70, 90))
+    for row, arch in zip(rows.values(), speed.vit.ARCHS.values()):
+        for wanted, side in ((70, 70), (90, 84)):
+            model, x = tiny(side, classes=2, arch=arch), pictures(1, side)
+            keep = speed.forced(0.2, 0.2, 1, (side // 14) ** 2)
+            assert row[f"gflops_{wanted}"] * 1e9 == pytest.approx(speed.operations(model.predictor.backbone, x), rel=1e-12)
+            assert row[f"both_{wanted}"] * 1e9 == pytest.approx(speed.operations(model, x, keep), rel=1e-12)
+        assert row["parameters"] == sum(p.numel() for p in tiny(70, arch=arch).predictor.backbone.parameters())
+    monkeypatch.undo()
+    speed.main(["--sizes"])
+    text = capsys.readouterr().out
+    assert all(f"  {name} (patch" in text for name in ARCHS) and "M parameters" in text
+
+
 def test_a_mode_has_its_own_defaults_and_what_is_typed_replaces_them():
     of = lambda *flags: speed.parse(speed.Config, "", flags, speed.preset)
     assert (of().batch, of().rounds) == (8, 7) and (of("--training").batch, of("--training").rounds) == (4, 10)
@@ -175,6 +187,7 @@ def test_a_forced_mask_keeps_the_same_share_of_every_image_and_has_the_gradient_
     (("--arch", "x"), ("'x' is no architecture", "b/6")), (("--arch", "s/13"), ("s has 12 blocks",)), (("--size", 100), ("multiple of the patch",)),
     (("--rounds", 0), ("--rounds",)), (("--amp", "bf61"), ("did you mean bf16?",)), (("--scale", "--size", 70), ("--size means nothing to scale",)),
     (("--keep", 0.5), ("--keep", "only to training")), (("--training", "--keep", 1.5), ("--keep", "at most 1")), (("--reading", "--arch", "s"), ("--arch",)),
+    (("--sizes", "--rounds", 3), ("--rounds means nothing to sizes",)), (("--arch", "7b16"), ("--arch 7b16 is refused", "l16")),
     (("--training", "--keep", -1), ("--keep", "at least 0")), (("--scale", "--training"), ("--scale and --training",))], ids=str)
 def test_bad_flags_are_one_line(flags, words, capsys):
     line = fails(speed.main, *flags)(capsys)
