@@ -61,8 +61,7 @@ def train(names, name, *flags, measure=("--leakage", "100"), also=(), folder="sw
 
 
 def readme_run():
-    """The folder of the model that the README trains, if it is there; else that of ifam of the sweep, the same settings.
-    """
+    """The folder of the model that the README trains, if it is there; else ifam of the sweep, which is the same."""
     folder = Path("runs/waterbirds-mini" if MINI else "runs/waterbirds")
     own = parse(Config, "", ["--data", "waterbirds", *["--mini"] * MINI], preset)
     if not FAST and sweep.trained(folder / "log.jsonl") and not differences(read_config(folder / "config.json"), own):
