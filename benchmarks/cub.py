@@ -110,5 +110,6 @@ def load_waterbird200(root, size, seed):
     """
     splits, base = load_cub(root, size, seed), waterbirds(root, ".")
     test = splits["test"]
-    test.name, test.paths = "waterbird200", [base / p.relative_to(root / "CUB_200_2011" / "images") for p in test.paths]
+    test.name = test.title = "waterbird200"
+    test.paths = [base / p.relative_to(root / "CUB_200_2011" / "images") for p in test.paths]
     return splits

@@ -184,6 +184,7 @@ def test_labels_of_cub_count_in_the_full_list_of_200_classes(cub):
 
 def test_waterbird200_is_cubs_test_split_with_the_images_of_waterbirds(cub):
     samples = data.load("waterbird200", cub[0], 28)["test"]
+    assert samples.name == samples.title == "waterbird200"                       # its report has a name of its own
     mine = [(str(i), c - 1) for i, c, _, t in cub[1] if not t]
     assert list(zip(samples.ids, samples.labels.tolist())) == mine
     for n, (i, _) in enumerate(mine):                      # the composite of image i is painted with grey level i
