@@ -582,12 +582,13 @@ def film(file, samples, path=None, steps=(), columns=8):
     content = read_film(file)
     frames = {frame["step"]: frame["parts"] for frame in content["frames"]}
     steps = steps or [sorted(frames)[i] for i in evenly(torch.arange(len(frames)), columns)]
-    if absent := [x for x in (*steps, *content["ids"]) if x not in frames and x not in samples.ids]:
+    places = {name: i for i, name in enumerate(samples.ids) if name in content["ids"]}       # ids may be no list
+    if absent := [x for x in (*steps, *content["ids"]) if x not in frames and x not in places]:
         raise UsageError(f"{file} has no {absent[0]}: it has the steps {', '.join(map(str, sorted(frames)))} of images "
                          f"of {content['data']} {content['split']}")
     rows, k = {}, content["k"]
     for n, name in enumerate(content["ids"]):
-        sample = samples[samples.ids.index(name)]
+        sample = samples[places[name]]
         picture = to_picture(sample["image"], samples.normalisation)
         of_step = [np.array([row.split() for row in frames[step][n]], int) for step in steps]
         rows[short(samples.group_names[sample["group"]]) + " " * n] = [picture, *[
