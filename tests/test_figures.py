@@ -152,7 +152,8 @@ def test_a_film_shows_the_steps_it_is_asked_for_and_refuses_others(few, tmp_path
     (tmp_path / "film.json").write_text(json.dumps(film))
     seen = {}
     monkeypatch.setattr(figures, "grid", lambda rows, titles, path, **more: seen.update(more, rows=rows, titles=titles))
-    monkeypatch.setattr(samples, "ids", tuple(samples.ids))                      # ImageNet's ids are no list
+    ids = list(samples.ids)                              # ImageNet's are no list
+    monkeypatch.setattr(samples, "ids", type("Names", (), {"__len__": lambda self: len(ids), "__getitem__": lambda self, i: ids[i]})())
     figures.film(tmp_path / "film.json", samples, steps=(0, 12))
     (_, (_, first, _), (_, last, marks)), = seen["rows"].values()
     assert seen["titles"] == ["image", "step 0", "step 12"] and (first, last) == ("0% kept", "100% kept")
