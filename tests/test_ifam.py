@@ -221,7 +221,8 @@ def test_every_loss_term_of_a_training_step_is_the_published_one(mode):
     agrees(warped_maps, z["equiv_maps"])
     agrees(out.logits, z["logits2"])
     agrees(out.logits_stage1, z["logits1"])
-    agrees(warped, golden("train_step")["hard/source_transformed"], 2e-5)        # pixels up to 4; see the test of warps
+    first = golden("train_step")["hard/source_transformed"]                      # one channel of one image
+    agrees(warped[:1, :1], first, 2e-5)                  # pixels up to 4; see the test of warps
 
 
 def check_gradients(model, gradients, norms):
