@@ -11,6 +11,7 @@ from PIL import Image
 
 import data
 import miniature
+import settings
 from benchmarks import imagenet
 from settings import UsageError
 from tiny import ROOT
@@ -55,7 +56,7 @@ def test_a_killed_rendering_leaves_nothing_that_is_taken_for_whole(name, tmp_pat
     def dies(*args):
         raise KeyboardInterrupt
     monkeypatch.setattr(miniature.BENCHMARKS[name], "finish", dies)
-    monkeypatch.setattr(miniature.shutil, "rmtree", lambda *args, **kw: None)       # as a kill: no clean-up
+    monkeypatch.setattr(settings.shutil, "rmtree", lambda *args, **kw: None)       # as a kill: no clean-up
     with pytest.raises(KeyboardInterrupt):
         miniature.render(name, tmp_path, **TINY[name])
     assert all(path.name.startswith(".") for path in tmp_path.iterdir())

@@ -244,7 +244,9 @@ sys.exit(7)
 @pytest.mark.parametrize("number, status, to_group", [(signal.SIGTERM, 143, False), (signal.SIGINT, 130, False), (signal.SIGINT, 130, True),
                                                       (signal.SIGHUP, 129, False)])
 def test_a_signal_is_passed_on_once_and_the_run_is_waited_for(number, status, to_group):
-    code = f"import sys, sweep; sweep.run([sys.executable, '-c', {CHILD!r}]); print('not reached')"
+    # whatever the tests run under: nohup and job scripts hand on signals that are ignored
+    code = (f"import signal, sys, sweep; signal.signal(signal.SIGHUP, signal.SIG_DFL); signal.signal(signal.SIGINT, signal.default_int_handler); "
+            f"sweep.run([sys.executable, '-c', {CHILD!r}]); print('not reached')")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     assert process.stdout.readline() == "ready\n"
