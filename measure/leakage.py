@@ -284,26 +284,39 @@ RUNGS = {"none": (None, "hard"), "late, soft": ("late", "soft"), "late, hard": (
          "early, soft": ("early", "soft"), "early, hard": ("early", "hard")}
 
 
-@torch.no_grad()
-def ladder(selector, train, batch=32):
-    """The rungs of the ladder of masks -> {name: Classifier}. Only the place and the hardness of the mask vary.
-
-    The weights are those of stage 1, which never trained under a mask, the masks are those that it finds, the
-    features are the mean of the patches, and the head is linear_head, fitted on the split `train`. "none" has no mask;
-    what the others hide is what is repainted there too.
-    """
-    seen, readers = Seen(selector), {name: Predictor(selector.backbone, 1, masking or "late", hardness, "mean")
-                                     for name, (masking, hardness) in RUNGS.items()}
+def without_heads(selector):
+    """The rungs of the ladder before a head is fitted -> {name: (find, features)}, as a Classifier has them."""
+    seen = Seen(selector)
 
     def find(name, images, truth=None):
         part_logits, (masking, hardness) = seen(images).part_logits, RUNGS[name]
         return discretize(part_logits), discretize(part_logits, hard=hardness == "hard") if masking else None
+    return {name: (partial(find, name), Predictor(selector.backbone, 1, masking or "late", hardness, "mean").features)
+            for name, (masking, hardness) in RUNGS.items()}
+
+
+@torch.no_grad()
+def ladder_features(selector, samples, batch=32):
+    """The features of a split on each rung of the ladder -> {name: (n, D)}."""
+    rungs = without_heads(selector)
 
     def measure(part):
-        return {name: reader.features(part["image"], find(name, part["image"])[1]) for name, reader in readers.items()}
-    return {name: Classifier(partial(find, name), readers[name].features,
-                             linear_head(features, train.labels, len(train.classes)), "found")
-            for name, features in over(train, measure, batch).items()}
+        images = part["image"]
+        return {name: features(images, find(images)[1]) for name, (find, features) in rungs.items()}
+    return over(samples, measure, batch)
+
+
+@torch.no_grad()
+def ladder(selector, train, known=None):
+    """The rungs of the ladder of masks -> {name: Classifier}. Only the place and the hardness of the mask vary.
+
+    The weights are those of stage 1, which never trained under a mask, the masks are those that it finds, the
+    features are the mean of the patches, and the head is linear_head, fitted on the split `train`. "none" has no mask;
+    what the others hide is what is repainted there too. known: ladder_features of `train`, if they are at hand.
+    """
+    known = ladder_features(selector, train) if known is None else known
+    return {name: Classifier(find, features, linear_head(known[name], train.labels, len(train.classes)), "found")
+            for name, (find, features) in without_heads(selector).items()}
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
     import start                                         # first: it makes the modules of the repository importable
     test = start.load("waterbirds", "test")              # a split, or several; without names all of them, as a dict
     runs = start.train(["erm", "ifam"], "waterbirds")    # {name: folder of the run}; trained now if it never was
+    found = start.once("name", folder, measure)          # what measure() returns, kept in the folder of a run
     start.claim("a sentence", number > 0.5)              # what a notebook says in the end, checked
 
 Data are the miniatures, which are drawn on first use. IFAM_DATA=real in the environment takes the benchmarks
@@ -23,12 +24,15 @@ if Path.cwd().name == HERE.name and not Path(HERE.name).is_dir():
     os.chdir("..")                                       # paths are those of the README
 sys.path.insert(0, str(HERE.parent))
 
+import torch  # noqa: E402
+
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import intervene  # noqa: E402
 import sweep  # noqa: E402
 from runs import Config, differences, hash_of, preset, read_config  # noqa: E402
-from settings import UsageError, parse, write_json  # noqa: E402
+from settings import UsageError, parse, write_json, write_whole  # noqa: E402
+from weights import read_file  # noqa: E402
 
 FAST = os.environ.get("IFAM_FAST") == "1"
 MINI = FAST or os.environ.get("IFAM_DATA", "mini") == "mini"
@@ -91,6 +95,27 @@ def corrected(run, *flags):
         with contextlib.redirect_stdout(io.StringIO()):
             evaluate.main(["--ckpt", str(ckpt), "--leakage", "100", "--intervention", str(file)])
     return made, reports({"untouched": run, "corrected": run}) | {"corrected": json.loads(after.read_text())}
+
+
+def once(name, run, measure, *settings):
+    """What measure() returns: plain types and tensors, kept in the run's folder, so that it is measured only once.
+
+    name: of the file. It is measured anew for another checkpoint, other code of the repository, other data or other
+    settings (plain types, what else the numbers depend on), and where the file is damaged. What the notebook's own cell
+    does is not compared: whoever changes what it measures gives it another name, or deletes the file.
+    """
+    file = run / f"measured-{name}.pt"
+    folders = [HERE.parent / folder for folder in ("", "benchmarks", "measure", "miniature")]
+    code = [hash_of(path) for folder in folders for path in sorted(folder.glob("*.py"))]
+    of = {"checkpoint": hash_of(run / "best.pt"), "code": code, "mini": MINI, "fast": FAST, "settings": settings}
+    try:
+        kept = read_file(file, f"what {name} measured") if file.is_file() else None
+    except UsageError:                                   # damaged
+        kept = None
+    if not isinstance(kept, dict) or kept.keys() != {"of", "found"} or kept["of"] != of:
+        kept = {"of": of, "found": measure()}
+        write_whole(file, lambda path: torch.save(kept, path))
+    return kept["found"]
 
 
 def leaks(reports):

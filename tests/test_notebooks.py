@@ -70,6 +70,35 @@ def test_the_real_benchmark_is_taken_only_when_it_is_asked_for_by_name(tmp_path)
     assert "take mini, or real" in run(IFAM_DATA="reel").stderr
 
 
+def test_what_a_notebook_measured_is_measured_anew_for_another_checkpoint_or_setting_and_where_the_file_is_damaged(tmp_path):
+    code = """if True:
+        import start, torch
+        run, calls = start.Path("."), []
+        def measure():
+            calls.append(0)
+            return {"x": torch.arange(3), ("drop", None): [0.1]}
+        def measured(*settings):
+            before = len(calls)
+            found = start.once("some", run, measure, *settings)
+            assert torch.equal(found["x"], torch.arange(3)) and found["drop", None] == [0.1]
+            return len(calls) - before
+        (run / "best.pt").write_bytes(b"one")
+        print(measured(8), measured(8), measured(16), measured(16))
+        (run / "best.pt").write_bytes(b"two")
+        print(measured(16), measured(16))
+        file = run / "measured-some.pt"
+        file.write_bytes(file.read_bytes()[:-100])
+        print(measured(16), measured(16))
+        torch.save([], file)
+        print(measured(16), measured(16))
+        start.FAST = not start.FAST
+        print(measured(16), measured(16))
+        print(*sorted(path.name for path in run.iterdir()))"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("IFAM")} | {"PYTHONPATH": str(ROOT / "notebooks")}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.stdout.splitlines() == ["1 0 1 0", *["1 0"] * 4, "best.pt measured-some.pt"], run.stderr
+
+
 def test_formulas_are_what_jupyterlab_and_github_both_draw():
     for path in BOOKS:
         for cell in cells(path, "markdown"):
