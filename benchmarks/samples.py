@@ -126,7 +126,7 @@ class Samples(torch.utils.data.Dataset):
         return other.keep(indices)
 
     def first(self, n):
-        """n samples only, spread evenly: files are often sorted by class. All of them if n is 0."""
+        """Keep n samples only, spread evenly: files are often sorted by class. All of them if n is 0."""
         return self.keep([i * len(self) // n for i in range(n)]) if 0 < n < len(self) else self
 
     def on_disk(self):
