@@ -370,7 +370,7 @@ def late_against_early(model, samples, path=None, device="cpu", count=6):
                    for x in (images, shown))
     says = [[answer(samples, *x) for x in zip(samples.answers(logits).tolist(), batch)] for logits in said + again]
     moved = [[f"{x:.2f}" if x else "0" for x in (a - b).abs().amax(1).tolist()] for a, b in zip(said, again)]
-    texts = [f"late {a} ({x})\nearly {b} ({y})" for a, b, x, y in zip(*says[2:], *moved)]
+    texts = [f"late {a},\nby {x}\nearly {b},\nby {y}" for a, b, x, y in zip(*says[2:], *moved)]
     foreground, masks = 1 - maps[:, -1].cpu().numpy(), keep.unflatten(1, model.grid).cpu().numpy()
     painted = opened(samples, [{**b, "image": x} for b, x in zip(batch, shown.cpu())])[1]
     grid({"image": pictures,
