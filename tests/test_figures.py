@@ -208,8 +208,8 @@ def test_late_against_early_takes_as_many_of_each_rare_group_and_early_answers_d
     assert seen["titles"] == ["landbird\non water"] * 2 + ["waterbird\non land"] * 2
     image, late, early, again = seen["rows"].values()
     for (_, before), (_, now), (_, both) in zip(late, early, again):
-        old, new = both.split("\n")
-        assert old.startswith("late ") and not old.endswith(" (0)") and new == f"early {now} (0)" and before[0] in "✓✗"
+        old, by, new, none = both.split("\n")
+        assert old.startswith("late ") and by != "by 0" and (new, none) == (f"early {now},", "by 0") and before[0] in "✓✗"
 
 
 def test_the_command_writes_both_pictures_and_refuses_a_model_of_one_stage(tmp_path, capsys):
