@@ -15,9 +15,7 @@ Floor: commands. Read benchmarks/samples.py before (patch_keep). Random numbers 
 so that pictures do not depend on the number of processes.
 Letters: S side of a picture, C classes, P places.
 """
-import csv
 import functools
-import hashlib
 import math
 import os
 import shlex
@@ -33,12 +31,13 @@ import PIL
 import torch
 from PIL import Image, ImageFilter
 
-from benchmarks.files import FILE, PICTURES, Kind, folders, one_of, read_image, read_rows
+from benchmarks.files import FILE, PICTURES, Kind, folders, not_empty, one_of, read_image, read_rows
 from benchmarks.folder import below
 from benchmarks.samples import patch_keep
 from measure.leakage import admitted, linear_head
 from miniature.scenes import in_parallel, save
-from settings import UsageError, flag, nearest, need_room, new_folder, opt, parse, run_script
+from runs import hash_of
+from settings import (UsageError, check_range, flag, nearest, need_room, new_folder, opt, parse, run_script, write_csv)
 
 SPLITS = ("train", "val", "test")
 FAINT = 13              # alpha of less than 5 %: an invisible veil, which the mask would count as object
@@ -106,12 +105,6 @@ def part(text):
     return box
 
 
-def not_empty(text):
-    if not text:
-        raise ValueError
-    return text
-
-
 OPTIONAL = {"split": one_of({split: split for split in SPLITS} | {"": ""}),
             "crop": Kind("left top right bottom as shares from 0 to 1, or nothing", part)}
 
@@ -176,7 +169,7 @@ def inspect(source, cut_out):
                              "transparent, and save it as PNG")
         if high < FAINT:
             raise UsageError(f"{source.path} is transparent everywhere: there is no object in it; remove the file")
-    return hashlib.sha256(source.path.read_bytes()).hexdigest()
+    return hash_of(source.path)
 
 
 def open_source(source, mode):
@@ -401,9 +394,7 @@ def rims(image, mask, patch):
 def check(cfg):
     """UsageError for settings that contradict each other."""
     for name in ("sizes", "crops"):
-        low, high = getattr(cfg, name)
-        if low > high:
-            raise UsageError(f"{flag(name)} must be a smaller and a larger number, not {low} {high}")
+        check_range(name, getattr(cfg, name))
     if abs(sum(cfg.shares) - 1) > 1e-6:
         raise UsageError(f"--shares {' '.join(map(str, cfg.shares))}: they are of train, val and test, and must add "
                          f"up to 1, not {sum(cfg.shares):g}")
@@ -529,13 +520,10 @@ def compose(cfg):
                 (temporary / top / split).mkdir(parents=True)
         write = partial(compose_one, cfg=cfg, root=temporary)
         found = list(in_parallel(write, jobs, "composing", cfg.workers or None))
-        with open(temporary / "metadata.csv", "w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(("filename", "label", "split", "place", "mask", "id", "object", "background"))
-            for job in jobs:
-                table.writerow((file_of(job, cfg, "images"), job.object.kind, job.split, job.background.kind,
-                                file_of(job, cfg, "masks"), f"{job.split}-{job.index:06d}", job.object.name,
-                                job.background.name))
+        write_csv(temporary / "metadata.csv", [
+            {"filename": file_of(job, cfg, "images"), "label": job.object.kind, "split": job.split,
+             "place": job.background.kind, "mask": file_of(job, cfg, "masks"), "id": f"{job.split}-{job.index:06d}",
+             "object": job.object.name, "background": job.background.name} for job in jobs])
         lines = [*counts(jobs, objects, backgrounds), *rim_report(jobs, found, cfg)]
         text = readme(cfg, lines, {"objects": objects, "backgrounds": backgrounds}, hashes)
         (temporary / "README").write_text(text, encoding="utf-8")

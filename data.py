@@ -20,13 +20,13 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 import miniature
 from benchmarks import folder
 from benchmarks.cub import load_cub, load_waterbird200, load_waterbirds
-from benchmarks.files import SIGNATURE, NotThere, exists, is_miniature, is_our_picture, say
+from benchmarks.files import NotThere, check_sheet, is_miniature, say, too_deep, write_sheet
 from benchmarks.imagenet import IN9_VARIANTS, load_imagenet, load_imagenet9
 from benchmarks.metashift import load_metashift
 from benchmarks.samples import crosstab, describe, stratified
 from benchmarks.siim import load_siim
 from benchmarks.transforms import AS_THEY_ARE, FINE_GRAINED, PHOTOGRAPHS, RADIOGRAPHS, Pipeline
-from settings import UsageError, may_write, opt, parse, run_script, write_whole
+from settings import UsageError, opt, parse, run_script
 
 
 # ---------------------------------------------------------------- loaders
@@ -110,12 +110,6 @@ def read(name, root, size, seed):
     for samples in found.values():
         samples.pipeline = BENCHMARKS[name].pipeline
     return found
-
-
-def too_deep(root, paths):
-    """The folder above `root` that has one of these paths, which were looked for under root; None if none has."""
-    above = root.resolve().parents[:4] if root.is_dir() else ()                  # --root data/CUB_200_2011/images
-    return next((up for path in paths for up in above if exists(up / path.relative_to(root))), None)
 
 
 def judge(benchmark, split, samples, root, limit):
@@ -361,15 +355,12 @@ def shown(some, i, side):
 def main(argv=None):
     given = parse(Config, __doc__, argv)
     if given.sheet:
-        may_write(given.sheet, is_our_picture, given.force)
-        if Path(given.sheet).suffix.lower() != ".png":
-            raise UsageError(f"--sheet {given.sheet}: name a .png file")
+        check_sheet(given.sheet, given.force)
     splits = load(given.data, find_root(given.data, given.root, given.mini))
     if given.data != "folder" or table(splits) != crosstab(splits):              # else it was printed
         print(crosstab(splits))
     if given.sheet:
-        sheet = contact_sheet(splits)
-        write_whole(given.sheet, lambda temporary: sheet.save(temporary, "PNG", pnginfo=SIGNATURE))
+        write_sheet(given.sheet, contact_sheet(splits))
         print(f"  wrote {given.sheet}")
 
 

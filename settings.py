@@ -153,6 +153,12 @@ def check_bounds(settings):
                     raise UsageError(f"{name} must be {wanted}, not {x}")
 
 
+def check_range(name, pair):
+    """UsageError unless a setting is a smaller and a larger number."""
+    if pair[0] > pair[1]:
+        raise UsageError(f"{flag(name)} must be a smaller and a larger number, not {pair[0]} {pair[1]}")
+
+
 def recorded(cls, content, where):
     """Settings that a file holds -> {name: value} of those that cls has, checked like typed ones.
 
@@ -332,6 +338,17 @@ def progress(steps, title, total=None, every=30.0):
 
 
 # ---------------------------------------------------------------- files
+def unfinished(path):
+    """The name beside path that this process gives to what is not whole yet."""
+    return path.with_name(f".{path.name}.{os.getpid()}@{platform.node()}")
+
+
+def owner_of(path):
+    """The number of the process of this machine that gave such a name; None for any other name."""
+    match = re.fullmatch(r"\..+\.(\d+)@(.+)", path.name)
+    return int(match[1]) if match and match[2] == platform.node() else None
+
+
 def write_whole(path, write):
     """Call write(temporary path), then rename it to path: readers see the old file or the new one, never half.
 
@@ -339,9 +356,9 @@ def write_whole(path, write):
     """
     path = Path(path)
     for other in path.parent.glob(f".{glob.escape(path.name)}.*@{glob.escape(platform.node())}"):
-        if not alive(int(other.name.rpartition("@")[0].rpartition(".")[2])):
+        if (owner := owner_of(other)) and not alive(owner):
             other.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}@{platform.node()}")
+    temporary = unfinished(path)
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -357,7 +374,7 @@ def new_folder(final):
     machine left goes when the next one starts.
     """
     final = Path(final)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}@{platform.node()}")
+    temporary = unfinished(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(final.parent)
@@ -372,8 +389,7 @@ def new_folder(final):
 def remove_stale(root):
     """Delete what killed processes of this machine left half written, one that had our number included."""
     for folder in root.iterdir():
-        match = re.fullmatch(r"\..+\.(\d+)@(.+)", folder.name)
-        if match and match[2] == platform.node() and (int(match[1]) == os.getpid() or not alive(int(match[1]))):
+        if (owner := owner_of(folder)) and (owner == os.getpid() or not alive(owner)):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from settings import UsageError, progress, rank
+from settings import UsageError, may_write, progress, rank, write_whole
 
 PHOTOS = (".jpeg", ".jpg", ".png")                         # what the published archives hold
 PICTURES = (*PHOTOS, ".avif", ".bmp", ".dcm", ".gif", ".jfif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
@@ -64,6 +64,12 @@ def there(*paths):
         if exists(path):
             return path
     raise NotThere(*paths)
+
+
+def too_deep(root, paths, levels=4):
+    """The nearest folder above `root` that has one of these paths, looked for under root in vain; None if none has."""
+    above = root.resolve().parents[:levels] if root.is_dir() else ()             # --root data/CUB_200_2011/images
+    return next((up for up in above for path in paths if exists(up / path.relative_to(root))), None)
 
 
 def listed(path):
@@ -120,6 +126,12 @@ def within(convert, low, high):
 def one_of(values):
     """One of these texts, {text: value}."""
     return Kind(f"one of {', '.join(values)}", values.__getitem__)
+
+
+def not_empty(text):
+    if not text:
+        raise ValueError
+    return text
 
 
 def word(text):
@@ -416,3 +428,15 @@ def is_our_picture(path):
         return mark in Path(path).read_bytes()
     with Image.open(path) as picture:
         return str(picture.info.get("Software", "")).startswith(("iFAM", "Matplotlib"))
+
+
+def check_sheet(path, force=False):
+    """UsageError unless a sheet of pictures can be written at path; called before it is drawn."""
+    may_write(path, is_our_picture, force)
+    if Path(path).suffix.lower() != ".png":
+        raise UsageError(f"--sheet {path}: name a .png file")
+
+
+def write_sheet(path, sheet):
+    """A PIL picture -> a PNG that says who drew it, whole or not at all."""
+    write_whole(path, lambda temporary: sheet.save(temporary, "PNG", pnginfo=SIGNATURE))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from PIL import Image, ImageOps
 
 from benchmarks.files import (FILE, PICTURES, TEXT, Kind, NotThere, Unusable, digest_of_rest, exists, folders,
-                              has_alpha, listed, look_at, one_of, read_rows, say)
+                              has_alpha, listed, look_at, not_empty, one_of, read_rows, say, too_deep)
 from benchmarks.samples import Samples
 from settings import UsageError
 
@@ -161,7 +161,7 @@ def other_layout(root):
         return NotThere(root / "train", root / TABLE)
     here, names = root.resolve(), [entry.name for entry in listed(root)]
     holds = lambda path: exists(path / TABLE) or exists(path / "train")
-    if above := next((path for path in list(here.parents)[:2] if holds(path)), None):
+    if above := too_deep(root, (root / TABLE, root / "train"), levels=2):
         return UsageError(f"folder: --root {root} is too deep, give {above}")
     inside = folders(root)
     if deeper := next((root / name for name in inside if holds(root / name)), None):
@@ -175,13 +175,7 @@ def other_layout(root):
     return UsageError(f"folder: {here} holds {found}; expected {LAYOUT}; name the folder with --root")
 
 
-def text_of(text):
-    if not text:
-        raise ValueError
-    return text
-
-
-COLUMNS = {"filename or img_filename": FILE, "label or y": Kind("a class, a word or a number", text_of),
+COLUMNS = {"filename or img_filename": FILE, "label or y": Kind("a class, a word or a number", not_empty),
            "split": one_of({name: split for split, names in SPLITS.items() for name in names}),
            "place or a": TEXT, "mask": TEXT, "id or img_id": TEXT}
 

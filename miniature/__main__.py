@@ -10,13 +10,11 @@ import argparse
 import inspect
 from dataclasses import fields, make_dataclass
 
-from pathlib import Path
-
 from PIL import Image
 
-from benchmarks.files import SIGNATURE, is_our_picture
+from benchmarks.files import check_sheet, write_sheet
 from miniature import BENCHMARKS, Waterbirds, render
-from settings import UsageError, may_write, opt, parse, run_script, write_whole
+from settings import opt, parse, run_script
 
 
 def main(argv=None):
@@ -31,14 +29,11 @@ def main(argv=None):
     args = parse(command, __doc__ + "\n" + inspect.cleandoc(benchmark.__doc__), argv)
     knobs = {f.name: getattr(args, f.name) for f in fields(benchmark)}
     if args.sheet:
-        may_write(args.sheet, is_our_picture, args.force)
-        if Path(args.sheet).suffix.lower() != ".png":
-            raise UsageError(f"--sheet {args.sheet}: name a .png file")
+        check_sheet(args.sheet, args.force)
     print(render(args.data, args.out or None, **knobs))
     print(benchmark(**knobs).summary())
     if args.sheet:
-        sheet = Image.fromarray(benchmark(**knobs).sheet())
-        write_whole(args.sheet, lambda temporary: sheet.save(temporary, "PNG", pnginfo=SIGNATURE))
+        write_sheet(args.sheet, Image.fromarray(benchmark(**knobs).sheet()))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from PIL import Image
 
 from miniature.objects import (BLACK, PLACE_KINDS, SCENERY, WHITE, Frame, Shape, bar, ellipse, hsv, paint, poly,
                                scatter, shade)
-from settings import UsageError, check_bounds, flag, opt, progress, write_json
+from settings import UsageError, check_bounds, check_range, opt, progress, write_json
 
 SUPERSAMPLE = 2         # scenes are drawn twice as large and box-filtered: soft edges, soft masks
 PIXEL_NOISE = 0.02      # standard deviation on a 0..1 scale
@@ -372,8 +372,8 @@ class Miniature:
         check_bounds(self)
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, tuple) and value[0] > value[1]:
-                raise UsageError(f"{flag(f.name)} must be a smaller and a larger number, not {value[0]} {value[1]}")
+            if isinstance(value, tuple):
+                check_range(f.name, value)
         if self.size % 8:
             raise UsageError(f"--size must be a multiple of 8, not {self.size}")
 
