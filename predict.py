@@ -20,7 +20,6 @@ from collections import Counter
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +39,7 @@ from measure.metrics import foreground_counts
 from runs import apply_intervention, hash_of, outputs_of, pick_device
 from settings import (RunError, UsageError, bounded, may_write, opt, parse, progress, run_script, write_csv, write_json,
                       write_whole)
-from weights import load_pretrained
+from weights import load_start, reader
 
 
 # ---------------------------------------------------------------- pictures of one's own
@@ -160,19 +159,23 @@ def run_on(model, pictures, explain):
     if model.predictor is None:
         found["logits_stage1"] = None                    # it is the prediction
     if explain:
-        each = [without(model, images, part) for part in range(model.selector.k)]
+        features = model.selector.features(images)       # stage 1 is most of the cost
+        each = [without(model, images, features, part) for part in range(model.selector.k)]
         found |= {"without": torch.stack([one.logits for one in each], 1),
                   "without_keep": torch.stack([one.keep for one in each], 1)}
     return {name: x.float().cpu() for name, x in found.items() if x is not None}
 
 
-def without(model, images, part):
-    """The Output for images (B, 3, S, S) with one part left out, beside what an intervention leaves out already."""
+def without(model, images, features, part):
+    """The Output for images (B, 3, S, S) with one part left out, beside what an intervention leaves out already.
+
+    features (B, N, D): what stage 1 makes of the images, which is the same for every part.
+    """
     before = model.selector.limits
     limits = limits_of(model.selector.k, [part]).to(images.device)
     model.selector.limits = limits if before is None else torch.minimum(limits, before)
     try:
-        return model(images)
+        return model.second_stage(images, model.selector.select(features))
     finally:
         model.selector.limits = before
 
@@ -184,8 +187,7 @@ def load_bare(weights, arch, size, registers):
         backbone = vit.build_vit(arch, size, registers)
     except ValueError as error:
         raise UsageError(f"--arch {arch} with --size {size}: {error}") from None
-    load_pretrained(SimpleNamespace(selector=None, predictor=SimpleNamespace(backbone=backbone)), weights, arch,
-                    registers)
+    load_start(backbone, weights, arch, reader(registers))
     return backbone.eval()
 
 
@@ -324,8 +326,8 @@ def row_of(out, i):
     if out.keep is not None:
         row["kept"] = out.keep[i].mean().item()
     if out.maps is not None:
-        K = out.maps.shape[1] - 1
-        row["parts"] = [(out.parts[i] == part).float().mean().item() for part in range(K)]
+        assigned = out.part_logits[i].argmax(0)
+        row["parts"] = [(assigned == part).float().mean().item() for part in range(out.maps.shape[1] - 1)]
     if out.without is not None:
         chosen = out.logits[i].argmax()
         row["without"] = [{**best(logits)[0], "probability_of_prediction": logits.softmax(0)[chosen].item()}
@@ -461,7 +463,7 @@ def outputs(cfg, paths):
     return written
 
 
-class Predictor:
+class Answers:
     """The command line's model: opened from --ckpt or --weights; a batch of pictures -> rows, arrays and figures."""
 
     def __init__(self, cfg):
@@ -500,7 +502,7 @@ class Predictor:
 def main(argv=None):
     cfg = parse(Config, __doc__, argv)
     paths = find_pictures(cfg.images, Path(cfg.out))
-    written, model = outputs(cfg, paths), Predictor(cfg)
+    written, model = outputs(cfg, paths), Answers(cfg)
     rows, skipped, width = [], {}, min(40, max(len(str(path)) for path in paths))
     names = min(24, max(map(len, model.says.get("classes", [""]))))
     for start in range(0, len(paths), cfg.batch):

@@ -178,14 +178,21 @@ def load_pretrained(model, name, arch, registers=4, selector_arch="", selector_n
     read = read or reader(registers)
     for stage, start, whole in ((model.selector, selector_name or name, selector_arch or arch),
                                 (model.predictor, name, arch)):
-        if stage is not None and start != "none":
-            size, _, blocks = whole.partition("/")
-            state = read(start, size)
-            try:
-                load_backbone(stage.backbone, state, int(blocks) if blocks else None)
-            except ValueError as error:
-                reason = other_size(state, stage.backbone, blocks) or error
-                raise UsageError(f"--weights {start} with --arch {whole}: {reason}") from None
+        if stage is not None:
+            load_start(stage.backbone, start, whole, read)
+
+
+def load_start(backbone, name, arch, read):
+    """Start one backbone from --weights NAME, read by what reader() gave; arch, UsageError: as in load_pretrained."""
+    if name == "none":
+        return
+    size, _, blocks = arch.partition("/")
+    state = read(name, size)
+    try:
+        load_backbone(backbone, state, int(blocks) if blocks else None)
+    except ValueError as error:
+        reason = other_size(state, backbone, blocks) or error
+        raise UsageError(f"--weights {name} with --arch {arch}: {reason}") from None
 
 
 def reader(registers=4):
