@@ -316,7 +316,7 @@ def text(cfg, state, report, sets):
         f"epoch {epoch:g}" + f", chosen on {best['split']}" * (epoch == best["epoch"])
     lines = [f"{cfg.ckpt}: {trained['method']}, {chosen}; {name} {report['split']}, {report['images']} images"]
     if "intervention" in report:
-        lines.append(f"  {describe_intervention(report['intervention'], name, [cfg.split, *sets])}")
+        lines.append(f"  {describe_intervention(report['intervention'], name, [report['split'], *sets])}")
     lines.append(table(report, f"{trained['masking']}, {trained['hardness']}"))
     if "paper" in report:
         lines.append(f"  the paper's iFAM with K = {trained['k']}, on {report['paper_split']}: "

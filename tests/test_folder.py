@@ -276,6 +276,7 @@ def test_a_run_has_the_name_of_its_folder_and_is_measured_on_val_where_there_is_
     assert report["leakage"]["repaint"]["max_logit_change"] == 0 and report["leakage"]["place_of_mask"] is None     # 8 images
     intervene.main(["--ckpt", "runs/pets/best.pt", "--drop", "1"])
     evaluate.main(["--ckpt", "runs/pets/best.pt", "--leakage", "0", "--intervention", "runs/pets/intervention.json"])
+    assert "CHOSEN ON VAL: too good in val" in capsys.readouterr().out           # --split is test, the images are those of val
     state = torch.load(run / "best.pt", weights_only=True)
     assert state["dataset"] == {"classes": ["cat", "dog"], "places": ["in", "out"], "pipeline": "fine-grained"}
     tables.main(["runs/pets"])
