@@ -20,11 +20,12 @@ import torch
 import data
 import speed
 from benchmarks.files import is_our_picture
+from interventions import apply_intervention, describe_intervention
 from measure import figures
 from measure.leakage import Seen, measure_leakage, place_of_mask, stage1_classifier, stage2_classifier
 from measure.metrics import accuracies, ari, foreground_ious, keypoint_error, landmarks, nmi
 from predict import OnCheckpoint, open_split, predict
-from runs import apply_intervention, as_published, describe_intervention, hash_of, load_model, pick_device
+from runs import as_published, hash_of, load_model, pick_device
 from settings import UsageError, may_write, opt, parse, run_script, write_json
 
 

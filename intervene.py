@@ -36,10 +36,11 @@ import torch.nn.functional as F
 import data
 from benchmarks.files import is_our_picture
 from ifam import SCORES, limits_of, unlikeness
+from interventions import THRESHOLDS, describe_intervention
 from measure import figures
 from measure.metrics import auroc
 from predict import OnCheckpoint, open_split
-from runs import THRESHOLDS, describe_intervention, hash_of, load_model, pick_device
+from runs import hash_of, load_model, pick_device
 from settings import UsageError, may_write, opt, parse, progress, run_script, write_json
 
 

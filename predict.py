@@ -35,8 +35,9 @@ from benchmarks.files import eight_bits, is_our_picture, read_image, white_of
 from benchmarks.samples import patch_keep
 from benchmarks.transforms import FINE_GRAINED, View, squash, to_tensor
 from ifam import limits_of
+from interventions import apply_intervention
 from measure.metrics import foreground_counts
-from runs import apply_intervention, hash_of, outputs_of, pick_device
+from runs import hash_of, outputs_of, pick_device
 from settings import (RunError, UsageError, bounded, may_write, opt, parse, progress, run_script, write_csv, write_json,
                       write_whole)
 from weights import load_start, reader

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import data
 from baselines import GIVEN
+from interventions import chosen_on
 from runs import Config as RunConfig
-from runs import chosen_on, differences, of_best, preset, read_config, usual_recipe
+from runs import differences, of_best, preset, read_config, usual_recipe
 from settings import (UsageError, flag, may_write, opt, parse, read_json, run_script, write_csv, write_json,
                       write_whole)
 

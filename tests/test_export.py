@@ -10,6 +10,7 @@ from tiny import fails, train
 
 import evaluate
 import ifam
+import interventions
 import intervene
 import runs
 from baselines import METHODS, build
@@ -176,9 +177,9 @@ def test_evaluation_and_interventions_take_it_and_tell_it_from_others(trained, t
     ckpt, out = str(trained / "best.safetensors"), str(tmp_path / "intervention.json")
     intervene.main(["--ckpt", ckpt, "--limit", "4", "--drop", "0", "--out", out])
     model = runs.load(ckpt)
-    assert runs.apply_intervention(model, out, ckpt)["drop"] == [0] and model.selector.limits[0] == -float("inf")
+    assert interventions.apply_intervention(model, out, ckpt)["drop"] == [0] and model.selector.limits[0] == -float("inf")
     with pytest.raises(UsageError, match="on another checkpoint"):
-        runs.apply_intervention(model, out, trained / "best.pt")
+        interventions.apply_intervention(model, out, trained / "best.pt")
 
 
 def test_a_bit_that_flipped_is_seen_in_a_tensor_and_in_the_settings(trained, tmp_path, capsys):

@@ -19,6 +19,7 @@ evaluate intervene speed compose miniature.pretrain
 train
 predict
 measure
+interventions
 runs
 data
 miniature

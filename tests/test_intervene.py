@@ -11,6 +11,7 @@ import torch
 
 import evaluate
 import ifam
+import interventions
 import predict
 import runs
 from measure import figures
@@ -370,12 +371,12 @@ def test_the_score_is_in_the_file_and_evaluation_applies_the_same_patches(traine
     file = tmp_path / "x.json"
     intervene.main(["--ckpt", str(trained), "--q", "0.7", "--score", score, "--limit", "24", "--device", "cpu", "--out", str(file)])
     made = json.loads(file.read_text())
-    name = runs.THRESHOLDS[score]
+    name = interventions.THRESHOLDS[score]
     assert made["score"] == score and made["thresholds"] == made["calibration"][name]["0.7"]
     assert all(t is None or t >= 0 for t in made["thresholds"]) and f"of the {score}" in capsys.readouterr().out
     model, state = runs.load_model(trained)
     samples = predict.open_split(intervene.Config(str(trained), limit=24), state, model)[1]
-    assert runs.apply_intervention(model, file, trained)["score"] == score
+    assert interventions.apply_intervention(model, file, trained)["score"] == score
     row = next(r for r in made["rows"] if r["q"] == 0.7)
     assert row["kept_share"] == pytest.approx(predict.predict(model, samples)["keep"].mean().item())
     assert row["kept_share"] < made["rows"][0]["kept_share"]
@@ -389,9 +390,9 @@ def test_a_file_from_before_there_were_scores_is_read_as_one_of_the_distance(tra
     old = {key: x for key, x in done[0].items() if key != "score"}
     (tmp_path / "old.json").write_text(json.dumps(old))
     model, _ = runs.load_model(trained)
-    assert runs.apply_intervention(model, tmp_path / "old.json", trained)["score"] == "distance" == model.selector.score
+    assert interventions.apply_intervention(model, tmp_path / "old.json", trained)["score"] == "distance" == model.selector.score
     limits = model.selector.limits
-    runs.apply_intervention(model, trained.with_name("intervention.json"), trained)
+    interventions.apply_intervention(model, trained.with_name("intervention.json"), trained)
     assert torch.equal(limits, model.selector.limits)
 
 
@@ -399,7 +400,7 @@ def test_the_rows_are_what_the_model_does_when_set_to_that_intervention(trained,
     cfg = intervene.Config(str(trained), limit=24)
     model, state = runs.load_model(trained)
     samples = predict.open_split(cfg, state, model)[1]
-    runs.apply_intervention(model, trained.with_name("intervention.json"), trained)
+    interventions.apply_intervention(model, trained.with_name("intervention.json"), trained)
     result = predict.predict(model, samples)
     expected = metrics.accuracies(result, samples)
     row = next(r for r in done[0]["rows"] if r["q"] == 0.8)
@@ -443,7 +444,7 @@ def test_images_are_read_once_for_all_quantiles_and_once_for_all_removals_of_a_r
     assert [row["q"] for row in content["rows"]][-3:] == [0.5, 0.9, 0.99] and content["rows"][-1]["drop"] == content["drop"]
     assert content["q"] is None or content["decision"]["q_by"] == "rule"
     model, _ = runs.load_model(trained)
-    runs.apply_intervention(model, tmp_path / "both.json", trained)
+    interventions.apply_intervention(model, tmp_path / "both.json", trained)
     assert ((model.selector.limits == -INF).nonzero()[:, 0].tolist()) == content["drop"]
 
 
@@ -462,13 +463,13 @@ def test_what_was_decided_on_test_says_so(trained, tmp_path, capsys):
     content = json.loads(file.read_text())
     assert content["decision"]["split"] == "test"
     content["decision"]["parts_by_rule"] = [0]
-    assert "CHOSEN ON TEST: too good in test, robust" in runs.describe_intervention(content, "waterbirds-mini", ["test", "robust"])
-    assert "CHOSEN" not in runs.describe_intervention(content, "waterbirds-mini", ["val"])
+    assert "CHOSEN ON TEST: too good in test, robust" in interventions.describe_intervention(content, "waterbirds-mini", ["test", "robust"])
+    assert "CHOSEN" not in interventions.describe_intervention(content, "waterbirds-mini", ["val"])
     cub = {"drop": [], "q": 0.9, "decision": content["decision"] | {"data": "cub", "q_by": "rule"}}
-    assert "CHOSEN ON TEST" in runs.describe_intervention(cub, "waterbird200", ["test"])   # the same birds before other backgrounds
-    assert "CHOSEN" not in runs.describe_intervention(cub, "metashift", ["test"])
+    assert "CHOSEN ON TEST" in interventions.describe_intervention(cub, "waterbird200", ["test"])   # the same birds before other backgrounds
+    assert "CHOSEN" not in interventions.describe_intervention(cub, "metashift", ["test"])
     content["decision"]["split"] = "val"
-    assert "CHOSEN ON VAL: too good in test_and_val" in runs.describe_intervention(content, "waterbirds-mini", ["test", "test_and_val"])
+    assert "CHOSEN ON VAL: too good in test_and_val" in interventions.describe_intervention(content, "waterbirds-mini", ["test", "test_and_val"])
 
 
 # ---------------------------------------------------------------- mistakes
@@ -542,7 +543,7 @@ def test_an_intervention_without_quantiles_or_with_several_is_as_sound(trained, 
     model, _ = runs.load_model(trained)
     for flags in (["--drop", "0", "2"], ["--loo"], ["--q", "0.9", "0.5", "--drop", "1"], ["--q", "0.99"]):
         intervene.main(["--ckpt", str(trained), "--limit", "8", "--device", "cpu", "--out", str(tmp_path / "x.json"), *flags])
-        assert runs.apply_intervention(model, tmp_path / "x.json", trained)["decision"]["split"] == "val"
+        assert interventions.apply_intervention(model, tmp_path / "x.json", trained)["decision"]["split"] == "val"
 
 
 @pytest.mark.parametrize("name, content", [

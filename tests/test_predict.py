@@ -19,6 +19,7 @@ import runs
 from benchmarks.files import is_our_picture
 from benchmarks.samples import patch_keep
 from benchmarks.transforms import PIPELINES
+from ifam import limits_of
 from settings import UsageError, parse
 
 
@@ -121,10 +122,10 @@ def test_explaining_is_removing_each_part_in_turn(model, samples):
     out = predict.on(model, samples.paths[:2], explain=True)
     images = torch.stack([samples[i]["image"] for i in range(2)])
     for part in range(4):
-        model.selector.limits = runs.limits_of(4, [part])
+        model.selector.limits = limits_of(4, [part])
         with torch.no_grad():
             assert torch.equal(out.without[:, part], model(images).logits)
-    model.selector.limits = before = runs.limits_of(4, [2])
+    model.selector.limits = before = limits_of(4, [2])
     both = predict.on(model, samples.paths[:2], explain=True)
     assert model.selector.limits is before and torch.equal(both.without[:, 2], both.logits)
     model.selector.limits = None
