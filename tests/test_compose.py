@@ -4,10 +4,7 @@ import hashlib
 import json
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from functools import partial
 
@@ -24,7 +21,7 @@ from miniature.scenes import bird_look, creature
 from miniature.scenes import compose as scene
 from settings import parse
 from test_miniature import contents
-from tiny import ROOT, fails
+from tiny import ROOT, fails, killed_while_drawing
 
 CLASSES, PLACES = ("landbird", "waterbird"), ("land", "water")
 SMALL = "--train 40 --val 8 --test 16 --size 32 --workers 1".split()
@@ -250,12 +247,7 @@ def test_the_readme_names_every_source_with_its_hash_and_a_command_that_gives_th
 def test_killed_in_the_middle_it_leaves_nothing_that_looks_whole_and_the_next_run_tidies(sources, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "compose.py", *flags(sources, out, "--train", 4000)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 60
-    while len(list(tmp_path.rglob("*.png"))) < 20 and time.time() < deadline:
-        time.sleep(.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed_while_drawing(command, tmp_path)
     assert [path.name.startswith(".out.") for path in tmp_path.iterdir()] == [True]
     run(sources, out)
     assert list(tmp_path.iterdir()) == [out] and len(table(out)) == 64

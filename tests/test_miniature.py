@@ -1,10 +1,8 @@
 """Claims about the miniatures: exact counts, masks and parts, the real layout, a cache whole or absent."""
 import csv
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import miniature
 import settings
 from miniature import scenes
 from settings import UsageError
+from tiny import killed_while_drawing
 
 TINY = dict(train=40, val=8, test=12, size=48, things=(10, 16))
 WATERBIRDS = "waterbird_complete95_forest2water2"
@@ -172,12 +171,7 @@ def test_a_half_written_cache_is_never_used(tmp_path):
     knobs = dict(train=600, val=8, test=12, size=48)
     flags = [word for name, value in knobs.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "miniature", "--out", tmp_path / "killed", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 30
-    while len(list(tmp_path.rglob("*.png"))) < 20 and time.time() < deadline:
-        time.sleep(.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed_while_drawing(command, tmp_path)
     left = [p.name for p in (tmp_path / "killed").iterdir()]
     assert len(left) == 1 and left[0].startswith(".waterbirds-")
     again = miniature.render("waterbirds", tmp_path / "killed", **knobs)

@@ -1,7 +1,9 @@
 """A miniature small enough for every test, drawn once per test session, and ways to run the scripts."""
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,16 @@ def fails(main, *flags, status=2):
         assert line.count("\n") == 1 and line.endswith("\n"), line
         return line
     return call
+
+
+def killed_while_drawing(command, folder, patience=60):
+    """Start a command, and kill it once it has written 20 pictures below a folder."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + patience
+    while len(list(folder.rglob("*.png"))) < 20 and time.time() < deadline:
+        time.sleep(.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 def torchrun(processes, *arguments, nodes=1, node=0, port=29511):
