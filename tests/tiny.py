@@ -34,12 +34,15 @@ def fails(main, *flags, status=2):
 
 
 def killed_while_drawing(command, folder, patience=60):
-    """Start a command, and kill it once it has written 20 pictures below a folder."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Start a command, and kill it once it has written 20 pictures below a folder, with the workers that draw for it.
+
+    A worker that outlives it would write one more picture, perhaps while the test looks or tidies.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.time() + patience
     while len(list(folder.rglob("*.png"))) < 20 and time.time() < deadline:
         time.sleep(.01)
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
