@@ -178,6 +178,29 @@ def discretize(part_logits, gumbel=None, parts=None, tau=1.0, hard=True):
     return (best > background).to(best.dtype) + (slope - slope.detach())                 # + 0: exact
 
 
+@torch.no_grad()
+def largest_component(keep, grid):
+    """The largest connected part of each mask: keep (B, N) in {0, 1}, grid (h, w) -> (B, N) in {0, 1}, without graph.
+
+    Connected are patches that share a side. Of several largest parts the one that comes first in reading order stays;
+    an empty mask stays empty. Every patch takes the least number among its neighbours until nothing changes: exact.
+    """
+    N = math.prod(grid)
+    kept = keep.unflatten(1, grid) > 0
+    number = torch.arange(N, device=keep.device).view(grid).where(kept, N)       # N: not kept
+    while True:
+        p = F.pad(number, (1, 1, 1, 1), value=N)
+        near = torch.stack([number, p[:, :-2, 1:-1], p[:, 2:, 1:-1], p[:, 1:-1, :-2], p[:, 1:-1, 2:]]).amin(0)
+        near = near.where(kept, N)
+        if torch.equal(near, number):
+            break
+        number = near
+    number = number.flatten(1)                           # of the first patch of the part that a patch belongs to
+    size = torch.zeros(len(keep), N + 1, dtype=torch.long, device=keep.device)
+    size = size.scatter_add(1, number, torch.ones_like(number))[:, :N]
+    return (number == size.argmax(1, keepdim=True)).to(keep.dtype)               # argmax: the first of equals
+
+
 # ---------------------------------------------------------------- stage 2: the predictor
 def masked_mean(patches, weight, over=None):
     """Mean of patches (B, N, D) under weights (B, N), 0 where all are 0 -> (B, D). over: what to divide by instead."""
