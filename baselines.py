@@ -1,7 +1,8 @@
 """baselines.py: what iFAM is compared with, and the one place where settings become a model.
 
 Every model returns an ifam.Output from forward(images, keep=None, noise=None), and for training a pair from
-forward_pair(images, warped, noise), so that one loop trains and one program measures them all.
+forward_pair(images, warped, noise), so that one loop trains and one program measures them all. What a model is told
+about where the object is goes to both: measure.leakage.given has it.
 
 Floor: the lesson, its last chapter. Read ifam.py first; its letters are used here.
 """
@@ -10,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from ifam import WEIGHTS, IFAM, Noise, Output, Predictor, Selector
+from ifam import WEIGHTS, IFAM, Noise, Output, Predictor, Selector, paint
 from vit import build_vit
 
 
@@ -23,6 +24,7 @@ class ERM(nn.Module):
     """
     selector = None
     needs_truth = False
+    trim = "none"
 
     def __init__(self, classes, arch="b", size=518, registers=4, frozen=False, **choices):
         super().__init__()
@@ -182,10 +184,19 @@ class TrueMask(ERM):
     """
     needs_truth = True
 
-    def forward(self, images, keep=None, noise=None):
-        if keep is None:
-            raise ValueError("this model is told where the object is: pass keep")
-        return super().forward(images, keep)
+    def __init__(self, *args, trim="none", **kw):
+        super().__init__(*args, **kw)
+        if trim == "found":
+            raise ValueError("a model that is given the true mask finds none to trim by: --trim truth or none")
+        self.trim = trim
+
+    def forward(self, images, keep=None, noise=None, shown=None):
+        if keep is None or (shown is None) != (self.trim == "none"):
+            raise ValueError("this model is told where the object is: pass keep" + " and shown" * (self.trim != "none"))
+        return super().forward(paint(images, shown), keep)._replace(shown=shown)
+
+    def forward_pair(self, images, warped, noise, keep=None, shown=None):
+        return self(images, keep, shown=shown), None
 
 
 class FoundMask(ERM):
@@ -243,7 +254,7 @@ class PDiscoFormer(IFAM):
         self.selector = Selector(build_vit(arch, size, registers), classes, k, tau, dropout1)
         self.dropout2 = 0.0
 
-    def second_stage(self, images, first, noise=Noise(), keep=None):
+    def second_stage(self, images, first, noise=Noise(), keep=None, shown=None):
         keep = self.mask(first) if keep is None else keep
         return Output(first.logits, first.logits, first.maps, keep, first.part_logits, first.part_features)
 
@@ -258,8 +269,8 @@ TAKES = {   # settings that only these methods have; all others have no such thi
                     ("ifam", "pdiscoformer")),
     **dict.fromkeys(("weight_class2", "warmup"), tuple(m for m in METHODS if m != "pdiscoformer")),
     **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "freeze_stage2", "selector_size",
-                     "selector_arch", "selector_weights"), ("ifam",)),
-    "pooling": ("ifam", *GIVEN), "train_backbone": ("ep", "aim")}
+                     "selector_arch", "selector_weights", "mask_largest", "mask_dilate"), ("ifam",)),
+    "trim": ("ifam", "early-truth"), "pooling": ("ifam", *GIVEN), "train_backbone": ("ep", "aim")}
 
 
 def build(settings, classes):
@@ -275,7 +286,8 @@ def build(settings, classes):
     if method in GIVEN:
         masking, source = method.split("-")
         kind = {"truth": TrueMask, "found": FoundMask}[source]
-        return kind(**shared, masking=masking, pooling=settings["pooling"])
+        trim = {"trim": settings["trim"]} if settings.get("trim", "none") != "none" else {}
+        return kind(**shared, masking=masking, pooling=settings["pooling"], **trim)
     if method == "pdiscoformer":
         return PDiscoFormer(**shared, **parts)
     if method != "ifam":
@@ -283,4 +295,6 @@ def build(settings, classes):
     return IFAM(**shared, **parts, dropout2=settings["part_dropout2"], joint=settings["joint"],
                 masking=settings["masking"], hardness=settings["hardness"], pooling=settings["pooling"],
                 # checkpoints from before these options do not have them
-                selector_arch=settings.get("selector_arch"), selector_size=settings.get("selector_size"))
+                selector_arch=settings.get("selector_arch"), selector_size=settings.get("selector_size"),
+                largest=settings.get("mask_largest", False), dilate=settings.get("mask_dilate", "none"),
+                trim=settings.get("trim", "none"))

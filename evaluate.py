@@ -165,6 +165,8 @@ def evaluate(model, samples, train=None, rare=(), device="cpu", batch=32, leakag
     if "keep" in result:
         kept = result["keep"].sum(1)
         report["mask"] = {"kept_share": kept.mean().item() / result["keep"].shape[1], "empty": int((kept == 0).sum())}
+        if "seen" in result:
+            report["mask"] |= {"iou": foreground_ious(result["seen"])["foreground_iou"]}
     for stage, _, key, _ in stages:
         report[stage] = only(metrics, accuracies(result, samples, key, rare, train_groups))
     if found := localisation(model, result, samples, train, kp_normalise, **loading):
@@ -239,6 +241,8 @@ def table(report, second="early, hard"):
     if "mask" in report:
         lines.append(line("patches kept", [f"{report['mask']['kept_share']:.1%}"]))
         lines.append(line("images without any", [report["mask"]["empty"]]))
+        if "iou" in report["mask"]:
+            lines.append(line("IoU of object and what stage 2 sees", [value(report["mask"], "iou")]))
     if found := report.get("localisation"):
         lines += [line(name, [value(found, key)]) for name, key in LOCALISATION if key in found]
         if "kp_skipped" in found:

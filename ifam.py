@@ -37,14 +37,16 @@ class Noise(NamedTuple):
     keep: torch.Tensor | None = None      # (B, K+1, N) another one, of the discretizer
     parts1: torch.Tensor | None = None    # (B, K) parts that survive before the stage-1 classifier
     parts2: torch.Tensor | None = None    # (B, K) parts that survive in the discretizer
+    dilate: torch.Tensor | None = None    # (B,)   1 = this mask is dilated, where that is random
 
     @staticmethod
-    def draw(k, patches, dropout1=0.3, dropout2=0.3, generators=(None,)):
+    def draw(k, patches, dropout1=0.3, dropout2=0.3, generators=(None,), dilate=False):
         """One sample per generator (None: torch's global one): results do not depend on how a batch is split."""
         def sample(g):
             gumbel = -torch.empty(2, k + 1, patches).exponential_(generator=g).log()
             parts = torch.rand(2, k, generator=g) >= torch.tensor([[dropout1], [dropout2]])
-            return gumbel[0], gumbel[1], parts[0].float(), parts[1].float()
+            coin = (torch.rand((), generator=g).round(),) if dilate else ()
+            return gumbel[0], gumbel[1], parts[0].float(), parts[1].float(), *coin
         return Noise(*map(torch.stack, zip(*map(sample, generators))))
 
     def to(self, device):
@@ -207,6 +209,11 @@ def masked_mean(patches, weight, over=None):
     return (weight[:, None] @ patches)[:, 0] / (weight.sum(1, keepdim=True).clamp_min(1e-6) if over is None else over)
 
 
+def paint(images, shown):
+    """Images (B, 3, S, S) whose pixels that are not shown (B, 1, S, S) are 0, the mean colour; None: all are shown."""
+    return images if shown is None else torch.where(shown > 0, images, 0.)
+
+
 class Predictor(nn.Module):
     """Stage 2: a ViT classifier under a mask. Each choice below varies alone; the defaults are the paper's.
 
@@ -255,6 +262,7 @@ class Output(NamedTuple):
     keep: torch.Tensor | None = None             # (B, N)          1 = stage 2 saw this patch
     part_logits: torch.Tensor | None = None      # (B, K+1, N)     minus squared distance to each prototype
     part_features: torch.Tensor | None = None    # (B, K+1, D)     modulated part features
+    shown: torch.Tensor | None = None            # (B, 1, S, S)    1 = stage 2 saw this pixel of a kept patch; None: all
 
 
 class IFAM(nn.Module):
@@ -262,31 +270,42 @@ class IFAM(nn.Module):
 
     classes C, k parts, arch as build_vit has it, size in pixels. joint=False cuts the gradient of the stage-2 loss at
     the mask, which is what the published code does. selector_arch, selector_size: a smaller stage 1, which looks at the
-    image at a smaller size; its part maps have its own grid, the mask has that of stage 2. Past the paper. ValueError
-    for settings that do not fit.
+    image at a smaller size; its part maps have its own grid, the mask has that of stage 2. trim, largest, dilate: what
+    is done against what a mask tells (see `shown_pixels` and `reshape`). All of these go past the paper. ValueError for
+    settings that do not fit.
     """
 
-    needs_truth = False      # True for the baselines that are given the true mask
+    largest, dilate, trim = False, "none", "none"
+    needs_truth = property(lambda self: self.trim == "truth")        # is the model told where the object is?
 
     def __init__(self, classes, k=8, arch="b", size=518, registers=4, masking="early", hardness="hard", pooling="cls",
-                 joint=True, tau=1.0, dropout1=0.3, dropout2=0.3, selector_arch=None, selector_size=None):
+                 joint=True, tau=1.0, dropout1=0.3, dropout2=0.3, selector_arch=None, selector_size=None,
+                 largest=False, dilate="none", trim="none"):
         super().__init__()
+        if (largest or dilate != "none") and hardness != "hard":
+            raise ValueError("a soft mask has no components and no border: --mask-largest and --mask-dilate are for "
+                             "hardness hard")
+        if trim != "none" and (masking, hardness) != ("early", "hard"):
+            raise ValueError(f"--trim paints what a hard, early mask would show, and this mask is {masking}, "
+                             f"{hardness}")
         small = build_vit(selector_arch or arch, selector_size or size, registers)
         given = ((size, size) if isinstance(size, int) else tuple(size)) if selector_size or selector_arch else None
         self.selector = Selector(small, classes, k, tau, dropout1, given)
         self.predictor = Predictor(build_vit(arch, size, registers), classes, masking, hardness, pooling)
         self.joint, self.dropout2 = joint, dropout2
+        self.largest, self.dilate, self.trim = largest, dilate, trim
 
-    def forward(self, images, keep=None, noise=None):
+    def forward(self, images, keep=None, noise=None, shown=None):
         """images (B, 3, S, S), normalised -> Output.
 
         keep (B, N): use this mask instead of the discovered one; 0/1 unless hardness is "soft".
         noise: the randomness of this call; None draws it in training and means no randomness in evaluation.
+        shown (B, 1, S, S): pixels that stage 2 may see, where trim is "truth" the true object; 0/1.
         """
         noise = noise or self.draw_noise(len(images))
-        return self.second_stage(images, self.selector(images, noise), noise, keep)
+        return self.second_stage(images, self.selector(images, noise), noise, keep, shown)
 
-    def forward_pair(self, images, warped, noise, keep=None):
+    def forward_pair(self, images, warped, noise, keep=None, shown=None):
         """Training: (Output of images, part maps of the warped images), stage 1 on both in one doubled batch.
 
         noise holds 2B samples. Stage 2 never runs on warped images (the published code runs it there and throws the
@@ -295,9 +314,9 @@ class IFAM(nn.Module):
         B = len(images)
         both = self.selector(torch.cat([images, warped]), noise)
         first, noise = Selection(*(x[:B] for x in both)), Noise(*(x if x is None else x[:B] for x in noise))
-        return self.second_stage(images, first, noise, keep), both.maps[B:]
+        return self.second_stage(images, first, noise, keep, shown), both.maps[B:]
 
-    def second_stage(self, images, first, noise=Noise(), keep=None):
+    def second_stage(self, images, first, noise=Noise(), keep=None, shown=None):
         """Mask (discovered from the stage-1 Selection, or given) and prediction -> Output."""
         if keep is None:
             keep = self.mask(first, noise, self.predictor.hardness == "hard")
@@ -305,8 +324,10 @@ class IFAM(nn.Module):
             raise ValueError(f"keep is {tuple(keep.shape)}, not {(len(images), math.prod(self.grid))}")
         elif self.predictor.hardness == "hard" and not ((keep == 0) | (keep == 1)).all():
             raise ValueError('keep has values other than 0 and 1; a soft mask needs hardness="soft"')
-        logits = self.predictor(images, keep if self.joint else keep.detach())
-        return Output(logits, first.logits, first.maps, keep, first.part_logits, first.part_features)
+        if shown is None:
+            shown = self.shown_pixels(first, images.shape[2:], noise)
+        logits = self.predictor(paint(images, shown), keep if self.joint else keep.detach())
+        return Output(logits, first.logits, first.maps, keep, first.part_logits, first.part_features, shown)
 
     @property
     def grid(self):
@@ -319,17 +340,48 @@ class IFAM(nn.Module):
         Each patch takes the value where its centre lies, so that a hard mask stays hard.
         """
         keep = discretize(first.part_logits, noise.keep, noise.parts2, self.selector.tau, hard)
-        if self.selector.given is None:
-            return keep
-        own = keep.unflatten(1, self.selector.backbone.grid)[:, None]
-        return F.interpolate(own, self.grid, mode="nearest-exact").flatten(1)
+        if self.selector.given is not None:
+            own = keep.unflatten(1, self.selector.backbone.grid)[:, None]
+            keep = F.interpolate(own, self.grid, mode="nearest-exact").flatten(1)
+        return self.reshape(keep, noise)
+
+    def reshape(self, keep, noise=Noise()):
+        """What is done to the shape of a hard mask, so that it tells less: keep (B, N) -> (B, N).
+
+        largest: only the largest component stays. dilate: the eight neighbours of a kept patch are kept too, "always",
+        or "random", for half of the images in training. The gradient stays that of the mask as it was found. A mask is
+        hard before and after, so whatever it hides stays hidden.
+        """
+        new = keep.detach()
+        if self.largest:
+            new = largest_component(new, self.grid)
+        if self.dilate == "always" or noise.dilate is not None:
+            wider = F.max_pool2d(new.unflatten(1, self.grid)[:, None], 3, 1, 1).flatten(1)
+            new = wider if noise.dilate is None else torch.where(noise.dilate[:, None] > 0, wider, new)
+        return keep + (new - keep.detach()) if new is not keep else keep
+
+    def shown_pixels(self, first, size, noise=Noise()):
+        """Pixels that stage 2 may see inside kept patches, as trim has it -> (B, 1, *size) in {0, 1}, or None for all.
+
+        "found": those where a surviving part beats the background once the part maps, without Gumbel noise, are
+        enlarged to pixels (bilinear). "truth" raises ValueError, for then they must be given.
+        """
+        if self.trim == "truth":
+            raise ValueError("this model is told where the object is: pass shown")
+        if self.trim == "none":
+            return None
+        maps = assign(first.part_logits.detach(), None, self.selector.tau).unflatten(2, self.selector.backbone.grid)
+        maps = F.interpolate(maps, size, mode="bilinear")
+        parts = maps[:, :-1] if noise.parts2 is None else maps[:, :-1] * noise.parts2[..., None, None]
+        return (parts.amax(1, keepdim=True) > maps[:, -1:]).to(maps.dtype)
 
     def draw_noise(self, count):
         """Noise of `count` images in training (from torch's global generator), none in evaluation."""
         if not self.training:
             return Noise()
         patches = math.prod(self.selector.backbone.grid)
-        noise = Noise.draw(self.selector.k, patches, self.selector.dropout, self.dropout2, [None] * count)
+        noise = Noise.draw(self.selector.k, patches, self.selector.dropout, self.dropout2, [None] * count,
+                           self.dilate == "random")
         return noise.to(self.selector.prototypes.device)
 
 

@@ -341,6 +341,9 @@ def check(cfg, model, method):
     if model.selector is None:
         raise UsageError(f"{cfg.ckpt} is of the method {method}, which has no parts: there is nothing to remove; name "
                          "a checkpoint of ifam or pdiscoformer")
+    if model.trim == "truth":
+        raise UsageError(f"{cfg.ckpt} was trained with --trim truth, a measurement that is told where the object is: "
+                         "there is nothing to correct; name another --ckpt")
     k = model.selector.k
     if cfg.drop and cfg.drop[-1] >= k:
         raise UsageError(f"--drop {cfg.drop[-1]}: this model has no such part; its parts are 0 to {k - 1}")

@@ -36,7 +36,8 @@ from benchmarks.samples import patch_keep
 from benchmarks.transforms import FINE_GRAINED, View, squash, to_tensor
 from ifam import limits_of
 from interventions import apply_intervention
-from measure.metrics import foreground_counts
+from measure.leakage import given, shown_under
+from measure.metrics import foreground_counts, pixel_counts
 from runs import hash_of, outputs_of, pick_device
 from settings import (RunError, UsageError, bounded, may_write, opt, parse, progress, run_script, write_csv, write_json,
                       write_whole)
@@ -139,6 +140,9 @@ def refuse_missing(model, mask, explain):
     reads_mask = model.predictor is not None and hasattr(model.predictor, "masking")
     if mask and not reads_mask:
         raise UsageError("--keep: this method has no second stage that sees under a mask; leave it out")
+    if model.trim == "truth":
+        raise UsageError("this model was trained with --trim truth, a measurement that needs the true masks of a "
+                         "benchmark: use evaluate.py")
     if model.needs_truth and not mask:
         raise UsageError("this method is told where the object is: give --keep MASK")
     if explain and model.selector is None:
@@ -232,17 +236,13 @@ class OnCheckpoint:
         self.workers = bounded(self.workers)
 
 
-def given_mask(model, batch, device):
-    """True mask of a batch's images as patches (B, N), for the baselines that are given it; None for all others."""
-    return patch_keep(batch["mask"].to(device), model.predictor.backbone.patch) if model.needs_truth else None
-
-
 @torch.no_grad()
 def predict(model, samples, batch=32, device="cpu", workers=0):
     """Run a model over a split -> tensors by name, a row a sample, in the order of the samples.
 
-    "logits" (n, C), and where the model has them "logits_stage1" (n, C), "keep" (n, N) in {0, 1}, "foreground" (n, 4)
-    pixel counts of the parts, or of the mask that stage 2 was given. Processes share the work and gather by index:
+    "logits" (n, C), and where the model has them "logits_stage1" (n, C), "keep" (n, N) in {0, 1}, and where there are
+    true masks "foreground" (n, 4), pixel counts of the parts, or of the mask that stage 2 was given, and "seen" (n, 4),
+    those of what stage 2 sees. Processes share the work and gather by index:
     every sample is counted once, whatever their number.
     """
     model.eval()
@@ -251,7 +251,7 @@ def predict(model, samples, batch=32, device="cpu", workers=0):
     loader = torch.utils.data.DataLoader(torch.utils.data.Subset(samples, mine), batch, num_workers=workers)
     found = []
     for images in progress(loader, f"{samples.name} {samples.split}"):
-        out = model(images["image"].to(device), given_mask(model, images, device))
+        out = model(images["image"].to(device), **given(model, images, device))
         one = {"logits": out.logits.float()}
         if not (fine := one["logits"].isfinite().all(1)).all():
             raise RunError(f"{samples.name} {samples.split}: the model's outputs are not finite, first for image "
@@ -263,7 +263,10 @@ def predict(model, samples, batch=32, device="cpu", workers=0):
             one["keep"] = out.keep
             maps = torch.stack([out.keep, 1 - out.keep], 1).unflatten(2, model.predictor.backbone.grid)
         if maps is not None and "mask" in images:
-            one["foreground"] = foreground_counts(maps, images["mask"].to(device))
+            true = images["mask"].to(device)
+            one["foreground"] = foreground_counts(maps, true)
+            seen = shown_under(one["keep"], out.shown, (model.predictor or model.selector).backbone)
+            one["seen"] = pixel_counts(seen[:, 0] > 0, true.bool())
         found.append({name: x.cpu() for name, x in one.items()})
     pieces = [(list(mine), {name: torch.cat([f[name] for f in found]) for name in found[0]} if found else {})]
     if world > 1:

@@ -78,6 +78,12 @@ class Config:
     pooling: str = opt("cls", "what stage 2 classifies from: class token, mean of the kept patches (the default of "
                               "early-* and late-*), or their sum over the number of all patches (late-*, as published)",
                        choices=("cls", "mean", "mean-all"))
+    trim: str = opt("none", "paint the background inside kept patches with one colour before stage 2 sees them: where "
+                            "the part maps find it, or where the true mask has it (a measurement)",
+                    choices=("none", "found", "truth"))
+    mask_largest: bool = opt(False, "keep only the largest component of the mask")
+    mask_dilate: str = opt("none", "also keep the neighbours of kept patches: always, or for half of the images in "
+                                   "training, so that the border tells less", choices=("none", "always", "random"))
     joint: bool = opt(True, "let the stage-2 loss reach stage 1 through the mask, as in the paper")
     tau: float = opt(1.0, "temperature of the part assignment", above=0)
     part_dropout1: float = opt(0.3, "share of parts dropped before the stage-1 classifier", at_least=0, below=1)
@@ -660,6 +666,9 @@ def export(model, path, batch=1):
 
 def traced(model, batch):
     """-> (torch.export's program of ifam.Static(model), {name of an input: an example})."""
+    if model.trim == "truth":
+        raise UsageError("this model was trained with --trim truth, a measurement that needs the true masks of a "
+                         "benchmark: it cannot be exported")
     static = Static(model)
     backbone = (model.predictor or model.selector).backbone
     parameter = next(model.parameters())

@@ -38,7 +38,7 @@ from baselines import FoundMask
 from benchmarks.files import is_our_picture
 from benchmarks.samples import Samples
 from benchmarks.transforms import FINE_GRAINED, PHOTOGRAPHS
-from predict import given_mask
+from measure.leakage import given
 from runs import Config as RunConfig
 from runs import pick_device
 from settings import UsageError, flag, may_write, opt, parse, progress, run_script, write_json
@@ -170,17 +170,17 @@ def check(model):
 
 
 @torch.no_grad()
-def measure(model, images, truth=None, rounds=5):
-    """What a model costs on these images (B, 3, S, S) -> dict for report.json; truth: keep, where a model is given it.
+def measure(model, images, told={}, rounds=5):
+    """What a model costs on these images (B, 3, S, S) -> dict for report.json; told: what predict.given says.
 
     Shares: of the time of the whole model, measured module by module in calls of their own; that of stage 1, and those
     of attention and feed-forward in both stages. Operations are per image.
     """
     check(model)
     device, B, stages = images.device, len(images), [stage for stage in (model.selector, model.predictor) if stage]
-    dense, whole = partial(stages[-1].backbone, images), partial(model, images, truth)
+    dense, whole = partial(stages[-1].backbone, images), partial(model, images, **told)
     kept = whole().keep
-    one = partial(model, images[:1], truth if truth is None else truth[:1])
+    one = partial(model, images[:1], **{name: x[:1] for name, x in told.items()})
     rows = in_turn({"dense": dense, "model": whole, "one image": one}, B, rounds, device)
     blocks = [block for stage in stages for block in stage.backbone.blocks]
     groups = {"stage1": stages[:1] if model.selector else [], "attention": [block.attn for block in blocks],
@@ -202,7 +202,7 @@ def measure(model, images, truth=None, rounds=5):
 def measure_split(model, samples, device, batch):
     """What measure() finds on the first images of a split, at most a batch."""
     images = torch.utils.data.default_collate([samples[i] for i in range(min(batch, len(samples)))])
-    return measure(model, images["image"].to(device), given_mask(model, images, device))
+    return measure(model, images["image"].to(device), given(model, images, device))
 
 
 def summary(found):

@@ -35,8 +35,9 @@ import settings
 import vit
 from baselines import FoundMask, build
 from benchmarks.samples import Plan, spread_over_groups
+from measure.leakage import given
 from measure.metrics import accuracies
-from predict import given_mask, predict
+from predict import predict
 from runs import (Config, Log, check, claim, earlier_state, loss_weights, owned, pick_device, preset, read_film,
                   read_settings, recipe_text, refuse_other_images, save)
 from settings import RunError, Stopped, UsageError, parse, progress, run_script, signals, write_json
@@ -65,7 +66,8 @@ def draw_noise(model, cfg, step, positions):
         return None
     generators = [generator(cfg.seed, step, half, p) for half in (1, 2) for p in positions]
     patches = math.prod(model.selector.backbone.grid)
-    return ifam.Noise.draw(cfg.k, patches, cfg.part_dropout1, cfg.part_dropout2, generators)
+    return ifam.Noise.draw(cfg.k, patches, cfg.part_dropout1, cfg.part_dropout2, generators,
+                           cfg.mask_dilate == "random")
 
 
 # ---------------------------------------------------------------- parameters
@@ -138,14 +140,14 @@ def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None
     share = len(batch["label"])
     affine = ifam.Affine.draw((cfg.size, cfg.size), generator(cfg.seed, step))    # one for the whole global batch
     sums = {}
-    keep = given_mask(model, batch, device)
+    told = given(model, batch, device)
     for part in torch.arange(share).split(cfg.micro or share):
         images, labels = (batch[key][part].to(device, non_blocking=True) for key in ("image", "label"))
         noise = draw_noise(model, cfg, step, (rank * share + part).tolist())
         with torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext():
             warped = None if model.selector is None else ifam.warp(images, affine)
             out, warped_maps = model.forward_pair(images, warped, noise and noise.to(device),
-                                                  None if keep is None else keep[part])
+                                                  **{name: x[part] for name, x in told.items()})
         terms, weight = {}, len(part) / share
         loss = ifam.loss(out, warped_maps, labels, affine, weights,
                          lambda peaks: max_over_processes(peaks, world), terms)
@@ -258,14 +260,16 @@ def open_data(cfg, rank, world):
     return splits["train"], splits.get("val")
 
 
-def give_truth(samples, method):
+def give_truth(samples, cfg):
     """Training samples come with their true masks; UsageError where there are none, or where they give labels away."""
+    what = f"--method {cfg.method}" if cfg.trim == "none" else f"--trim {cfg.trim}"
+    other = "another --method" if cfg.trim == "none" else "--trim found or none"
     if samples.masks is None:
-        raise UsageError(f"--method {method} needs true masks, and {samples.name} has none here; unpack its "
-                         "segmentations, or choose another --method")
+        raise UsageError(f"{what} needs true masks, and {samples.name} has none here; unpack its segmentations, or "
+                         f"choose {other}")
     if samples.masks_tell:
-        raise UsageError(f"--method {method}: the masks of {samples.name} mark the {samples.classes[1]} and are empty "
-                         "without one, which gives the label away; choose another --method")
+        raise UsageError(f"{what}: the masks of {samples.name} mark the {samples.classes[1]} and are empty "
+                         f"without one, which gives the label away; choose {other}")
     samples.train_masks = True
 
 
@@ -490,7 +494,7 @@ def train(cfg):
         trainer = Trainer(cfg, steps, rank, world, device, len(samples.classes), read)
         del read                                         # the weights are in the model now
         if trainer.model.needs_truth:
-            give_truth(samples, cfg.method)
+            give_truth(samples, cfg)
         if state:
             refuse_other_images(state, images, steps, folder)
             trainer.load(state, folder / "last.pt")

@@ -29,9 +29,9 @@ from PIL import Image
 
 import data
 from benchmarks.files import SIGNATURE, is_our_picture
-from benchmarks.samples import evenly, patch_keep, spread_over_groups
+from benchmarks.samples import evenly, spread_over_groups
 from ifam import refuse, unlikeness
-from measure.leakage import pixel_gradient, pixels, stage1_classifier, stage2_classifier
+from measure.leakage import given, pixel_gradient, shown_under, stage1_classifier, stage2_classifier
 from measure.metrics import wilson
 from runs import load_model, read_film
 from settings import UsageError, may_write, opt, parse, run_script, write_whole
@@ -246,9 +246,12 @@ def parts(model, samples, path=None, device="cpu", count=8):
     Of `count` images, spread over the split and its groups.
     """
     images, pictures, titles = opened(samples, batch := spread_over_groups(samples, count))
-    out, k = model(images.to(device)), model.selector.k
+    told = given(model, torch.utils.data.default_collate(batch), device)
+    out, k = model(images.to(device), **told), model.selector.k
     assigned = out.part_logits.argmax(1).unflatten(1, out.maps.shape[2:]).cpu().numpy()
     keep = out.keep.clamp(0, 1).unflatten(1, model.grid).cpu()
+    if out.shown is not None:                            # finer than patches
+        keep = shown_under(out.keep, out.shown, model.predictor.backbone)[:, 0].cpu()
     guesses = samples.answers(out.logits.cpu()).tolist()
     grid({"image": pictures, "parts": [(overlay(p, a, k), "", numbered(a, k)) for p, a in zip(pictures, assigned)],
           "what stage 2 sees" if model.predictor else "patches of parts": [
@@ -289,12 +292,12 @@ def gradients(classifiers, samples, backbone, path=None, device="cpu", count=5, 
     batch = [samples[i] for i in indices] if indices else spread_over_groups(samples, count)
     images, pictures, titles = opened(samples, batch)
     images, rows = images.to(device), {"image": pictures}
-    truth = patch_keep(torch.stack([b["mask"] for b in batch]), backbone.patch).to(device) if samples.masks else None
+    truth = torch.stack([b["mask"] for b in batch])[:, None].float().to(device) if samples.masks else None
     for name, classifier in classifiers.items():
         with torch.no_grad():
             keep, held = classifier.find(images, truth)
         looks = pixel_gradient(lambda x: classifier.head(classifier.features(x, held)).amax(1, keepdim=True), images)
-        hidden = pixels(keep, backbone.grid, backbone.patch)[:, 0] == 0
+        hidden = shown_under(keep, getattr(held, "shown", None), backbone)[:, 0] == 0
         outside = (looks * hidden).sum((1, 2)) / looks.sum((1, 2)).clamp_min(1e-12)
         rows[name.replace(" (", "\n(")] = [
             (heat(picture, coarse(look, backbone.patch // 2), mask), f"{share:.0%} outside")
@@ -363,7 +366,7 @@ def late_against_early(model, samples, path=None, device="cpu", count=6):
     images, pictures, titles = opened(samples, batch := [samples[i] for i in chosen])
     images, late, early = images.to(device), stage1_classifier(model), stage2_classifier(model)
     (_, maps), (keep, held) = late.find(images, None), early.find(images, None)
-    hidden = pixels(keep, model.grid, model.predictor.backbone.patch) == 0
+    hidden = shown_under(keep, getattr(held, "shown", None), model.predictor.backbone) == 0
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
     shown = torch.where(hidden, noise, images)
     said, again = ([late.head(late.features(x, maps)).cpu(), early.head(early.features(x, held)).cpu()]

@@ -15,9 +15,9 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from baselines import FoundMask
+from baselines import FoundMask, TrueMask
 from benchmarks.samples import patch_keep
-from ifam import Predictor, discretize, masked_mean
+from ifam import Predictor, discretize, masked_mean, paint
 from measure.metrics import accuracies, over
 from settings import progress
 
@@ -25,7 +25,7 @@ from settings import progress
 # ---------------------------------------------------------------- a classifier under test
 class Classifier(NamedTuple):
     """A classifier under test: how it finds its mask, and what it makes of an image while that mask is held fixed."""
-    find: Callable       # images, true keep -> (keep (B, N) in {0, 1}, what to hold fixed)
+    find: Callable       # images, true masks (B, 1, S, S) -> (keep (B, N) in {0, 1}, what to hold fixed)
     features: Callable   # images, what is held fixed -> (B, D), the final representation
     head: Callable       # features -> logits (B, C)
     mask: str            # where its mask comes from, for the report
@@ -33,6 +33,15 @@ class Classifier(NamedTuple):
     def __call__(self, images, truth=None):
         """-> logits (B, C), under the mask that it finds for these images."""
         return self.head(self.features(images, self.find(images, truth)[1]))
+
+
+class Trimmed(NamedTuple):
+    """What is held fixed of a mask that is finer than patches: inside kept ones, only some pixels are shown."""
+    keep: torch.Tensor   # (B, N)
+    shown: torch.Tensor  # (B, 1, S, S) in {0, 1}
+
+    def __getitem__(self, images):
+        return Trimmed(*(x[images] for x in tuple(self)))
 
 
 class Seen:
@@ -63,12 +72,15 @@ def stage2_classifier(model, seen=None):
     seen: a Seen of the model's selector, shared with the other stage.
     """
     features, head = model.predictor.features, model.predictor.head
+    true_keep = lambda truth: None if truth is None else patch_keep(truth[:, 0], model.predictor.backbone.patch)
+    if model.trim != "none":
+        return trimmed_classifier(model, true_keep, seen or Seen(model.selector))
     if model.needs_truth:
-        return Classifier(lambda images, truth: (truth, truth), features, head, "truth")
+        return Classifier(lambda images, truth: (true_keep(truth),) * 2, features, head, "truth")
     if isinstance(model, FoundMask):
         return Classifier(lambda images, truth: (model.find(images),) * 2, features, head, "found")
     if model.selector is None:
-        return Classifier(lambda images, truth: (truth, None), lambda images, held: features(images), head,
+        return Classifier(lambda images, truth: (true_keep(truth), None), lambda images, held: features(images), head,
                           "truth, the model has none")
     seen = seen or Seen(model.selector)
 
@@ -76,6 +88,16 @@ def stage2_classifier(model, seen=None):
         first = seen(images)
         return model.mask(first), model.mask(first, hard=model.predictor.hardness == "hard")
     return Classifier(find, features, head, "found")
+
+
+def trimmed_classifier(model, true_keep, seen):
+    """Stage 2 of a model that is shown some pixels of its patches: mask and pixels are held fixed."""
+    def find(images, truth):
+        keep = true_keep(truth) if model.selector is None else model.mask(seen(images))
+        shown = truth.float() if model.trim == "truth" else model.shown_pixels(seen(images), images.shape[2:])
+        return keep, Trimmed(keep, shown)
+    features = lambda images, held: model.predictor.features(paint(images, held.shown), held.keep)
+    return Classifier(find, features, model.predictor.head, "truth" if model.selector is None else "found")
 
 
 def stage1_classifier(model, seen=None):
@@ -104,12 +126,32 @@ def pixels(keep, grid, patch):
     return keep.unflatten(1, grid)[:, None].repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
 
+def given(model, batch, device):
+    """What a model is told about where the object is in a batch's images -> arguments of its forward, {} for most.
+
+    "keep" (B, N), the true mask as patches, for the methods that have no mask of their own; "shown" (B, 1, S, S), the
+    true mask itself, for --trim truth.
+    """
+    told = {}
+    if isinstance(model, TrueMask):
+        told["keep"] = patch_keep(batch["mask"].to(device), model.predictor.backbone.patch)
+    if model.trim == "truth":
+        told["shown"] = batch["mask"].to(device)[:, None].float()
+    return told
+
+
+def shown_under(keep, shown, backbone):
+    """The pixels that stage 2 sees: of kept patches (B, N) those that are shown (B, 1, S, S), or all (None)."""
+    kept = pixels(keep, backbone.grid, backbone.patch)
+    return kept if shown is None else kept * shown
+
+
 def repaint(classifier, images, held, hidden, logits, generator):
     """Replace masked-out pixels with noise, another image, grey -> largest logit change (B,), share of flips (B,)."""
     noise = torch.randn(images.shape, generator=generator).to(images)
     changes, flips = [], []
-    for paint in (noise, images.roll(1, 0), torch.zeros_like(images)):
-        again = classifier.head(classifier.features(torch.where(hidden, paint, images), held))
+    for other in (noise, images.roll(1, 0), torch.zeros_like(images)):
+        again = classifier.head(classifier.features(torch.where(hidden, other, images), held))
         changes.append((again - logits).abs().amax(1))
         flips.append((again.argmax(1) != logits.argmax(1)).float())
     return torch.stack(changes).amax(0), torch.stack(flips).mean(0)
@@ -239,7 +281,7 @@ def summary(classifier, rows, samples, indices):
     probe = None
     place = samples.groups[indices] % max(1, len(samples.places))
     if len(place.unique()) > 1:
-        probe = {"representation": linear_probe(row["features"], place), "mask": linear_probe(row["keep"], place),
+        probe = {"representation": linear_probe(row["features"], place), "mask": linear_probe(row["mask"], place),
                  "chance": torch.bincount(place).max().item() / len(place)}
     return {"images": len(indices), "mask": classifier.mask,
             "repaint": {"max_logit_change": row["change"].max().item(), "mean_logit_change": mean("change"),
@@ -256,19 +298,21 @@ def leakage_of_group(classifier, images, truth, backbone, number, gradients):
     gradients: how many of these images the gradient is taken of, at most.
     """
     with torch.no_grad():
-        keep, held = classifier.find(images, None if truth is None else patch_keep(truth, backbone.patch))
+        truth = None if truth is None else truth[:, None].float()
+        keep, held = classifier.find(images, truth)
         if keep is None:
             return {}
-        shown = pixels(keep, backbone.grid, backbone.patch)
+        shown = shown_under(keep, getattr(held, "shown", None), backbone)
         features = classifier.features(images, held)
         row = {"features": features, "keep": keep}
+        row["mask"] = F.avg_pool2d(shown, backbone.patch // 2).flatten(1) if isinstance(held, Trimmed) else keep
         noise = torch.Generator().manual_seed(number)
         logits = classifier.head(features)
         row["change"], row["flip"] = repaint(classifier, images, held, shown == 0, logits, noise)
-        objects = shown if truth is None else truth[:, None].float()
+        objects = shown if truth is None else truth
         if len(images) > 1:                              # a single image has nobody to swap with
             swapped = swap_backgrounds(images, objects)
-            keep2, held2 = classifier.find(swapped, keep)
+            keep2, held2 = classifier.find(swapped, truth)
             guess = classifier.head(classifier.features(swapped, held2)).argmax(1)
             row["swap"], row["iou"] = (guess != logits.argmax(1)).float(), mask_iou(keep, keep2)
         if truth is not None:

@@ -96,7 +96,11 @@ def foreground_counts(maps, masks):
     bilinearly (align_corners), arg-max over parts, not background.
     """
     maps = F.interpolate(maps.float(), masks.shape[1:], mode="bilinear", align_corners=True)
-    found, true = maps.argmax(1) < maps.shape[1] - 1, masks.bool()
+    return pixel_counts(maps.argmax(1) < maps.shape[1] - 1, masks.bool())
+
+
+def pixel_counts(found, true):
+    """Pixels of two masks (B, S, S), bool, that are (in both, in the first only, in the second only, in neither)."""
     cells = (found & true, found & ~true, ~found & true, ~found & ~true)
     return torch.stack([c.flatten(1).sum(1) for c in cells], 1)
 

@@ -59,7 +59,7 @@ def test_evaluating_twice_gives_the_same_bits_in_both_stages():
     # the published code draws Gumbel noise in evaluation too, so its masks and logits change from run to run
     model, x = published_model(), golden("ifam_small")["x"]
     for first, second in zip(model(x), model(x)):
-        assert torch.equal(first, second)
+        assert first is second is None or torch.equal(first, second)
     model.train()
     assert not torch.equal(model(x).maps, model(x).maps)
 
