@@ -262,7 +262,9 @@ class Output(NamedTuple):
     keep: torch.Tensor | None = None             # (B, N)          1 = stage 2 saw this patch
     part_logits: torch.Tensor | None = None      # (B, K+1, N)     minus squared distance to each prototype
     part_features: torch.Tensor | None = None    # (B, K+1, D)     modulated part features
-    shown: torch.Tensor | None = None            # (B, 1, S, S)    1 = stage 2 saw this pixel of a kept patch; None: all
+    shown: torch.Tensor | None = None            # (B, 1, S, S)    1 = stage 2 may see this pixel; None: any
+    keep_parts: torch.Tensor | None = None       # (B, K, N)       keep, by part; None unless asked for, as the next one
+    logits_parts: torch.Tensor | None = None     # (B, K, C)       stage 2 on one part alone; NaN where it has no patch
 
 
 class IFAM(nn.Module):
@@ -271,7 +273,7 @@ class IFAM(nn.Module):
     classes C, k parts, arch as build_vit has it, size in pixels. joint=False cuts the gradient of the stage-2 loss at
     the mask, which is what the published code does. selector_arch, selector_size: a smaller stage 1, which looks at the
     image at a smaller size; its part maps have its own grid, the mask has that of stage 2. trim, largest, dilate: what
-    is done against what a mask tells (see `shown_pixels` and `reshape`). All of these go past the paper. ValueError for
+    is done against what a mask tells (see `shown_pixels` and `less_telling`). All of these go past the paper. ValueError for
     settings that do not fit.
     """
 
@@ -295,15 +297,17 @@ class IFAM(nn.Module):
         self.joint, self.dropout2 = joint, dropout2
         self.largest, self.dilate, self.trim = largest, dilate, trim
 
-    def forward(self, images, keep=None, noise=None, shown=None):
+    def forward(self, images, keep=None, noise=None, shown=None, per_part=False):
         """images (B, 3, S, S), normalised -> Output.
 
         keep (B, N): use this mask instead of the discovered one; 0/1 unless hardness is "soft".
         noise: the randomness of this call; None draws it in training and means no randomness in evaluation.
         shown (B, 1, S, S): pixels that stage 2 may see, where trim is "truth" the true object; 0/1.
+        per_part: also a pass of stage 2 for each part, which sees the kept patches of that part and nothing else.
         """
         noise = noise or self.draw_noise(len(images))
-        return self.second_stage(images, self.selector(images, noise), noise, keep, shown)
+        out = self.second_stage(images, self.selector(images, noise), noise, keep, shown)
+        return self.each_part(images, out, noise) if per_part else out
 
     def forward_pair(self, images, warped, noise, keep=None, shown=None):
         """Training: (Output of images, part maps of the warped images), stage 1 on both in one doubled batch.
@@ -329,23 +333,53 @@ class IFAM(nn.Module):
         logits = self.predictor(paint(images, shown), keep if self.joint else keep.detach())
         return Output(logits, first.logits, first.maps, keep, first.part_logits, first.part_features, shown)
 
+    def each_part(self, images, out, noise=Noise()):
+        """An Output with keep_parts and logits_parts: what stage 2 says of each part alone. ValueError without one.
+
+        Passes are packed into one call; a part without patches in an image gets none, and NaN instead of logits.
+        """
+        if self.predictor is None:
+            raise ValueError("this model has no second stage, which could see one part alone")
+        parts = self.split(out, out.keep, noise)
+        there = parts.any(2)                                                     # (B, K)
+        keep = parts[there] if self.joint else parts[there].detach()
+        alone = self.predictor(paint(images, out.shown)[there.nonzero()[:, 0]], keep)
+        logits = alone.new_full((*there.shape, alone.shape[1]), math.nan)
+        return out._replace(keep_parts=parts, logits_parts=logits.index_put((there,), alone))
+
+    def split(self, first, keep, noise=Noise()):
+        """keep (B, N) by part -> (B, K, N): parts are disjoint and their sum is keep. first: all that has part_logits.
+
+        A kept patch belongs to its best foreground part (in training to the best that survives), on the grid of stage
+        2, as in `mask`.
+        """
+        best = first.part_logits[:, :-1] if noise.keep is None else (first.part_logits + noise.keep)[:, :-1]
+        if noise.parts2 is not None:
+            best = best.masked_fill(noise.parts2[..., None] == 0, -math.inf)
+        own = F.one_hot(best.argmax(1), best.shape[1]).mT.to(keep.dtype)                         # (B, K, N of stage 1)
+        return self.on_own_grid(own) * keep[:, None]
+
     @property
     def grid(self):
         """(h, w) of masks: the patches of stage 2, or of stage 1 where it is alone."""
         return (self.predictor or self.selector).backbone.grid
 
     def mask(self, first, noise=Noise(), hard=True):
-        """The mask of a stage-1 Selection on the grid of stage 2: keep (B, N). first: all that has part_logits.
+        """The mask of a stage-1 Selection on the grid of stage 2: keep (B, N). first: all that has part_logits."""
+        keep = discretize(first.part_logits, noise.keep, noise.parts2, self.selector.tau, hard)
+        return self.less_telling(self.on_own_grid(keep[:, None])[:, 0], noise)
+
+    def on_own_grid(self, values):
+        """Values of the patches of stage 1 (B, c, N1) -> of those of stage 2 (B, c, N).
 
         Each patch takes the value where its centre lies, so that a hard mask stays hard.
         """
-        keep = discretize(first.part_logits, noise.keep, noise.parts2, self.selector.tau, hard)
-        if self.selector.given is not None:
-            own = keep.unflatten(1, self.selector.backbone.grid)[:, None]
-            keep = F.interpolate(own, self.grid, mode="nearest-exact").flatten(1)
-        return self.reshape(keep, noise)
+        if self.selector.given is None:
+            return values
+        own = values.unflatten(2, self.selector.backbone.grid)
+        return F.interpolate(own, self.grid, mode="nearest-exact").flatten(2)
 
-    def reshape(self, keep, noise=Noise()):
+    def less_telling(self, keep, noise=Noise()):
         """What is done to the shape of a hard mask, so that it tells less: keep (B, N) -> (B, N).
 
         largest: only the largest component stays. dilate: the eight neighbours of a kept patch are kept too, "always",
