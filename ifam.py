@@ -52,6 +52,10 @@ class Noise(NamedTuple):
     def to(self, device):
         return Noise(*(x if x is None else x.to(device) for x in self))
 
+    def of(self, images):
+        """The noise of some of the images, a slice."""
+        return Noise(*(x if x is None else x[images] for x in self))
+
 
 class Selection(NamedTuple):
     part_logits: torch.Tensor    # (B, K+1, N)      minus squared distance to each prototype; -inf: refused
@@ -317,7 +321,7 @@ class IFAM(nn.Module):
         """
         B = len(images)
         both = self.selector(torch.cat([images, warped]), noise)
-        first, noise = Selection(*(x[:B] for x in both)), Noise(*(x if x is None else x[:B] for x in noise))
+        first, noise = Selection(*(x[:B] for x in both)), noise.of(slice(B))
         return self.second_stage(images, first, noise, keep, shown), both.maps[B:]
 
     def second_stage(self, images, first, noise=Noise(), keep=None, shown=None):

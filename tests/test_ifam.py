@@ -14,7 +14,7 @@ from vit import build_vit
 
 
 def there(out):
-    """The fields of an Output that the call gives."""
+    """The fields of an Output, or of a Noise, that are there."""
     return [x for x in out if x is not None]
 
 
@@ -261,10 +261,10 @@ def test_the_pair_of_a_training_step_equals_two_separate_passes():
     model, x, warped = tiny().train(), pictures(2), pictures(2, seed=2)
     noise = Noise.draw(4, 25, generators=[torch.Generator().manual_seed(i) for i in range(4)])
     pair, warped_maps = model.forward_pair(x, warped, Noise(noise.maps, noise.keep[:2], noise.parts1, noise.parts2[:2]))
-    alone = model(x, noise=Noise(*(n[:2] for n in noise)))
+    alone = model(x, noise=noise.of(slice(2)))
     for ours, expected in zip(there(pair), there(alone), strict=True):
         agrees(ours, expected)
-    agrees(warped_maps, model.selector(warped, Noise(*(n[2:] for n in noise))).maps)
+    agrees(warped_maps, model.selector(warped, noise.of(slice(2, 4))).maps)
 
 
 # ---------------------------------------------------------------- the loss as one function
@@ -510,9 +510,9 @@ def seeded(*seeds):
 def test_noise_of_a_sample_depends_on_its_generator_and_not_on_the_split_of_the_batch():
     together = Noise.draw(4, 25, generators=seeded(1, 2, 3))
     split = [Noise.draw(4, 25, generators=seeded(*seeds)) for seeds in ((1,), (2, 3))]
-    for name, whole in together._asdict().items():
+    for name, whole in zip(together._fields, there(together)):
         assert torch.equal(whole, torch.cat([getattr(part, name) for part in split]))
-    assert {name: tuple(value.shape) for name, value in together._asdict().items()} == dict(
+    assert {name: tuple(value.shape) for name, value in zip(together._fields, there(together))} == dict(
         maps=(3, 5, 25), keep=(3, 5, 25), parts1=(3, 4), parts2=(3, 4))
     assert not torch.equal(together.maps, together.keep) and not torch.equal(together.maps[0], together.maps[1])
 
@@ -532,7 +532,7 @@ def test_training_draws_one_sample_per_image_and_evaluation_none():
     model = tiny()
     assert all(part is None for part in model.draw_noise(3))
     noise = model.train().draw_noise(3)
-    assert [len(part) for part in noise] == [3, 3, 3, 3]
+    assert [len(part) for part in there(noise)] == [3, 3, 3, 3]
     assert not torch.equal(noise.maps[0], noise.maps[1]) and not torch.equal(noise.keep[1], noise.keep[2])
 
 
@@ -543,7 +543,7 @@ def test_a_training_step_is_a_function_of_its_noise():
     for first, second in zip(there(whole), there(model(x, noise=noise)), strict=True):
         assert torch.equal(first, second)
     for i in range(3):
-        for all_of_it, alone in zip(there(whole), there(model(x[i:i + 1], noise=Noise(*(n[i:i + 1] for n in noise))))):
+        for all_of_it, alone in zip(there(whole), there(model(x[i:i + 1], noise=noise.of(slice(i, i + 1))))):
             agrees(alone[0], all_of_it[i])
 
 

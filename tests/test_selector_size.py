@@ -57,7 +57,7 @@ def test_the_same_size_is_the_model_without_the_option():
     model, plain, x = small(selector_size=70), tiny(), pictures(3)
     plain.load_state_dict(model.state_dict())
     for ours, expected in zip(model(x, per_part=True), plain(x, per_part=True)):
-        assert torch.equal(ours.nan_to_num(), expected.nan_to_num())
+        assert ours is expected is None or torch.equal(ours.nan_to_num(), expected.nan_to_num())
 
 
 def test_the_stage_2_loss_reaches_a_smaller_stage_1_as_the_sum_over_the_patches_of_a_cell():
