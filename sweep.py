@@ -66,7 +66,14 @@ SETS = {        # {name of a set: {name of a run: flags of train.py}}
         "early-truth-cls": [*METHODS["early-truth"], "--pooling", "cls"],
         "late-truth-all": [*METHODS["late-truth"], "--pooling", "mean-all"],
         "early-found-cls": [*METHODS["early-found"], "--pooling", "cls"],
-        "late-found-all": [*METHODS["late-found"], "--pooling", "mean-all"]}}
+        "late-found-all": [*METHODS["late-found"], "--pooling", "mean-all"]},
+    "masks": {                                           # what is done against what a mask still tells
+        "ifam": METHODS["ifam"],
+        "trim-found": ["--trim", "found"], "trim-truth": ["--trim", "truth"],
+        "largest": ["--mask-largest"],
+        "dilate": ["--mask-dilate", "always"], "dilate-random": ["--mask-dilate", "random"],
+        "early-truth-cls": [*METHODS["early-truth"], "--pooling", "cls"],
+        "early-truth-trim": [*METHODS["early-truth"], "--pooling", "cls", "--trim", "truth"]}}
 
 
 def choose(names):

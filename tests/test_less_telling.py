@@ -18,7 +18,7 @@ from runs import Config, preset
 from settings import UsageError
 
 SWITCHES = {"trimmed by the parts": dict(trim="found"), "trimmed by the true mask": dict(trim="truth"), "the largest component": dict(largest=True),
-            "dilated": dict(dilate="always"), "everything, a smaller stage 1": dict(trim="found", largest=True, dilate="always", selector_size=42)}
+            "dilated": dict(largest=True, dilate="always"), "everything, a smaller stage 1": dict(trim="found", largest=True, dilate="always", selector_size=42)}
 
 
 def true_masks(count=3, size=70, seed=5):
