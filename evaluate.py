@@ -24,6 +24,7 @@ from interventions import apply_intervention, describe_intervention
 from measure import figures
 from measure.leakage import Seen, measure_leakage, place_of_mask, stage1_classifier, stage2_classifier
 from measure.metrics import accuracies, ari, foreground_ious, keypoint_error, landmarks, nmi
+from measure.shape import SHAPE
 from predict import OnCheckpoint, open_split, predict
 from runs import as_published, hash_of, load_model, pick_device
 from settings import UsageError, may_write, opt, parse, run_script, write_json
@@ -192,7 +193,9 @@ ROWS = (  # of the table: where a number stands in the report, and what it is
     ("swap: predictions flipped", "leak.swap.flip_rate"), ("swap: IoU of the two masks", "leak.swap.mask_iou"),
     ("admitted: background in kept patches", "leak.admitted"),
     ("probe: place from the representation", "leak.probe.representation"),
-    ("probe: place from the mask alone", "leak.probe.mask"), ("probe: chance", "leak.probe.chance"))
+    ("probe: place from the mask alone", "leak.probe.mask"),
+    *((f"  from {what}", f"leak.probe.shape.{name}") for name, what in SHAPE.items()),
+    ("probe: chance", "leak.probe.chance"))
 LOCALISATION = (("foreground IoU", "foreground_iou"), ("foreground IoU, mean over images", "foreground_iou_mean"),
                 ("background IoU", "background_iou"), ("keypoint regression: error, in boxes", "kp"),
                 ("keypoints: NMI of part and name", "nmi"), ("keypoints: ARI of part and name", "ari"))
