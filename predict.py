@@ -16,6 +16,7 @@ half: a model over a split.
 Floor: commands, the lowest. Read runs.py first.
 """
 import json
+import math
 from collections import Counter
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
@@ -30,7 +31,7 @@ from PIL import Image, ImageOps
 import data
 import runs
 import vit
-from baselines import background_seed
+from baselines import RandomMask, background_seed
 from benchmarks.files import eight_bits, is_our_picture, read_image, white_of
 from benchmarks.samples import patch_keep
 from benchmarks.transforms import FINE_GRAINED, View, squash, to_tensor
@@ -233,7 +234,9 @@ class OnCheckpoint:
 
 
 def given_mask(model, batch, device):
-    """True mask of a batch's images as patches (B, N), for the baselines that are given it; None for all others."""
+    """The mask (B, N) of a batch's images that a baseline is given, true or random; None for all other models."""
+    if isinstance(model, RandomMask):
+        return model.of(batch["id"], math.prod(model.predictor.backbone.grid)).to(device)
     return patch_keep(batch["mask"].to(device), model.predictor.backbone.patch) if model.needs_truth else None
 
 

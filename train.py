@@ -33,7 +33,7 @@ import data
 import ifam
 import settings
 import vit
-from baselines import FoundMask, build
+from baselines import FoundMask, RandomMask, build
 from benchmarks.samples import Plan, spread_over_groups
 from measure.metrics import accuracies
 from predict import given_mask, predict
@@ -138,7 +138,12 @@ def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None
     share = len(batch["label"])
     affine = ifam.Affine.draw((cfg.size, cfg.size), generator(cfg.seed, step))    # one for the whole global batch
     sums = {}
-    keep = given_mask(model, batch, device)
+    if isinstance(model, RandomMask):                    # other masks at each step
+        positions = range(rank * share, (rank + 1) * share)
+        generators = [generator(cfg.seed, step, 3, p) for p in positions]
+        keep = model.draw(generators, math.prod(model.predictor.backbone.grid)).to(device)
+    else:
+        keep = given_mask(model, batch, device)
     for part in torch.arange(share).split(cfg.micro or share):
         images, labels = (batch[key][part].to(device, non_blocking=True) for key in ("image", "label"))
         noise = draw_noise(model, cfg, step, (rank * share + part).tolist())
