@@ -41,7 +41,7 @@ class Config(OnCheckpoint):
                              "without")
     speed: bool = opt(False, "also measure time, operations and memory, relative to one dense ViT")
     encoding: bool = opt(False, "also what the selection of patches tells of the answer; trains an evaluator on random "
-                         "masks first, once, in the folder encoding beside the checkpoint (as long as a training of erm)")
+                         "masks first, once, in the folder encoding beside the checkpoint")
     adversarial: bool = opt(False, "imagenet9: each object on every background until one fools the model (hours)")
     out: str = opt("", "file to write (default report.json beside the checkpoint, or report-<what differs>.json; a "
                        "picture of the parts lies beside it)", group="output")
@@ -98,9 +98,12 @@ def evaluator_of(cfg, state, device):
                    "selection": found["best"], "sha256": hash_of(folder / "best.pt")}
 
 
-def measure_encoding(cfg, model, state, samples, device):
-    """encoding.measure_encoding of a model on a split, under the masks that it finds now -> dict for report.json."""
-    evaluator, about = evaluator_of(cfg, state, device)
+def measure_encoding(cfg, model, evaluator, samples, device):
+    """encoding.measure_encoding of a model on a split, under the masks that it finds now -> dict for report.json.
+
+    evaluator: what evaluator_of gave.
+    """
+    evaluator, about = evaluator
     keep = predict(model, samples, cfg.batch, device, cfg.workers)["keep"]
     return {**encoding.measure_encoding(model, evaluator, samples, keep, device, cfg.batch, cfg.workers),
             "evaluator": about}
@@ -330,6 +333,7 @@ def epoch_of(state, path):
 def measure(cfg, model, state, name, samples, train, sets, intervention, device):
     """Everything that report.json says -> dict."""
     trained, benchmark = state["config"], data.BENCHMARKS[samples.name]
+    evaluator = evaluator_of(cfg, state, device) if cfg.encoding else None       # first: train.py may refuse
     normalise = cfg.kp_normalise or bool(intervention and intervention["q"])     # thresholds are of normalised images
     report = {"data": name, "method": trained["method"], "seed": trained["seed"], "step": state["step"],
               "source": "published snapshot" if state["step"] is None else "train.py", "selection": state["best"],
@@ -347,7 +351,7 @@ def measure(cfg, model, state, name, samples, train, sets, intervention, device)
     if cfg.adversarial:
         report["adversarial"] = adversarial(model, samples, sets["only_bg_t"], device, cfg.batch, cfg.workers)
     if cfg.encoding:
-        report["encoding"] = measure_encoding(cfg, model, state, samples, device)
+        report["encoding"] = measure_encoding(cfg, model, evaluator, samples, device)
     if cfg.speed:
         report["speed"] = speed.measure_split(model, samples, device, cfg.batch)
     return report

@@ -78,7 +78,7 @@ def measure_encoding(model, evaluator, samples, keep, device="cpu", batch=32, wo
         masks[mask] = difference(right["model", mask], right["evaluator", mask])
         for name in predictors:
             found = accuracies({"logits": logits[name, mask]}, samples)
-            masks[mask][name] = {key: found[key] for key in ("aa", "aa_interval", "worst_group", "worst_group_interval")}
+            masks[mask][name] = {key: found[key] for of in ("aa", "worst_group") for key in (of, f"{of}_interval")}
     groups = {}
     for g, name in enumerate(samples.group_names):
         here = samples.groups == g
@@ -93,14 +93,15 @@ def measure_encoding(model, evaluator, samples, keep, device="cpu", batch=32, wo
 def summary(found):
     """What measure_encoding found, as lines for the terminal."""
     low, high = found["encoding_interval"]
-    lines = [f"  the selection encodes {found['encoding']:+.3f} ({low:+.2f} to {high:+.2f}) of accuracy: the model less "
-             "an evaluator trained on random masks",
+    lines = [f"  what the selection encodes: {found['encoding']:+.3f} ({low:+.2f} to {high:+.2f}) of accuracy, the "
+             "model less an evaluator trained on random masks",
              f"    {'accuracy (worst group) under':<34}{'model':>16}{'evaluator':>16}{'model less evaluator':>26}"]
     both = lambda x: f"{x['aa']:.3f} ({x['worst_group']:.3f})"
     span = lambda x: f"{x['difference']:+.3f} ({x['low']:+.2f} to {x['high']:+.2f})"
     lines += [f"    {MASKS[mask]:<34}{both(x['model']):>16}{both(x['evaluator']):>16}{span(x):>26}"
               for mask, x in found["masks"].items()]
     if len(found["groups"]) <= 9:
-        lines += [f"      {name + ' (n = ' + str(x['n']) + ')':<32}{x['model']:>16.3f}{x['evaluator']:>16.3f}{span(x):>26}"
-                  for name, x in found["groups"].items() if x["n"]]
+        named = {f"{name} (n = {x['n']})": x for name, x in found["groups"].items() if x["n"]}
+        lines += [f"      {name:<32}{x['model']:>16.3f}{x['evaluator']:>16.3f}{span(x):>26}"
+                  for name, x in named.items()]
     return "\n".join(lines)

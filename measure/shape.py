@@ -2,9 +2,9 @@
 
     shape_probes(keep, place, grid)                      # accuracies at reading the place from properties of masks
 
-Floor: measuring. Read probes.py before and ifam.components; leakage.py has the probe of the whole mask, which this takes
-apart. An early mask hides every pixel outside it, and shows its own shape: where the background decides what
-is kept (water that is taken for a part of the bird, a hole where something stands before it), the mask still tells the
+Floor: measuring. Read probes.py before and ifam.components; leakage.py has the probe of the whole mask, which this
+takes apart. An early mask hides every pixel outside it, and shows its own shape: where the background decides what is
+kept (water that is taken for a part of the bird, a hole where something stands before it), the mask still tells the
 place. Nothing is drawn at random. Letters: n images, N = h*w patches.
 """
 import torch
