@@ -64,11 +64,20 @@ def difference(a, b):
     return {"difference": (ones - others) / n, "low": max(-1.0, middle - half), "high": min(1.0, middle + half)}
 
 
+def mean_with_interval(x):
+    """Mean of numbers of images (n,) -> {"difference", "low", "high"}; the 95 % interval is the normal one."""
+    mean = x.mean().item()
+    half = 1.96 * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else 2.0      # of one image nothing is known
+    return {"difference": mean, "low": max(-2.0, mean - half), "high": min(2.0, mean + half)}
+
+
 def measure_encoding(model, evaluator, samples, keep, device="cpu", batch=32, workers=0):
     """How much of the answer the selection keep (n, N) tells the model -> dict for report.json.
 
     "encoding": accuracy of the model less that of the evaluator under these masks, with its interval; "groups": the
-    same of each group; "masks": both classifiers under each of MASKS. model, evaluator: anything with a predictor.
+    same of each group; "masks": both classifiers under each of MASKS; "beyond_true": the encoding less what the same
+    difference is under the true masks, in which nothing is encoded, where there are any and they do not mark the class.
+    model, evaluator: anything with a predictor.
     """
     predictors = {"model": model.predictor, "evaluator": evaluator.predictor}
     logits = logits_under(predictors, samples, keep, device, batch, workers)
@@ -85,9 +94,12 @@ def measure_encoding(model, evaluator, samples, keep, device="cpu", batch=32, wo
         of = {who: right[who, "own"][here].mean().item() if here.any() else None for who in predictors}
         groups[name] = {"n": int(here.sum()), **of, **difference(right["model", "own"][here],
                                                                   right["evaluator", "own"][here])}
-    own = masks["own"]
+    own, beyond = masks["own"], {}
+    if "true" in masks and not samples.masks_tell:
+        less = {mask: right["model", mask] - right["evaluator", mask] for mask in ("own", "true")}
+        beyond = {"beyond_true": mean_with_interval(less["own"] - less["true"])}
     return {"images": len(samples), "encoding": own["difference"], "encoding_interval": [own["low"], own["high"]],
-            "groups": groups, "masks": masks}
+            **beyond, "groups": groups, "masks": masks}
 
 
 def summary(found):
@@ -100,6 +112,8 @@ def summary(found):
     span = lambda x: f"{x['difference']:+.3f} ({x['low']:+.2f} to {x['high']:+.2f})"
     lines += [f"    {MASKS[mask]:<34}{both(x['model']):>16}{both(x['evaluator']):>16}{span(x):>26}"
               for mask, x in found["masks"].items()]
+    if "beyond_true" in found:
+        lines.append(f"    its own less the true mask{span(found['beyond_true']):>66}")
     if len(found["groups"]) <= 9:
         named = {f"{name} (n = {x['n']})": x for name, x in found["groups"].items() if x["n"]}
         lines += [f"      {name:<32}{x['model']:>16.3f}{x['evaluator']:>16.3f}{span(x):>26}"

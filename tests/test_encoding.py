@@ -13,7 +13,7 @@ import train
 from benchmarks.samples import balanced
 from measure import encoding
 from measure import tables
-from settings import parse, write_json
+from settings import UsageError, parse, write_json
 from tiny import fails
 from tiny import train as run
 
@@ -35,7 +35,7 @@ def planted(count, seed):
 
 class Planted:
     """These images as a split of a benchmark."""
-    name, split, group_names, masks = "planted", "test", ["dark", "bright"], None
+    name, split, group_names, masks, masks_tell = "planted", "test", ["dark", "bright"], None, False
     answers = staticmethod(lambda logits: logits.argmax(1))
 
     def __init__(self, images, labels):
@@ -169,6 +169,8 @@ def test_the_evaluator_is_trained_once_as_the_run_was_and_used_again(trained, ca
     config, own = (json.loads((folder / "config.json").read_text()) for folder in (trained / "encoding", trained))
     assert config["method"] == "early-random" and all(config[key] == own[key] for key in ("lr", "epochs", "batch", "seed", "size", "weights", "limit", "pooling"))
     assert list(found["masks"]) == ["own", "true", "random", "all"] and found["evaluator"]["sha256"] == runs.hash_of(trained / "encoding" / "best.pt")
+    by = {name: mask["difference"] for name, mask in found["masks"].items()}
+    assert found["beyond_true"]["difference"] == pytest.approx(by["own"] - by["true"])
     for mask in found["masks"].values():
         assert mask["difference"] == pytest.approx(mask["model"]["aa"] - mask["evaluator"]["aa"])
     report = json.loads((trained / "report.json").read_text())
@@ -200,6 +202,13 @@ def test_a_model_without_an_early_hard_mask_of_its_own_is_refused_before_anythin
     runs.save(tmp_path / "best.pt", 0, cfg, 1, best, {"model": model})
     line = fails(evaluate.main, "--ckpt", tmp_path / "best.pt", "--encoding")(capsys)
     assert "--encoding asks what an early, hard mask tells" in line and [p.name for p in tmp_path.iterdir()] == ["best.pt"]
+
+
+def test_a_published_snapshot_does_not_say_how_to_train_an_evaluator(trained):
+    cfg = parse(evaluate.Config, "", ["--ckpt", str(trained / "best.pt"), "--encoding"])
+    model, state = runs.load_model(cfg.ckpt)
+    with pytest.raises(UsageError, match="published snapshot, does not say how"):
+        evaluate.check(cfg, model, {**state, "step": None}, Planted(*planted(2, 0)[:2]), {})
 
 
 @pytest.mark.parametrize("method", ["early-truth", "early-found"])
