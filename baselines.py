@@ -6,6 +6,9 @@ about where the object is goes to both: measure.leakage.given has it.
 
 Floor: the lesson, its last chapter. Read ifam.py first; its letters are used here.
 """
+import os
+import zlib
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -225,6 +228,27 @@ class FoundMask(ERM):
         return super().forward(images, self.find(images) if keep is None else keep)
 
 
+class RandomMask(ERM):
+    """The same under masks drawn at random: what a classifier knows that no selection has told anything.
+
+    After REAL-X (Jethani et al., AISTATS 2021), whose EVAL-X it is: for each image a share is drawn, uniform in [0, 1],
+    and every patch is kept with this probability, so that each set of patches may occur. `evaluate.py --encoding`
+    trains it to judge the masks of others. keep (B, N) as for ERM; without it the whole image is seen.
+    """
+
+    @staticmethod
+    def draw(generators, patches):
+        """A mask for each generator -> keep (len(generators), patches) in {0, 1}."""
+        draws = torch.stack([torch.rand(1 + patches, generator=g) for g in generators])
+        return (draws[:, 1:] < draws[:, :1]).float()
+
+    @staticmethod
+    def of(ids, patches):
+        """The masks that images with these names have in every evaluation -> keep (len(ids), patches)."""
+        seeds = [zlib.crc32(os.fsencode(name)) for name in ids]
+        return RandomMask.draw([torch.Generator().manual_seed(seed) for seed in seeds], patches)
+
+
 def background_seed(attention, keys, threshold=0.3):
     """FOUND's training-free step: what does not look like the least attended patch -> keep (B, N), seed (B,).
 
@@ -262,15 +286,16 @@ class PDiscoFormer(IFAM):
 # ---------------------------------------------------------------- settings -> model
 GIVEN = ("early-truth", "late-truth", "early-found", "late-found")               # methods whose mask is not learned
 PRETRAINED = ("frozen", "ep", "aim", "early-found", "late-found")                # a random backbone cannot serve these
-METHODS = ("ifam", "pdiscoformer", "erm", "frozen", "ep", "aim", *GIVEN)
+METHODS = ("ifam", "pdiscoformer", "erm", "frozen", "ep", "aim", *GIVEN, "early-random")
 TAKES = {   # settings that only these methods have; all others have no such thing, and refuse the flag
     **dict.fromkeys(("k", "tau", "part_dropout1", "train_tokens", "shaping", "lr_prototypes", "lr_tokens", "film",
                      *(f"weight_{loss}" for loss in WEIGHTS if loss != "class2")),
                     ("ifam", "pdiscoformer")),
     **dict.fromkeys(("weight_class2", "warmup"), tuple(m for m in METHODS if m != "pdiscoformer")),
-    **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "freeze_stage2", "selector_size",
-                     "selector_arch", "selector_weights", "mask_largest", "mask_dilate"), ("ifam",)),
-    "trim": ("ifam", "early-truth"), "pooling": ("ifam", *GIVEN), "train_backbone": ("ep", "aim")}
+    **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "selector_size", "selector_arch",
+                     "selector_weights", "mask_largest", "mask_dilate"), ("ifam",)),
+    "freeze_stage2": ("ifam", "early-random"), "trim": ("ifam", "early-truth"),
+    "pooling": ("ifam", *GIVEN, "early-random"), "train_backbone": ("ep", "aim")}
 
 
 def build(settings, classes):
@@ -283,6 +308,8 @@ def build(settings, classes):
     if method in ("ep", "aim"):
         probe = {"ep": EfficientProbe, "aim": AttentionProbe}[method]
         return probe(**shared, frozen=not settings["train_backbone"])
+    if method == "early-random":
+        return RandomMask(**shared, pooling=settings["pooling"])
     if method in GIVEN:
         masking, source = method.split("-")
         kind = {"truth": TrueMask, "found": FoundMask}[source]

@@ -19,14 +19,17 @@ import torch
 
 import data
 import speed
+import train
 from benchmarks.files import is_our_picture
 from interventions import apply_intervention, describe_intervention
-from measure import figures
+from measure import encoding, figures
 from measure.leakage import Seen, measure_leakage, place_of_mask, stage1_classifier, stage2_classifier
 from measure.metrics import accuracies, ari, foreground_ious, keypoint_error, landmarks, nmi
+from measure.shape import SHAPE
 from predict import OnCheckpoint, open_split, predict
-from runs import as_published, hash_of, load_model, pick_device
-from settings import UsageError, may_write, opt, parse, run_script, write_json
+from runs import Config as RunConfig
+from runs import as_published, differences, has, hash_of, load_model, pick_device, read_config, trained
+from settings import UsageError, may_write, opt, parse, recorded, run_script, write_json
 
 
 @dataclass
@@ -37,6 +40,8 @@ class Config(OnCheckpoint):
     kp_normalise: bool = opt(False, "keypoint metrics: normalise images as in training; the published ones are taken "
                              "without")
     speed: bool = opt(False, "also measure time, operations and memory, relative to one dense ViT")
+    encoding: bool = opt(False, "also what the selection of patches tells of the answer; trains an evaluator on random "
+                         "masks first, once, in the folder encoding beside the checkpoint")
     adversarial: bool = opt(False, "imagenet9: each object on every background until one fools the model (hours)")
     out: str = opt("", "file to write (default report.json beside the checkpoint, or report-<what differs>.json; a "
                        "picture of the parts lies beside it)", group="output")
@@ -70,6 +75,38 @@ def localisation(model, result, samples, train=None, kp_normalise=False, **loadi
         except ValueError as reason:                     # few images may not show every landmark
             out["kp_skipped"] = str(reason)
     return out
+
+
+# ---------------------------------------------------------------- the judge of a selection
+def evaluator_of(cfg, state, device):
+    """Stage 2 trained on random masks with the settings of the run -> (the model, what the report says of it).
+
+    It lies in the folder `encoding` beside the checkpoint. One that is there is used again, or resumed; if it has other
+    settings it is moved aside. Errors are those of train.py.
+    """
+    folder, method = Path(cfg.ckpt).parent / "encoding", "early-random"
+    settings = {name: x for name, x in recorded(RunConfig, state["config"], cfg.ckpt).items() if has(method, name)}
+    given = {"root": cfg.root} if cfg.root and not cfg.data else {}
+    own = RunConfig(**{**settings, **given, "method": method, "out": str(folder), "device": cfg.device})
+    fits = (folder / "config.json").is_file() and not differences(read_config(folder / "config.json"), own)
+    if not fits or not trained(folder / "log.jsonl"):
+        print(f"--encoding: an evaluator is trained on random masks, in {folder}", flush=True)
+        own.resume = fits
+        train.train(own)
+    model, found = load_model(folder / "best.pt", device)
+    return model, {"method": method, "seed": own.seed, "epochs": own.epochs, "step": found["step"],
+                   "selection": found["best"], "sha256": hash_of(folder / "best.pt")}
+
+
+def measure_encoding(cfg, model, evaluator, samples, device):
+    """encoding.measure_encoding of a model on a split, under the masks that it finds now -> dict for report.json.
+
+    evaluator: what evaluator_of gave.
+    """
+    evaluator, about = evaluator
+    keep = predict(model, samples, cfg.batch, device, cfg.workers)["keep"]
+    return {**encoding.measure_encoding(model, evaluator, samples, keep, device, cfg.batch, cfg.workers),
+            "evaluator": about}
 
 
 # ---------------------------------------------------------------- the report
@@ -194,7 +231,9 @@ ROWS = (  # of the table: where a number stands in the report, and what it is
     ("swap: predictions flipped", "leak.swap.flip_rate"), ("swap: IoU of the two masks", "leak.swap.mask_iou"),
     ("admitted: background in kept patches", "leak.admitted"),
     ("probe: place from the representation", "leak.probe.representation"),
-    ("probe: place from the mask alone", "leak.probe.mask"), ("probe: chance", "leak.probe.chance"))
+    ("probe: place from the mask alone", "leak.probe.mask"),
+    *((f"  from {what}", f"leak.probe.shape.{name}") for name, what in SHAPE.items()),
+    ("probe: chance", "leak.probe.chance"))
 LOCALISATION = (("foreground IoU", "foreground_iou"), ("foreground IoU, mean over images", "foreground_iou_mean"),
                 ("background IoU", "background_iou"), ("keypoint regression: error, in boxes", "kp"),
                 ("keypoints: NMI of part and name", "nmi"), ("keypoints: ARI of part and name", "ari"))
@@ -261,6 +300,11 @@ def check(cfg, model, state, samples, sets):
                          f"{samples.name} {cfg.split} has none here; unpack its segmentations, or name another --ckpt")
     if cfg.speed:
         speed.check(model)
+    if cfg.encoding:
+        encoding.check(model, cfg.ckpt)
+        if state["step"] is None:
+            raise UsageError(f"--encoding trains an evaluator as the model was trained, and {cfg.ckpt}, a published "
+                             "snapshot, does not say how: leave it out")
     if cfg.adversarial and samples.masks is None:
         raise UsageError("--adversarial needs bg_challenge/fg_mask; unpack it")
     if cfg.adversarial and "only_bg_t" not in sets:
@@ -293,6 +337,7 @@ def epoch_of(state, path):
 def measure(cfg, model, state, name, samples, train, sets, intervention, device):
     """Everything that report.json says -> dict."""
     trained, benchmark = state["config"], data.BENCHMARKS[samples.name]
+    evaluator = evaluator_of(cfg, state, device) if cfg.encoding else None       # first: train.py may refuse
     normalise = cfg.kp_normalise or bool(intervention and intervention["q"])     # thresholds are of normalised images
     report = {"data": name, "method": trained["method"], "seed": trained["seed"], "step": state["step"],
               "source": "published snapshot" if state["step"] is None else "train.py", "selection": state["best"],
@@ -309,6 +354,8 @@ def measure(cfg, model, state, name, samples, train, sets, intervention, device)
         report["data_differs"] = samples.differs
     if cfg.adversarial:
         report["adversarial"] = adversarial(model, samples, sets["only_bg_t"], device, cfg.batch, cfg.workers)
+    if cfg.encoding:
+        report["encoding"] = measure_encoding(cfg, model, evaluator, samples, device)
     if cfg.speed:
         report["speed"] = speed.measure_split(model, samples, device, cfg.batch)
     return report
@@ -326,6 +373,8 @@ def text(cfg, state, report, sets):
     if "paper" in report:
         lines.append(f"  the paper's iFAM with K = {trained['k']}, on {report['paper_split']}: "
                      + ", ".join(f"{n} {v}" for n, v in report["paper"].items()))
+    if "encoding" in report:
+        lines.append(encoding.summary(report["encoding"]))
     if "speed" in report:
         lines.append(speed.summary(report["speed"]))
     if "adversarial" in report:

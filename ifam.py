@@ -185,25 +185,32 @@ def discretize(part_logits, gumbel=None, parts=None, tau=1.0, hard=True):
 
 
 @torch.no_grad()
-def largest_component(keep, grid):
-    """The largest connected part of each mask: keep (B, N) in {0, 1}, grid (h, w) -> (B, N) in {0, 1}, without graph.
+def components(keep, grid):
+    """Connected parts of masks: keep (B, N) in {0, 1}, grid (h, w) -> the number of each patch's part (B, N).
 
-    Connected are patches that share a side. Of several largest parts the one that comes first in reading order stays;
-    an empty mask stays empty. Every patch takes the least number among its neighbours until nothing changes: exact.
+    Connected are patches that share a side. The number of a part is that of its first patch in reading order, N where
+    nothing is kept. Every patch takes the least number among its neighbours until nothing changes: exact.
     """
     N = math.prod(grid)
     kept = keep.unflatten(1, grid) > 0
-    number = torch.arange(N, device=keep.device).view(grid).where(kept, N)       # N: not kept
+    number = torch.arange(N, device=keep.device).view(grid).where(kept, N)
     while True:
         p = F.pad(number, (1, 1, 1, 1), value=N)
         near = torch.stack([number, p[:, :-2, 1:-1], p[:, 2:, 1:-1], p[:, 1:-1, :-2], p[:, 1:-1, 2:]]).amin(0)
         near = near.where(kept, N)
         if torch.equal(near, number):
-            break
+            return number.flatten(1)
         number = near
-    number = number.flatten(1)                           # of the first patch of the part that a patch belongs to
-    size = torch.zeros(len(keep), N + 1, dtype=torch.long, device=keep.device)
-    size = size.scatter_add(1, number, torch.ones_like(number))[:, :N]
+
+
+def largest_component(keep, grid):
+    """The largest connected part of each mask: keep (B, N) in {0, 1}, grid (h, w) -> (B, N) in {0, 1}, without graph.
+
+    Of several largest parts the one that comes first in reading order stays; an empty mask stays empty.
+    """
+    number = components(keep, grid)
+    size = torch.zeros(len(keep), keep.shape[1] + 1, dtype=torch.long, device=keep.device)
+    size = size.scatter_add(1, number, torch.ones_like(number))[:, :-1]          # the last are not kept
     return (number == size.argmax(1, keepdim=True)).to(keep.dtype)               # argmax: the first of equals
 
 

@@ -463,6 +463,11 @@ def save(path, rank, cfg, step, best, parts, images=None, epoch=None, dataset=No
         write_whole(path, lambda temporary: torch.save(state, temporary))
 
 
+def trained(log):
+    """Did the training of this log.jsonl reach its end? It writes one last line then."""
+    return log.is_file() and b'"finished": true' in log.read_bytes().rpartition(b"\n{")[2]
+
+
 class Log:
     """log.jsonl of a run, one object a line; lines after `step` (of a run that was killed) are dropped on resume."""
 

@@ -27,7 +27,7 @@ import data
 from baselines import TAKES
 from measure import tables
 from runs import Config as RunConfig
-from runs import check, differences, left_out, of_best, pick_device, preset, read_config
+from runs import check, differences, left_out, of_best, pick_device, preset, read_config, trained
 from settings import RunError, UsageError, flag, nearest, opt, parse, read_json, run_script
 
 
@@ -163,11 +163,6 @@ def commands(cfg, flags, processes=1, measure=(), also=()):
     if not trained(folder / "log.jsonl"):
         return [training, *left.values()]
     return [command for name, command in left.items() if not is_current(folder / name)]
-
-
-def trained(log):
-    """Did training reach its end? It writes one last line then."""
-    return log.is_file() and b'"finished": true' in log.read_bytes().rpartition(b"\n{")[2]
 
 
 def is_current(path):

@@ -33,8 +33,8 @@ import data
 import ifam
 import settings
 import vit
-from baselines import FoundMask, build
-from benchmarks.samples import Plan, spread_over_groups
+from baselines import FoundMask, RandomMask, build
+from benchmarks.samples import Plan, balanced, spread_over_groups
 from measure.leakage import given
 from measure.metrics import accuracies
 from predict import predict
@@ -140,7 +140,12 @@ def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None
     share = len(batch["label"])
     affine = ifam.Affine.draw((cfg.size, cfg.size), generator(cfg.seed, step))    # one for the whole global batch
     sums = {}
-    told = given(model, batch, device)
+    if isinstance(model, RandomMask):                    # other masks at each step
+        positions = range(rank * share, (rank + 1) * share)
+        generators = [generator(cfg.seed, step, 3, p) for p in positions]
+        told = {"keep": model.draw(generators, math.prod(model.predictor.backbone.grid)).to(device)}
+    else:
+        told = given(model, batch, device)
     for part in torch.arange(share).split(cfg.micro or share):
         images, labels = (batch[key][part].to(device, non_blocking=True) for key in ("image", "label"))
         noise = draw_noise(model, cfg, step, (rank * share + part).tolist())
@@ -489,6 +494,8 @@ def train(cfg):
         state = earlier_state(cfg) if cfg.resume else None
         read = try_out(cfg)
         samples, val = open_data(cfg, rank, world)
+        if cfg.method == "early-random":                 # a judge of masks must not share the shortcut
+            samples.keep(balanced(samples.groups).tolist())
         images = {split.split: [len(split), split.digest()] for split in (samples, val) if split}
         steps = len(samples) // cfg.batch * cfg.epochs
         trainer = Trainer(cfg, steps, rank, world, device, len(samples.classes), read)

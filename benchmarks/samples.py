@@ -187,6 +187,13 @@ def evenly(indices, count):
     return indices[torch.linspace(0, len(indices) - 1, min(count, len(indices))).round().long()].tolist()
 
 
+def balanced(groups):
+    """Indices (m,) of samples with groups (n,) in which each group is as frequent as the largest: rare ones repeat."""
+    counts = torch.bincount(groups)
+    each = [(groups == g).nonzero()[:, 0] for g in counts.nonzero()[:, 0]]
+    return torch.cat([mine[torch.arange(int(counts.max())) % len(mine)] for mine in each]).sort().values
+
+
 def spread_over_groups(samples, count):
     """`count` samples spread evenly over a split that is sorted by group -> list of samples."""
     return [samples[i] for i in evenly(torch.argsort(samples.groups, stable=True), count)]

@@ -15,10 +15,12 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from baselines import FoundMask, TrueMask
+from baselines import FoundMask, RandomMask, TrueMask
 from benchmarks.samples import patch_keep
 from ifam import Predictor, discretize, masked_mean, paint
 from measure.metrics import accuracies, over
+from measure.probes import FEW, linear_head, linear_probe
+from measure.shape import shape_probes
 from settings import progress
 
 
@@ -129,10 +131,12 @@ def pixels(keep, grid, patch):
 def given(model, batch, device):
     """What a model is told about where the object is in a batch's images -> arguments of its forward, {} for most.
 
-    "keep" (B, N), the true mask as patches, for the methods that have no mask of their own; "shown" (B, 1, S, S), the
+    "keep" (B, N), the true mask as patches, or a random one, for methods that find none; "shown" (B, 1, S, S), the
     true mask itself, for --trim truth.
     """
     told = {}
+    if isinstance(model, RandomMask):
+        told["keep"] = model.of(batch["id"], math.prod(model.predictor.backbone.grid)).to(device)
     if isinstance(model, TrueMask):
         told["keep"] = patch_keep(batch["mask"].to(device), model.predictor.backbone.patch)
     if model.trim == "truth":
@@ -218,33 +222,6 @@ def mask_iou(a, b):
     return torch.where(either > 0, both / either.clamp_min(1), torch.ones_like(both))
 
 
-def linear_head(x, y, classes, penalty=0.1):
-    """Fit a linear classifier of y (n,) on x (n, d): ridge on one-hot targets -> function from (m, d) to scores (m, C).
-
-    Closed form in float64, standardised features, penalty * n on the diagonal: no randomness, nothing to tune.
-    """
-    x, target = x.double(), F.one_hot(y, classes).double()
-    mean, std, centre = x.mean(0), x.std(0).clamp_min(1e-6), target.mean(0)
-    a = (x - mean) / std
-    ridge = penalty * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
-    w = torch.linalg.solve(a.T @ a + ridge, a.T @ (target - centre))
-    return lambda other: (other.double() - mean) / std @ w + centre
-
-
-FEW = 10                   # fewer images fit no linear classifier
-
-
-def linear_probe(x, y, folds=5):
-    """Cross-validated accuracy of linear_head at reading y (n,) from x (n, d); None for fewer than FEW."""
-    if len(y) < FEW:
-        return None
-    fold, right = torch.arange(len(y)) % folds, 0
-    for fit, test in ((fold != f, fold == f) for f in range(folds)):
-        scores = linear_head(x[fit], y[fit], int(y.max()) + 1)(x[test])
-        right += (scores.argmax(1) == y[test]).sum().item()
-    return right / len(y)
-
-
 LEAKAGE_GROUP = 16         # images that lend each other backgrounds: fixed, so that --batch changes no number
 GRADIENTS = 1000           # backward passes of images, at most: many classes mean fewer images
 
@@ -269,10 +246,10 @@ def measure_leakage(classifiers, samples, backbone, device="cpu", count=0):
             found = leakage_of_group(classifier, images, truth, backbone, number, budget - number * LEAKAGE_GROUP)
             for name, x in found.items():
                 mine.setdefault(name, []).append(x.cpu())
-    return [summary(classifier, mine, samples, indices) for classifier, mine in zip(classifiers, rows)]
+    return [summary(classifier, mine, samples, indices, backbone.grid) for classifier, mine in zip(classifiers, rows)]
 
 
-def summary(classifier, rows, samples, indices):
+def summary(classifier, rows, samples, indices, grid):
     """{name: what leakage_of_group measured, group by group} of the images at these indices -> report, or None."""
     if not rows:
         return None                                      # no mask of its own and no true one: nothing to hold fixed
@@ -282,7 +259,8 @@ def summary(classifier, rows, samples, indices):
     place = samples.groups[indices] % max(1, len(samples.places))
     if len(place.unique()) > 1:
         probe = {"representation": linear_probe(row["features"], place), "mask": linear_probe(row["mask"], place),
-                 "chance": torch.bincount(place).max().item() / len(place)}
+                 "chance": torch.bincount(place).max().item() / len(place),
+                 "shape": shape_probes(row["keep"], place, grid, row.get("true"))}
     return {"images": len(indices), "mask": classifier.mask,
             "repaint": {"max_logit_change": row["change"].max().item(), "mean_logit_change": mean("change"),
                         "flip_rate": mean("flip")},
@@ -317,6 +295,7 @@ def leakage_of_group(classifier, images, truth, backbone, number, gradients):
             row["swap"], row["iou"] = (guess != logits.argmax(1)).float(), mask_iou(keep, keep2)
         if truth is not None:
             row["admitted"] = admitted(shown, objects)[shown.any((1, 2, 3))]
+            row["true"] = patch_keep(truth, backbone.patch)                      # what its shape tells, to compare
     if gradients > 0:
         first = None if held is None else held[:gradients]
         row["gradient"] = hidden_gradient(classifier, images[:gradients], first, shown[:gradients] == 0)

@@ -52,6 +52,11 @@ def place(report, *names):
     return found and found[names[0]] - (found[names[1]] if names[1:] else 0)
 
 
+def shape(name):
+    """How well the place is read from one property of the mask; see measure/shape.py."""
+    return lambda report: (((report["leakage"] or {}).get("probe") or {}).get("shape") or {}).get(name)
+
+
 COLUMNS = {     # title: what it is of a report; a column that no row has is left out
     "worst group": lambda r: stage(r).get("worst_group"),
     "worst rare group": lambda r: stage(r).get("worst_group_rare"),
@@ -63,7 +68,13 @@ COLUMNS = {     # title: what it is of a report; a column that no row has is lef
     "empty": lambda r: r["mask"]["empty"] / r["images"] if "mask" in r else None,
     "repaint, logits": lambda r: r["leakage"] and r["leakage"]["repaint"]["max_logit_change"],
     "late": lambda r: place(r, "late"), "early": lambda r: place(r, "early"),
-    "early - late": lambda r: place(r, "early", "late")}
+    "early - late": lambda r: place(r, "early", "late"),
+    # how much a mask may tell: the place, read from the mask alone and from what the mask is made of
+    **{f"mask tells, {title}": shape(name) for title, name in (
+        ("all", "mask"), ("area", "area"), ("position", "position"), ("centred", "centred"), ("largest", "largest"),
+        ("largest centred", "largest_centred"), ("removed", "removed"), ("true mask", "true_mask"))},
+    "encoding": lambda r: r.get("encoding", {}).get("encoding"),
+    "encoding beyond true mask": lambda r: r.get("encoding", {}).get("beyond_true", {}).get("difference")}
 
 
 # ---------------------------------------------------------------- the paper's numbers

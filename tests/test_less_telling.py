@@ -154,12 +154,15 @@ def test_the_gradient_of_the_mask_is_that_of_the_mask_as_it_was_found(name):
 # ---------------------------------------------------------------- in the scripts
 @pytest.mark.parametrize("flags", [["--trim", "found"], ["--trim", "truth"], ["--mask-largest", "--mask-dilate", "random"],
                                    ["--method", "early-truth", "--trim", "truth"]])
-def test_a_run_trains_with_it_and_its_report_finds_no_leak(flags, tmp_path):
+def test_a_run_trains_with_it_and_its_report_finds_no_leak(flags, tmp_path, capsys):
     out = train(tmp_path / "run", *flags)
     evaluate.main(["--ckpt", str(out / "best.pt"), "--leakage", "16", "--limit", "16"])
     report = json.loads((out / "report-limit16.json").read_text())
     assert report["leakage"]["repaint"]["max_logit_change"] == 0 == report["leakage"]["gradient"]["max_abs"]
     assert 0 <= report["mask"]["iou"] <= 1
+    if "--trim" in flags:
+        line = fails(evaluate.main, "--ckpt", out / "best.pt", "--encoding", "--limit", "16", "--out", tmp_path / "other.json")(capsys)
+        assert "which paints some of their pixels" in line
     if "truth" in flags[-1]:
         assert report["leakage"]["admitted"] == 0
 

@@ -49,7 +49,7 @@ def recorded(called, out):
 
 
 def test_a_ladder_has_every_method_and_ablations_have_those_of_the_paper():
-    assert set(sweep.SETS["ladder"]) == set(baselines.METHODS)
+    assert set(sweep.SETS["ladder"]) == set(baselines.METHODS) - {"early-random"}     # which judges the others
     runs = sweep.plan(["ladder", "ablations", "published"], 2, MINI)
     names = [Path(cfg.out).name for cfg, _ in runs]
     assert len(set(names)) == len(names) and {n[-1] for n in names} == {"0", "1"}
