@@ -161,8 +161,9 @@ def cells_of(found, shown, labels, classes, k, group):
         for name, x in found.items():
             stage, place = name.split(".")
             read.setdefault(stage, {})[place] = linear_probe(x[chosen, k], y)
-        yield {"part": k, "attribute": group, "where": where, "n": len(y), "values": int(often.sum()), **read,
-               "chance": torch.bincount(y).max().item() / len(y), "class_alone": linear_probe(F.one_hot(classes[chosen]), y)}
+        yield {"part": k, "attribute": group, "where": where, "n": len(y), "values": int(often.sum()),
+               "chance": torch.bincount(y).max().item() / len(y),
+               "class_alone": linear_probe(F.one_hot(classes[chosen]), y), **read}
 
 
 def summary(cells, where):

@@ -8,6 +8,7 @@ shape and in the hue of the head: the bird alone decides.
 import colorsys
 import csv
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -72,7 +73,9 @@ class CubFolder(Miniature):
         (cub / "parts").mkdir()
         for name, lines in tables.items():
             (cub / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
-        self.write_attributes(root, rows, [parts[:, 2] for _, parts in drawn])
+        (cub / "attributes").mkdir()
+        for name, text in self.attributes(rows, [parts[:, 2] for _, parts in drawn]).items():
+            (root / name).write_text(text)
         lines = self.metadata(rows)
         with open(cub / COMPOSITES / "metadata.csv", "w", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
@@ -85,32 +88,34 @@ class CubFolder(Miniature):
     def complete(self, root):
         """A folder that was drawn before there were attributes gets them; no picture is drawn again."""
         if attributes_missing(cub := root / "CUB_200_2011"):
-            points = read_points(cub / "parts" / "part_locs.txt")
-            rows = self.rows()
-            self.write_attributes(root, rows, [points[str(row.id)][:, 2] for row in rows])
+            points, rows = read_points(cub / "parts" / "part_locs.txt"), self.rows()
+            names, *others = self.attributes(rows, [points[str(row.id)][:, 2] for row in rows]).items()
+            write_whole(root / names[0], lambda file: file.write_text(names[1]))
+            with new_folder(cub / "attributes") as folder:
+                for name, text in others:
+                    (folder / Path(name).name).write_text(text)
 
-    def write_attributes(self, root, rows, visible):
-        """Colours of a bird's parts in the layout of CUB's attributes. visible: of each row (15,), 1 = it is shown.
+    def attributes(self, rows, visible):
+        """Colours of a bird's parts in CUB's layout -> {file: its text}. visible: of each row (15,), 1 = it is shown.
 
         What the random numbers of a scene decide first is the look of its bird, so that nothing need be drawn.
         """
         groups, lines = list(self.COLOURED), []
         for row, shown in zip(rows, visible):
             look = self.look(np.random.default_rng([self.seed, self.USE + row.split, row.index]), row.label)
-            for group in groups:
+            for first, group in enumerate(groups):
                 colour = colour_name(getattr(look, self.COLOURED[group]))
                 certain = 4 if any(shown[i - 1] for i in region_of(group)) else 1
-                lines += [f"{row.id} {groups.index(group) * len(COLOURS) + i} {int(name == colour)} {certain} 0"
+                lines += [f"{row.id} {first * len(COLOURS) + i} {int(name == colour)} {certain} 0"
                           for i, name in enumerate(COLOURS, 1)]
-        names = [f"{i} {group}::{colour}" for i, (group, colour) in
-                 enumerate(((group, colour) for group in groups for colour in COLOURS), 1)]
+        names = [f"{group}::{colour}" for group in groups for colour in COLOURS]
         text = lambda lines: "".join(f"{line}\n" for line in lines)
-        write_whole(root / "attributes.txt", lambda file: file.write_text(text(names)))      # there it lies in CUB's
-        with new_folder(root / "CUB_200_2011" / "attributes") as folder:
-            (folder / "certainties.txt").write_text("1 not visible\n2 guessing\n3 probably\n4 definitely\n")
-            (folder / "image_attribute_labels.txt").write_text(text(lines))
+        return {"attributes.txt": text(f"{i} {name}" for i, name in enumerate(names, 1)),         # beside it, as CUB has it
+                "CUB_200_2011/attributes/certainties.txt": text(f"{i} {name}" for i, name in enumerate(CERTAIN, 1)),
+                "CUB_200_2011/attributes/image_attribute_labels.txt": text(lines)}
 
 
+CERTAIN = ("not visible", "guessing", "probably", "definitely")
 # the fifteen colours of CUB's attributes
 COLOURS = ("blue", "brown", "iridescent", "purple", "rufous", "grey", "yellow", "olive", "green", "pink", "orange",
            "black", "white", "red", "buff")
