@@ -87,8 +87,9 @@ class CubFolder(Miniature):
 
     def complete(self, root):
         """A folder that was drawn before there were attributes gets them; no picture is drawn again."""
-        if attributes_missing(cub := root / "CUB_200_2011"):
-            points, rows = read_points(cub / "parts" / "part_locs.txt"), self.rows()
+        cub = root / "CUB_200_2011"
+        if attributes_missing(cub) and (table := cub / "parts" / "part_locs.txt").is_file():
+            points, rows = read_points(table), self.rows()
             names, *others = self.attributes(rows, [points[str(row.id)][:, 2] for row in rows]).items()
             write_whole(root / names[0], lambda file: file.write_text(names[1]))
             with new_folder(cub / "attributes") as folder:
@@ -110,7 +111,7 @@ class CubFolder(Miniature):
                           for i, name in enumerate(COLOURS, 1)]
         names = [f"{group}::{colour}" for group in groups for colour in COLOURS]
         text = lambda lines: "".join(f"{line}\n" for line in lines)
-        return {"attributes.txt": text(f"{i} {name}" for i, name in enumerate(names, 1)),         # beside it, as CUB has it
+        return {"attributes.txt": text(f"{i} {name}" for i, name in enumerate(names, 1)),         # beside it, as in CUB
                 "CUB_200_2011/attributes/certainties.txt": text(f"{i} {name}" for i, name in enumerate(CERTAIN, 1)),
                 "CUB_200_2011/attributes/image_attribute_labels.txt": text(lines)}
 
