@@ -22,7 +22,7 @@ import speed
 import train
 from benchmarks.files import is_our_picture
 from interventions import apply_intervention, describe_intervention
-from measure import encoding, figures
+from measure import between, encoding, figures
 from measure.leakage import Seen, measure_leakage, place_of_mask, stage1_classifier, stage2_classifier
 from measure.metrics import accuracies, ari, foreground_ious, keypoint_error, landmarks, nmi
 from measure.shape import SHAPE
@@ -39,6 +39,8 @@ class Config(OnCheckpoint):
     leakage: int = opt(500, "images that leakage is measured on, spread evenly over the split (0: all)", at_least=0)
     kp_normalise: bool = opt(False, "keypoint metrics: normalise images as in training; the published ones are taken "
                              "without")
+    per_part: bool = opt(False, "also let stage 2 see one part at a time: what each part says alone, and what its "
+                         "representation knows of the other parts")
     speed: bool = opt(False, "also measure time, operations and memory, relative to one dense ViT")
     encoding: bool = opt(False, "also what the selection of patches tells of the answer; trains an evaluator on random "
                          "masks first, once, in the folder encoding beside the checkpoint")
@@ -298,6 +300,12 @@ def check(cfg, model, state, samples, sets):
     if model.needs_truth and samples.masks is None:
         raise UsageError(f"{cfg.ckpt} is of the method {state['config']['method']}, which needs true masks, and "
                          f"{samples.name} {cfg.split} has none here; unpack its segmentations, or name another --ckpt")
+    if cfg.per_part and not (model.selector and model.predictor):
+        raise UsageError(f"--per-part: {cfg.ckpt} is of the method {state['config']['method']}, which has no "
+                         f"{'second stage' if model.selector else 'parts'}; leave it out, or name a checkpoint of ifam")
+    if cfg.per_part and model.trim == "truth":
+        raise UsageError(f"--per-part: {cfg.ckpt} was trained with --trim truth, a measurement that is told where the "
+                         "object is; leave it out")
     if cfg.speed:
         speed.check(model)
     if cfg.encoding:
@@ -311,9 +319,9 @@ def check(cfg, model, state, samples, sets):
         raise UsageError("--adversarial is of --data imagenet9, --split test, and needs its variant only_bg_t")
 
 
-def outputs(cfg, name, trained_on, with_parts):
-    """-> paths of the report and, with_parts, of its picture. UsageError, before anything is measured, if they are not
-    free: what is not a whole measurement of best.pt has a name of its own.
+def outputs(cfg, name, trained_on, pictures):
+    """-> paths of the report and of its pictures, which have these names. UsageError, before anything is measured, if
+    they are not free: what is not a whole measurement of best.pt has a name of its own.
     """
     ckpt = Path(cfg.ckpt)
     differs = [ckpt.stem * (ckpt.stem != "best"), name * (name != trained_on), cfg.split * (cfg.split != "test"),
@@ -321,11 +329,10 @@ def outputs(cfg, name, trained_on, with_parts):
     suffix = "".join(f"-{word}" for word in differs if word)
     report = Path(cfg.out) if cfg.out else ckpt.with_name(f"report{suffix}.json")
     may_write(report, lambda path: {"split", "images"} <= json.loads(path.read_text()).keys(), cfg.force)
-    if not with_parts:
-        return [report]
-    picture = report.with_name(f"{report.stem}-parts.png" if cfg.out else f"parts{suffix}.png")
-    may_write(picture, is_our_picture, cfg.force)
-    return [report, picture]
+    drawn = [report.with_name(f"{report.stem}-{x}.png" if cfg.out else f"{x}{suffix}.png") for x in pictures]
+    for picture in drawn:
+        may_write(picture, is_our_picture, cfg.force)
+    return [report, *drawn]
 
 
 def epoch_of(state, path):
@@ -352,6 +359,10 @@ def measure(cfg, model, state, name, samples, train, sets, intervention, device)
         report["intervention"] = intervention
     if samples.differs:
         report["data_differs"] = samples.differs
+    if cfg.per_part:
+        how = (model, samples, device, cfg.batch, cfg.workers)
+        report["parts"] = between.each_part_alone(*how)
+        report["leakage"]["between_parts"] = between.between_parts(*how)
     if cfg.adversarial:
         report["adversarial"] = adversarial(model, samples, sets["only_bg_t"], device, cfg.batch, cfg.workers)
     if cfg.encoding:
@@ -373,6 +384,8 @@ def text(cfg, state, report, sets):
     if "paper" in report:
         lines.append(f"  the paper's iFAM with K = {trained['k']}, on {report['paper_split']}: "
                      + ", ".join(f"{n} {v}" for n, v in report["paper"].items()))
+    if "parts" in report:
+        lines.append(between.table(report))
     if "encoding" in report:
         lines.append(encoding.summary(report["encoding"]))
     if "speed" in report:
@@ -394,12 +407,15 @@ def main(argv=None):
         print(f"{name}: left out, for they have no true masks: {', '.join(bare)}")
         sets = {part: some for part, some in sets.items() if part not in bare}
     trained_on = data.title_of(state["config"]["data"], state["config"]["root"])
-    written = outputs(cfg, samples.title, trained_on, bool(model.selector))
+    attributes = cfg.per_part and not between.missing(samples)
+    written = outputs(cfg, samples.title, trained_on, ["parts"] * bool(model.selector) + ["between"] * attributes)
     report = measure(cfg, model, state, name, samples, train, sets, intervention, device)
     print(text(cfg, state, report, sets))
     write_json(written[0], report)
     if model.selector:
         figures.parts(model, samples, written[1], device)
+    if attributes:
+        figures.between(report["leakage"]["between_parts"], written[2])
     print("  wrote " + " and ".join(map(str, written)))
 
 

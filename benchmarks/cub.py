@@ -1,9 +1,10 @@
 """cub.py: CUB-200-2011, Waterbirds and Waterbird200, which show the same birds. Floor: data; read samples.py first."""
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.files import FILE, ID, TEXT, exists, one_of, read_keyed, read_rows, say, there, within
+from benchmarks.files import FILE, ID, TEXT, exists, one_of, read_bytes, read_keyed, read_rows, say, there, within
 from benchmarks.samples import Samples
 from settings import UsageError
 
@@ -32,8 +33,87 @@ def read_boxes(path):
     return read_keyed(path, {"image": ID, "x": PIXELS, "y": PIXELS, "width": side, "height": side})
 
 
+# ---------------------------------------------------------------- attributes of a bird's parts
+HEAD = (5, 6, 7, 10, 11, 15)                               # crown, forehead, eyes, nape, throat
+REGIONS = {             # what a group of attributes is about: {the word after has_: numbers of the parts that show it}
+    "bill": (2,), "wing": (9, 13), "back": (1,), "upperparts": (1,), "breast": (3, 4), "belly": (3, 4),
+    "underparts": (3, 4), "tail": (14,), "upper_tail": (14,), "under_tail": (14,), "leg": (8, 12),
+    **dict.fromkeys(("head", "throat", "eye", "forehead", "nape", "crown"), HEAD)}
+SURE = ("probably", "definitely")                          # certainties that count, of four
+
+
+class Attributes(NamedTuple):
+    """What annotators said of the parts of n birds, a column for each of A groups such as has_bill_color."""
+    groups: list                 # A names
+    values: list                 # of each group the names of its values
+    parts: list                  # of each group the numbers (1 to 15) of the parts that show it
+    labels: np.ndarray           # (n, A) index into values; -1: nobody was sure, or it has several
+
+
+def attribute_names(cub):
+    """The archive unpacks attributes.txt beside CUB's folder; it may have been moved into it."""
+    return next((path for path in (cub / "attributes" / "attributes.txt", cub.parent / "attributes.txt",
+                                   cub / "attributes.txt") if exists(path)), None)
+
+
+def attributes_missing(cub):
+    """Why the attributes cannot be read, as the end of a sentence; "" if their files are there."""
+    for name in ("image_attribute_labels.txt", "certainties.txt"):
+        if not exists(cub / "attributes" / name):
+            return f"CUB_200_2011/attributes/{name} is not there"
+    return "" if attribute_names(cub) else "attributes.txt is not there, beside or in CUB_200_2011"
+
+
+def read_attributes(cub, ids):
+    """attributes/image_attribute_labels.txt of CUB's folder for the images with these ids -> Attributes.
+
+    Groups that are about no single region (size, shape, primary colour) are left out. A value counts where it is the
+    only one of its group that is marked as present, and with one of the certainties in SURE. A line is <image>
+    <attribute> <is present> <certainty> <seconds>; a few of the published ones have further fields, which are not read.
+    UsageError for a line that is not like that, and for an image without lines.
+    """
+    names, place = read_keyed(attribute_names(cub), {"attribute": ID, "name": TEXT}), {}
+    groups, values = [], []
+    for attribute, name in names.items():
+        group, _, value = name.partition("::")
+        if region_of(group):
+            if group not in groups:
+                groups.append(group)
+                values.append([])
+            place[attribute] = groups.index(group), len(values[groups.index(group)])
+            values[groups.index(group)].append(value)
+    sure = {number for number, name in read_keyed(cub / "attributes" / "certainties.txt",
+                                                  {"certainty": ID, "name": TEXT}).items() if name in SURE}
+    row, path = {image: i for i, image in enumerate(ids)}, cub / "attributes" / "image_attribute_labels.txt"
+    labels, count = np.full((len(ids), len(groups)), -1), np.zeros((len(ids), len(groups)), int)
+    seen, odd = set(), 0
+    for number, line in enumerate(read_bytes(path).decode(errors="replace").splitlines(), 1):
+        fields = line.split()
+        odd += len(fields) > 5
+        if len(fields) < 5 and fields or fields and (fields[2] not in ("0", "1") or not fields[0].isdecimal()):
+            raise UsageError(f"{path}, line {number}: expected image, attribute, is present (0 or 1), certainty and "
+                             f"seconds, found {line[:60]!r}; unpack CUB again")
+        if fields and (i := row.get(fields[0])) is not None:
+            seen.add(i)
+            if fields[2] == "1" and (at := place.get(fields[1])):
+                count[i, at[0]] += 1
+                labels[i, at[0]] = at[1] if fields[3] in sure and count[i, at[0]] == 1 else -1
+    if odd:
+        say(f"{path}: {odd} lines have more than five fields; their first four are read")
+    if len(seen) < len(row):
+        absent = next(image for image, i in row.items() if i not in seen)
+        raise UsageError(f"{path} has no line of image {absent}; unpack CUB again")
+    return Attributes(groups, values, [region_of(group) for group in groups], labels)
+
+
+def region_of(group):
+    """has_bill_color -> the parts that show a bill, () for what is of no single region."""
+    return REGIONS.get(group.removeprefix("has_").rpartition("_")[0], ())
+
+
+# ---------------------------------------------------------------- the benchmarks
 def annotations(cub, ids, files):
-    """Samples' masks, points and boxes of these images, from CUB's folder; None where it has none of a kind.
+    """Samples' annotations of these images, from CUB's folder; None where it has none of a kind.
 
     UsageError where the file of a kind lacks an image.
     """
@@ -44,7 +124,8 @@ def annotations(cub, ids, files):
         if rows is not None and (absent := [i for i in ids if i not in rows]):
             raise UsageError(f"{path} has no row of image {absent[0]}; unpack CUB again")
         found[kind] = rows and [rows[i] for i in ids]
-    return {"masks": [masks / Path(f).with_suffix(".png") for f in files] if exists(masks) else None, **found}
+    return {"masks": [masks / Path(f).with_suffix(".png") for f in files] if exists(masks) else None, **found,
+            "attributes": [(cub, i) for i in ids]}         # read when they are asked for: there are 3.7 million lines
 
 
 def load_cub(root, size, seed):

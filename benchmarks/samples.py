@@ -77,11 +77,12 @@ class Samples(torch.utils.data.Dataset):
     pipeline = FINE_GRAINED     # data.read gives that of the benchmark
 
     def __init__(self, name, split, size, classes, ids, paths, labels, places=(), groups=None, masks=None,
-                 points=None, boxes=None, seed=0, merge=None):
+                 points=None, boxes=None, seed=0, merge=None, attributes=None):
         self.name, self.split, self.size, self.seed, self.merge = name, split, size, seed, merge
         self.title = name                                # of a folder of one's own, that of the folder
         self.classes, self.places = tuple(classes), tuple(places)
         self.ids, self.paths, self.masks, self.points, self.boxes = ids, paths, masks, points, boxes
+        self.attributes = attributes                     # [(CUB's folder, id there)]: what read_attributes needs
         self.labels = torch.as_tensor(labels, dtype=torch.long)
         self.groups = self.labels if groups is None else torch.as_tensor(groups, dtype=torch.long)
         self.decoded, self.room = {}, SMALL              # (path, mode): picture, of a split that is small; bytes left
@@ -115,7 +116,7 @@ class Samples(torch.utils.data.Dataset):
 
     def keep(self, indices):
         """These samples only, in this order."""
-        for key in ("ids", "paths", "labels", "groups", "masks", "points", "boxes"):
+        for key in ("ids", "paths", "labels", "groups", "masks", "points", "boxes", "attributes"):
             setattr(self, key, pick(getattr(self, key), indices))
         return self
 

@@ -506,6 +506,41 @@ def ladder(measures, path=None, n=0, form="", top=0):
     save(figure, path)
 
 
+def between(found, path=None):
+    """Another part's attribute read from a part: attribute x part, late beside early, and the difference.
+
+    found: what between.between_parts measured; of stage 2, where there is one. A cell is the accuracy over so many
+    images; a cross is a pair with too few of them. One line of text where nothing was measured.
+    """
+    if "skipped" in found:
+        return one_line(f"left out: {found['skipped']}", path)
+    stage, late = ("stage2", "kept") if "stage2" in found else ("stage1", "image")
+    cells = {(c["attribute"], c["part"]): c for c in found["cells"] if c["where"] == "elsewhere"}
+    attributes, parts = list(dict.fromkeys(a for a, _ in cells)), sorted({k for _, k in cells})
+    empty = {"n": 0, stage: dict.fromkeys((late, "own"), np.nan)}
+    read = {place: np.array([[cells.get((a, k), empty)[stage][place] for k in parts] for a in attributes])
+            for place in (late, "own")}
+    titles = {"late: attention over\n" + {"kept": "all kept patches", "image": "the whole image"}[late]: read[late],
+              "early: attention over\nthe part alone": read["own"], "late less early": read[late] - read["own"]}
+    figure, axes = plt.subplots(1, 3, figsize=(3.2 + 2.1 * len(parts), 1.3 + 0.52 * len(attributes)), sharey=True,
+                                layout="constrained", squeeze=False)
+    for axis, (title, values) in zip(axes[0], titles.items()):
+        signed = title == "late less early"
+        ends = dict(cmap="PuOr_r", vmin=-0.5, vmax=0.5) if signed else dict(cmap="Blues", vmin=0, vmax=1.4)
+        axis.imshow(values, aspect="auto", **ends)
+        for row, column in np.ndindex(values.shape):
+            n, value = cells.get((attributes[row], parts[column]), empty)["n"], values[row, column]
+            text = f"{value:+.2f}" if signed else f"{value:.2f}\nn = {n}"
+            axis.text(column, row, text if n else "x", ha="center", va="center", fontsize=SMALL)
+        axis.set_title(title, fontsize=TEXT)
+        axis.set_xticks(range(len(parts)), [f"part {k}" for k in parts], fontsize=TEXT)
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0)
+    axes[0, 0].set_yticks(range(len(attributes)), [a.removeprefix("has_").replace("_", " ") for a in attributes],
+                          fontsize=TEXT)
+    save(figure, path)
+
+
 def curves(series, x, y, path=None, chance=None):
     """Lines over 0, 1, 2, ...: {name: [number, ...]}; a name with a kind of mask in it has that mask's colour."""
     figure, axis = plt.subplots(figsize=(5.4, 3.2), layout="constrained")

@@ -57,6 +57,12 @@ def shape(name):
     return lambda report: (((report["leakage"] or {}).get("probe") or {}).get("shape") or {}).get(name)
 
 
+def between(report):
+    """How much more of another part's attribute the representation of a part holds after attention over all parts."""
+    found = (report["leakage"] or {}).get("between_parts", {})
+    return found.get("stage2", found.get("stage1", {})).get("difference")
+
+
 COLUMNS = {     # title: what it is of a report; a column that no row has is left out
     "worst group": lambda r: stage(r).get("worst_group"),
     "worst rare group": lambda r: stage(r).get("worst_group_rare"),
@@ -67,6 +73,7 @@ COLUMNS = {     # title: what it is of a report; a column that no row has is lef
     "kept": lambda r: r.get("mask", {}).get("kept_share"),
     "empty": lambda r: r["mask"]["empty"] / r["images"] if "mask" in r else None,
     "repaint, logits": lambda r: r["leakage"] and r["leakage"]["repaint"]["max_logit_change"],
+    "parts agree": lambda r: r.get("parts", {}).get("agreement", {}).get("share"), "between parts": between,
     "late": lambda r: place(r, "late"), "early": lambda r: place(r, "early"),
     "early - late": lambda r: place(r, "early", "late"),
     # how much a mask may tell: the place, read from the mask alone and from what the mask is made of
@@ -275,6 +282,9 @@ def layout(rows):
     if "late" in titles:
         notes.append("late, early: worst group (accuracy where there are none) of a linear head on frozen weights, "
                      "the true mask acting after and before attention.")
+    if "between parts" in titles:
+        notes.append("between parts: accuracy at reading an attribute of another part from a part, after attention "
+                     "over all kept patches less that after attention over the part alone.")
     return head, body, [*notes, *[FOOTNOTE] * bool(papers)]
 
 

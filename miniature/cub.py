@@ -5,14 +5,18 @@ says nothing. Behind it lie small things: trees and grass (place = land) or wave
 the place agrees with the kind of bird 95 % of the time, elsewhere it is a coin flip. Land- and waterbirds differ in
 shape and in the hue of the head: the bird alone decides.
 """
+import colorsys
 import csv
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
+from benchmarks.cub import attributes_missing, read_points, region_of
 from miniature.objects import PLACE_KINDS, hsv, scatter
 from miniature.scenes import (COAT, PRETRAIN, Look, Miniature, Row, bird_look, colours, compose, creature, cued, pose,
                               save, with_knobs)
+from settings import new_folder, write_whole
 
 IDS, ORDER, COMPOSITE = PRETRAIN + 1, PRETRAIN + 2, PRETRAIN + 3        # other uses of the seed
 COMPOSITES = "waterbird_complete95_forest2water2"                       # Waterbirds' folder inside CUB's
@@ -22,8 +26,12 @@ PARTS = ("back", "beak", "belly", "breast", "crown", "forehead", "left eye", "le
 
 
 class CubFolder(Miniature):
-    """Base: a folder like CUB's, and one like Waterbirds' inside it."""
+    """Base: a folder like CUB's, and one like Waterbirds' inside it. look(rng, label) is what a bird looks like."""
     TOPS = tuple(f"CUB_200_2011/{folder}" for folder in ("images", "segmentations", COMPOSITES))
+    COLOURED = {}                   # {group of CUB's attributes: the colour of a Look that it is about}
+
+    def subject(self, rng, label):
+        return creature(self.look(rng, label)), pose(rng, self.bird, shift=.1)
 
     def rows(self):
         """All examples with file names as in CUB, sorted by id. Ids do not tell splits, only classes."""
@@ -65,6 +73,9 @@ class CubFolder(Miniature):
         (cub / "parts").mkdir()
         for name, lines in tables.items():
             (cub / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+        (cub / "attributes").mkdir()
+        for name, text in self.attributes(rows, [parts[:, 2] for _, parts in drawn]).items():
+            (root / name).write_text(text)
         lines = self.metadata(rows)
         with open(cub / COMPOSITES / "metadata.csv", "w", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
@@ -72,6 +83,53 @@ class CubFolder(Miniature):
             for i in np.random.default_rng([self.seed, ORDER]).permutation(len(lines)):     # order means nothing
                 id, *_, place = lines[i]
                 table.writerow((*lines[i], f"{PLACE_FILES[place][id % 2]}/{id:08d}.jpg"))
+
+
+    def complete(self, root):
+        """A folder that was drawn before there were attributes gets them; no picture is drawn again."""
+        cub = root / "CUB_200_2011"
+        if attributes_missing(cub) and (table := cub / "parts" / "part_locs.txt").is_file():
+            points, rows = read_points(table), self.rows()
+            names, *others = self.attributes(rows, [points[str(row.id)][:, 2] for row in rows]).items()
+            write_whole(root / names[0], lambda file: file.write_text(names[1]))
+            with new_folder(cub / "attributes") as folder:
+                for name, text in others:
+                    (folder / Path(name).name).write_text(text)
+
+    def attributes(self, rows, visible):
+        """Colours of a bird's parts in CUB's layout -> {file: its text}. visible: of each row (15,), 1 = it is shown.
+
+        What the random numbers of a scene decide first is the look of its bird, so that nothing need be drawn.
+        """
+        groups, lines = list(self.COLOURED), []
+        for row, shown in zip(rows, visible):
+            look = self.look(np.random.default_rng([self.seed, self.USE + row.split, row.index]), row.label)
+            for first, group in enumerate(groups):
+                colour = colour_name(getattr(look, self.COLOURED[group]))
+                certain = 4 if any(shown[i - 1] for i in region_of(group)) else 1
+                lines += [f"{row.id} {first * len(COLOURS) + i} {int(name == colour)} {certain} 0"
+                          for i, name in enumerate(COLOURS, 1)]
+        names = [f"{group}::{colour}" for group in groups for colour in COLOURS]
+        text = lambda lines: "".join(f"{line}\n" for line in lines)
+        return {"attributes.txt": text(f"{i} {name}" for i, name in enumerate(names, 1)),         # beside it, as in CUB
+                "CUB_200_2011/attributes/certainties.txt": text(f"{i} {name}" for i, name in enumerate(CERTAIN, 1)),
+                "CUB_200_2011/attributes/image_attribute_labels.txt": text(lines)}
+
+
+CERTAIN = ("not visible", "guessing", "probably", "definitely")
+# the fifteen colours of CUB's attributes
+COLOURS = ("blue", "brown", "iridescent", "purple", "rufous", "grey", "yellow", "olive", "green", "pink", "orange",
+           "black", "white", "red", "buff")
+HUES = ((.06, "red"), (.11, "orange"), (.2, "yellow"), (.42, "green"), (.64, "blue"), (.8, "purple"), (.95, "pink"),
+        (1, "red"))             # where each ends on the circle of hues, whatever its brightness
+
+
+def colour_name(rgb):
+    """What CUB's annotators might call a drawn colour: three whole numbers -> one of COLOURS."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*(x / 255 for x in rgb))
+    if saturation < .12:
+        return "black" if value < .2 else "white" if value > .85 else "grey"
+    return next(name for end, name in HUES if hue <= end)
 
 
 def soft(mask):
@@ -105,11 +163,14 @@ class Waterbirds(with_knobs(
     CLASSES, PLACES = ("001.Landbird", "002.Waterbird"), PLACE_KINDS
     GROUPS = ("landbird/land", "landbird/water", "waterbird/land", "waterbird/water")
 
+    COLOURED = {"has_bill_color": "horn", "has_crown_color": "head_skin", "has_breast_color": "skin",
+                "has_wing_color": "trim", "has_leg_color": "horn"}
+
     def group(self, row):
         return 2 * row.label + row.place
 
-    def subject(self, rng, label):
-        return creature(bird_look(rng, label, self.cue, self.hue_noise)), pose(rng, self.bird, shift=.1)
+    def look(self, rng, label):
+        return bird_look(rng, label, self.cue, self.hue_noise)
 
     def pictures(self, row, scene, mask):
         """What lies in CUB's folder, and in Waterbirds': the things come with the composite."""
@@ -155,9 +216,12 @@ class Cub(with_knobs(
     CLASSES = GROUPS = tuple(f"{i:03d}.{name}" for i, name in enumerate(SPECIES, 1))
     PLACES = tuple((kind,) for kind in HOMES)       # place = the species that is at home there
     FOLDER = "cub"                                  # whichever of the two benchmarks is asked for
+    COLOURED = {"has_bill_color": "horn", "has_crown_color": "head_skin", "has_breast_color": "breast_skin",
+                "has_back_color": "skin", "has_wing_color": "trim", "has_upper_tail_color": "tail_skin",
+                "has_leg_color": "horn"}
 
-    def subject(self, rng, label):
-        return creature(species_look(rng, label, self.cue, self.hue_noise)), pose(rng, self.bird, shift=.1)
+    def look(self, rng, label):
+        return species_look(rng, label, self.cue, self.hue_noise)
 
     def habitat(self, row):
         """0 land, 1 water: where Waterbird200 puts a test bird; every second bird of a species is misplaced."""

@@ -419,6 +419,9 @@ class Miniature:
         """miniature.json beside the benchmark's folders: why counts are not the benchmark's, and what was drawn."""
         write_json(root / "miniature.json", {"knobs": asdict(self), **more})
 
+    def complete(self, root):
+        """Add to a folder that an earlier version drew what it did not write; no picture may change."""
+
     def summary(self):
         """Table of examples per split and group; many groups are the lines, few are the columns."""
         pairs = [(r.split, self.group(r)) for r in self.rows()]
