@@ -259,7 +259,8 @@ TAKES = {   # settings that only these methods have; all others have no such thi
     **dict.fromkeys(("weight_class2", "warmup"), tuple(m for m in METHODS if m != "pdiscoformer")),
     **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "freeze_stage2", "selector_size",
                      "selector_arch", "selector_weights"), ("ifam",)),
-    "pooling": ("ifam", *GIVEN), "train_backbone": ("ep", "aim")}
+    "pooling": ("ifam", *GIVEN), "train_backbone": ("ep", "aim"),
+    "checkpoint": tuple(m for m in METHODS if m != "frozen")}
 
 
 def build(settings, classes):

@@ -64,6 +64,7 @@ class Config:
     rounds: int = opt(7, "times that everything is measured; of --training 10, of --reading 2", at_least=1)
     keep: float = opt(0.2, "share of the patches of every image that stage 2 sees in a training step (0: the mask that "
                            "stage 1 finds)", at_least=0, at_most=1)
+    checkpoint: bool = opt(False, "measure training steps with --checkpoint of train.py too")
 
     device: str = opt("auto", "auto, cpu, cuda or mps", group="run")
     amp: str = opt("off", "autocast, as in train.py", choices=("auto", "bf16", "fp16", "off"))
@@ -92,15 +93,16 @@ def clock(device):
     return "wall time", lambda: (wait(), time.perf_counter())[1]
 
 
-def in_turn(calls, batch, rounds, device):
+def in_turn(calls, batch, rounds, device, warm=False):
     """Time calls {name: function} of a batch, all of them in every round, one after the other, after one to warm up.
 
+    warm: they have been called before, and are not once more.
     -> {name: {...}}: medians over rounds; ratios within a round are to the first call, the dense one.
     """
     _, by_clock = clock(device)
     now = lambda: np.array([by_clock(), time.process_time()])                    # and by the processors of all threads
     seconds = {name: np.empty((2, rounds)) for name in calls}
-    for call in calls.values():
+    for call in () if warm else calls.values():
         call()
     for i in progress(range(rounds), "rounds"):
         for name, call in calls.items():
@@ -367,9 +369,17 @@ def force(model, share):
     model.mask = mask
 
 
-def make_step(cfg, device, variant):
+def variants(cfg):
+    """-> {name: settings}: VARIANTS; with --checkpoint the first as a measure, and then all of them with it."""
+    if not cfg.checkpoint:
+        return VARIANTS
+    return dict(itertools.islice(VARIANTS.items(), 1)) | {
+        f"{name}, --checkpoint": {**own, "checkpoint": True} for name, own in VARIANTS.items()}
+
+
+def make_step(cfg, device, changes):
     """-> a function that takes a step of train.py, on the same random batch again, the blocks of stage 1 frozen."""
-    settings = settings_of(cfg, **VARIANTS[variant])
+    settings = settings_of(cfg, **changes)
     trainer = train.Trainer(settings, steps=1000, rank=0, world=1, device=device, classes=2)
     if trainer.model.selector is not None:               # as with pretrained weights
         train.freeze_backbone(trainer.model.selector, settings.train_tokens)
@@ -387,12 +397,12 @@ def training(cfg, device):
     """
     steps = {}
 
-    def begin(variant):
-        steps[variant] = make_step(cfg, device, variant)
+    def begin(variant, changes):
+        steps[variant] = make_step(cfg, device, changes)
         steps[variant]()
         steps[variant]()                                 # the state of the optimizer is there from the second on
-    peak = {variant: peak_memory(partial(begin, variant), device) for variant in VARIANTS}
-    rows = in_turn(steps, cfg.batch, cfg.rounds, device)
+    peak = {variant: peak_memory(partial(begin, variant, own), device) for variant, own in variants(cfg).items()}
+    rows = in_turn(steps, cfg.batch, cfg.rounds, device, warm=True)
     return {variant: {**row, "peak_bytes": peak[variant]} for variant, row in rows.items()}
 
 
@@ -419,11 +429,12 @@ def reading(cfg, device, count=20):
 
 # ---------------------------------------------------------------- the command
 MODES = {  # what measures, the settings that it has no use for, and its own defaults
-    "prediction": (prediction, ("keep",), {}),
-    "scale": (growth, ("size", "k", "batch", "keep", "compile"), dict(out="docs/scale.json")),
+    "prediction": (prediction, ("keep", "checkpoint"), {}),
+    "scale": (growth, ("size", "k", "batch", "keep", "checkpoint", "compile"), dict(out="docs/scale.json")),
     "training": (training, (), dict(batch=4, rounds=10)),
-    "reading": (reading, (*SHARED, "keep", "device"), dict(rounds=2, device="cpu")),
-    "sizes": (sizes, (*(name for name in SHARED if name != "k"), "rounds", "keep", "device"), dict(device="cpu"))}
+    "reading": (reading, (*SHARED, "keep", "checkpoint", "device"), dict(rounds=2, device="cpu")),
+    "sizes": (sizes, (*(name for name in SHARED if name != "k"), "rounds", "keep", "checkpoint", "device"),
+              dict(device="cpu"))}
 COLUMNS = {  # of the table: title, unit, digits
     "seconds": ("    ms", 1e-3, 1), "images_per_second": ("images/s", 1, 1), "relative_to_dense": ("of dense", 1, 3),
     "relative_processor_time": ("of its processor time", 1, 3), "gflops": ("GFLOPs/image", 1, 2),
@@ -456,8 +467,9 @@ def table(rows):
     """{name: {column: number or None}} -> lines of text."""
     columns = {key: column for key, column in COLUMNS.items() if key in next(iter(rows.values()))}
     text = lambda x, unit, digits: "-" if x is None else f"{x / unit:.{digits}f}"
-    return [" " * 46 + "".join(f"{title:>{len(title) + 3}}" for title, *_ in columns.values())] + [
-        f"  {name:<44}" + "".join(f"{text(row[key], *how):>{len(title) + 3}}" for key, (title, *how) in columns.items())
+    wide = max(map(len, rows))
+    return [" " * (wide + 2) + "".join(f"{title:>{len(title) + 3}}" for title, *_ in columns.values())] + [
+        f"  {name:<{wide}}" + "".join(f"{text(row[key], *how):>{len(title) + 3}}" for key, (title, *how) in columns.items())
         for name, row in rows.items()]
 
 

@@ -217,10 +217,21 @@ def build_model(cfg, device, classes=None, read=None):
         freeze_backbone(model.selector, cfg.train_tokens)
     if cfg.freeze_stage2:
         freeze_backbone(model.predictor)
+    if cfg.checkpoint:
+        checkpoint_blocks(model)
     model.to(device)
     if cfg.compile:
         compile_stages(model)
     return model
+
+
+def checkpoint_blocks(model):
+    """Every backbone that gradients pass through keeps less for them; a line says so where there is none."""
+    passed = [m for m in model.modules() if isinstance(m, vit.ViT) and any(p.requires_grad for p in m.parameters())]
+    for backbone in passed:
+        backbone.checkpoint = True
+    if not passed and settings.rank() == 0:
+        print("--checkpoint saves nothing here: no gradient passes through a block")
 
 
 def compile_stages(model, **how):
