@@ -360,7 +360,7 @@ class ViT(nn.Module):
         return self.norm(torch.cat([head, tail], 1)).take_along_dim(order.argsort(dim=1)[..., None], 1)
 
     def _joint_block(self, block, head, tail, mask, own, others, one):
-        """A block of _run_joint: head and tail (B, ., D), with autograd and without. one: the class token alone asks."""
+        """A block of _run_joint: head and tail (B, ., D), with autograd and without. one: only the class token asks."""
         q, k, v = block.attn.project(block.norm1(head), own)
         with torch.no_grad():
             asked, *hidden = block.attn.project(block.norm1(tail), others)
