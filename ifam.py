@@ -284,8 +284,8 @@ class IFAM(nn.Module):
     classes C, k parts, arch as build_vit has it, size in pixels. joint=False cuts the gradient of the stage-2 loss at
     the mask, which is what the published code does. selector_arch, selector_size: a smaller stage 1, which looks at the
     image at a smaller size; its part maps have its own grid, the mask has that of stage 2. trim, largest, dilate: what
-    is done against what a mask tells (see `shown_pixels` and `less_telling`). All of these go past the paper. ValueError for
-    settings that do not fit.
+    is done against what a mask tells (see `shown_pixels` and `less_telling`). All of these go past the paper.
+    ValueError for settings that do not fit.
     """
 
     largest, dilate, trim = False, "none", "none"

@@ -124,6 +124,8 @@ class Config:
                     group="run")
     device: str = opt("auto", "auto, cpu, cuda or mps")
     compile: bool = opt(False, "torch.compile both stages")
+    checkpoint: bool = opt(False, "less memory for more time, with the same weights to the bit: blocks keep only their "
+                                  "inputs for the backward pass, and are computed again there")
     workers: int = opt(4, "processes that load data, per training process", at_least=0)
     out: str = opt("", "folder of the run (default runs/<data>, of a folder of your own runs/<its name>, with -mini "
                        "and -<method> where they apply)")
@@ -158,7 +160,7 @@ SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class",
             **{name: "shaping" for name in TAKES if name.startswith("weight_") and "class" not in name}}
 # What may change on --resume, for it changes no result.
 FREE = {"root", "strict_data", "recipe", "device", "workers", "out", "resume", "save_every", "log_every", "compile",
-        "film"}
+        "checkpoint", "film"}
 
 
 def preset(typed, earlier=None):
@@ -341,7 +343,7 @@ def loss_weights(cfg):
 def as_published(config):
     """Are these the settings of iFAM itself, and not of an ablation? K and the size of the network may be any."""
     default = vars(Config(**preset({"data": config["data"]})))
-    own = {name: default[name] for name, methods in TAKES.items() if "ifam" in methods and name not in ("k", "film")}
+    own = {name: default[name] for name, methods in TAKES.items() if "ifam" in methods and name not in {"k", *FREE}}
     return config["method"] == "ifam" and all(config.get(name, x) == x for name, x in own.items())
 
 

@@ -6,6 +6,7 @@
     python speed.py --training --device cuda --amp bf16  # training steps, 20 % of the patches kept
     python speed.py --reading                            # images/s that one core reads and augments
     python speed.py --sizes                              # parameters and operations of every --arch, counted only
+    python speed.py --gpus                               # what 1 to 64 GPUs would exchange: computed, not measured
     python evaluate.py --ckpt runs/waterbirds-mini/best.pt --speed       # a trained model on its own images
 
 Everything is measured in turn, round after round, so that other work on the machine slows all of it alike; a ratio is
@@ -52,18 +53,21 @@ class Config:
     training: bool = opt(False, "steps of train.py: one ViT, two stages, and two stages of which less trains")
     reading: bool = opt(False, "the input pipeline: decoding, augmentation and tensor")
     sizes: bool = opt(False, "parameters and operations of every --arch at 224 and 512 px: counted, not timed")
+    gpus: bool = opt(False, "a training step of two stages on 1 to 64 GPUs: computed on paper, nothing is run")
 
-    arch: str = opt("s", "vision transformers, as train.py has them, or s/3 for the first 3 blocks of s", group="model",
-                    refused=vit.REFUSED)
-    size: int = opt(224, "image side in pixels, a multiple of the patch", at_least=1)
+    arch: str = opt("s", "vision transformers, as train.py has them, or s/3 for the first 3 blocks of s; of --gpus b",
+                    group="model", refused=vit.REFUSED)
+    size: int = opt(224, "image side in pixels, a multiple of the patch; of --gpus 518", at_least=1)
     k: int = opt(8, "foreground parts", at_least=1)
     selector_size: int = opt(0, "side at which stage 1 looks at the image (0: --size)", at_least=0)
     selector_arch: str = opt("", "vision transformer of stage 1 (if not given, --arch)")
 
-    batch: int = opt(8, "images at once; of --training 4", at_least=1, group="measurement")
+    batch: int = opt(8, "images at once; of --training 4, of --gpus 16 on each", at_least=1, group="measurement")
     rounds: int = opt(7, "times that everything is measured; of --training 10, of --reading 2", at_least=1)
     keep: float = opt(0.2, "share of the patches of every image that stage 2 sees in a training step (0: the mask that "
                            "stage 1 finds)", at_least=0, at_most=1)
+    rate: float = opt(400.0, "TFLOP/s that a GPU sustains, an assumption of --gpus", above=0)
+    checkpoint: bool = opt(False, "measure training steps with --checkpoint of train.py too")
 
     device: str = opt("auto", "auto, cpu, cuda or mps", group="run")
     amp: str = opt("off", "autocast, as in train.py", choices=("auto", "bf16", "fp16", "off"))
@@ -92,15 +96,16 @@ def clock(device):
     return "wall time", lambda: (wait(), time.perf_counter())[1]
 
 
-def in_turn(calls, batch, rounds, device):
+def in_turn(calls, batch, rounds, device, warm=False):
     """Time calls {name: function} of a batch, all of them in every round, one after the other, after one to warm up.
 
+    warm: they have been called before, and are not once more.
     -> {name: {...}}: medians over rounds; ratios within a round are to the first call, the dense one.
     """
     _, by_clock = clock(device)
     now = lambda: np.array([by_clock(), time.process_time()])                    # and by the processors of all threads
     seconds = {name: np.empty((2, rounds)) for name in calls}
-    for call in calls.values():
+    for call in () if warm else calls.values():
         call()
     for i in progress(range(rounds), "rounds"):
         for name, call in calls.items():
@@ -367,14 +372,26 @@ def force(model, share):
     model.mask = mask
 
 
-def make_step(cfg, device, variant):
+def variants(cfg):
+    """-> {name: settings}: VARIANTS; with --checkpoint the first as a measure, and then all of them with it."""
+    if not cfg.checkpoint:
+        return VARIANTS
+    return dict(itertools.islice(VARIANTS.items(), 1)) | {
+        f"{name}, --checkpoint": {**own, "checkpoint": True} for name, own in VARIANTS.items()}
+
+
+def make_step(cfg, device, changes):
     """-> a function that takes a step of train.py, on the same random batch again, the blocks of stage 1 frozen."""
-    settings = settings_of(cfg, **VARIANTS[variant])
+    settings = settings_of(cfg, **changes)
     trainer = train.Trainer(settings, steps=1000, rank=0, world=1, device=device, classes=2)
     if trainer.model.selector is not None:               # as with pretrained weights
         train.freeze_backbone(trainer.model.selector, settings.train_tokens)
         if cfg.keep:
             force(trainer.model, cfg.keep)
+    for p in trainer.trained:                            # the state of the optimizer is there from the first step on
+        p.grad = torch.zeros_like(p)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
     images = torch.randn(cfg.batch, 3, cfg.size, cfg.size, generator=torch.Generator().manual_seed(0))
     batch, numbers = {"image": images, "label": torch.arange(cfg.batch) % 2}, itertools.count()
     return lambda: trainer(batch, next(numbers))
@@ -387,13 +404,85 @@ def training(cfg, device):
     """
     steps = {}
 
-    def begin(variant):
-        steps[variant] = make_step(cfg, device, variant)
+    def begin(variant, changes):
+        steps[variant] = make_step(cfg, device, changes)
         steps[variant]()
-        steps[variant]()                                 # the state of the optimizer is there from the second on
-    peak = {variant: peak_memory(partial(begin, variant), device) for variant in VARIANTS}
-    rows = in_turn(steps, cfg.batch, cfg.rounds, device)
+    peak = {variant: peak_memory(partial(begin, variant, own), device) for variant, own in variants(cfg).items()}
+    rows = in_turn(steps, cfg.batch, cfg.rounds, device, warm=True)
     return {variant: {**row, "peak_bytes": peak[variant]} for variant, row in rows.items()}
+
+
+# ---------------------------------------------------------------- many GPUs, on paper
+LINKS = (25, 400)        # GB/s between two neighbours: a network card of 200 Gbit/s, links inside one machine
+
+
+def linear(backbone):
+    """Weights of a block's linear layers: (those of queries, keys and values, all others)."""
+    D, mlp = backbone.width, backbone.blocks[0].mlp
+    return 3 * D * D, D * D + sum(p.numel() for name, p in mlp.named_parameters() if name.endswith("weight"))
+
+
+def stage1_step(backbone, k):
+    """Operations of stage 1 in a training step, blocks frozen, tokens training -> (forward, backward) of one image.
+
+    The way back through a frozen layer has the gradient of its input alone; attention has those of two inputs.
+    """
+    D, N, L = backbone.width, math.prod(backbone.grid), len(backbone.blocks)
+    T = backbone.prefix + N
+    layers, attention = 2 * T * sum(linear(backbone)), 4 * T * T * D
+    heads = 2 * 2 * (k + 1) * D * N                      # distances to the prototypes, features of the parts
+    return L * (layers + attention) + heads + 6 * backbone.patch ** 2 * D * N, L * (layers + 2 * attention) + 2 * heads
+
+
+def stage2_step(backbone, kept):
+    """Operations of stage 2 in a training step with the joint gradient -> (forward, backward) of one image.
+
+    kept: patches that it sees; with the tokens before them they are computed with autograd, all others forward alone
+    (ViT._run_joint). The gradient of the mask has two products of kept queries with all keys.
+    """
+    D, N, L = backbone.width, math.prod(backbone.grid), len(backbone.blocks)
+    own, rest = backbone.prefix + kept, N - kept
+    T, (qkv, after), patches = own + rest, linear(backbone), 6 * backbone.patch ** 2 * D * N
+    block = 2 * own * (qkv + after) + 4 * own * own * D
+    last = 2 * own * qkv + 4 * own * D + 2 * after       # the class token alone asks
+    forward = (L - 1) * (block + 2 * rest * (qkv + after) + 4 * rest * own * D) + last + 2 * rest * qkv + patches
+    return forward, 2 * ((L - 1) * block + last) + 4 * ((L - 1) * own + 1) * T * D + patches
+
+
+def step_operations(model, kept):
+    """Operations of a training step of IFAM -> (forward, backward) of one image; stage 1 sees it and its warp."""
+    one, two = stage1_step(model.selector.backbone, model.selector.k), stage2_step(model.predictor.backbone, kept)
+    return tuple(2 * first + second for first, second in zip(one, two))
+
+
+def gpus(cfg, device, counts=(1, 2, 4, 8, 16, 32, 64)):
+    """A training step on many GPUs, nothing measured -> {"8 GPUs": {...}}; bytes and seconds of one GPU.
+
+    A ring passes 2 (n - 1) / n of the gradients through every GPU, 4 bytes each. They travel while backward runs, so
+    that a step takes forward, and then the longer of backward and exchange. Assumed: every GPU sustains cfg.rate, and a
+    message costs no time of its own.
+    """
+    if not cfg.keep:
+        raise UsageError("--gpus --keep 0: nothing is run, so no mask is found; give a share, such as 0.2")
+    with torch.device("meta"):
+        model = train.build_model(settings_of(cfg, compile=False), torch.device("meta"), classes=2)
+    train.freeze_backbone(model.selector)                # as with pretrained weights
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    each = step_operations(model, round(cfg.keep * math.prod(model.grid)))
+    forward, backward = (operations / (cfg.rate * 1e12) for operations in each)
+    print(f"  {trained / 1e6:.1f} million trained parameters; of one image {each[0] / 1e9:.0f} GFLOPs forward, "
+          f"{each[1] / 1e9:.0f} backward\n  ms: of the exchange; busy: share of a step that computes; images: so "
+          "many on each GPU hide the exchange")
+    rows = {}
+    for n in counts:
+        sent = 2 * (n - 1) / n * 4 * trained
+        row = rows[f"{n} GPU{'s' * (n > 1)}"] = {"sent_bytes": sent, "step": cfg.batch * (forward + backward)}
+        for link in LINKS:
+            exchange = sent / (link * 1e9)
+            whole = cfg.batch * forward + max(cfg.batch * backward, exchange)
+            row |= {f"exchange_{link}": exchange, f"computing_{link}": row["step"] / whole,
+                    f"hidden_{link}": exchange / backward}
+    return rows
 
 
 # ---------------------------------------------------------------- reading images
@@ -418,19 +507,25 @@ def reading(cfg, device, count=20):
 
 
 # ---------------------------------------------------------------- the command
+OF_STEPS = ("keep", "checkpoint", "rate")                 # settings of training steps
 MODES = {  # what measures, the settings that it has no use for, and its own defaults
-    "prediction": (prediction, ("keep",), {}),
-    "scale": (growth, ("size", "k", "batch", "keep", "compile"), dict(out="docs/scale.json")),
-    "training": (training, (), dict(batch=4, rounds=10)),
-    "reading": (reading, (*SHARED, "keep", "device"), dict(rounds=2, device="cpu")),
-    "sizes": (sizes, (*(name for name in SHARED if name != "k"), "rounds", "keep", "device"), dict(device="cpu"))}
+    "prediction": (prediction, OF_STEPS, {}),
+    "scale": (growth, ("size", "k", "batch", *OF_STEPS, "compile"), dict(out="docs/scale.json")),
+    "training": (training, ("rate",), dict(batch=4, rounds=10)),
+    "reading": (reading, (*SHARED, *OF_STEPS, "device"), dict(rounds=2, device="cpu")),
+    "sizes": (sizes, (*(name for name in SHARED if name != "k"), "rounds", *OF_STEPS, "device"), dict(device="cpu")),
+    "gpus": (gpus, ("amp", "compile", "rounds", "checkpoint", "device"),
+             dict(arch="b", size=518, batch=16, device="cpu"))}
 COLUMNS = {  # of the table: title, unit, digits
     "seconds": ("    ms", 1e-3, 1), "images_per_second": ("images/s", 1, 1), "relative_to_dense": ("of dense", 1, 3),
     "relative_processor_time": ("of its processor time", 1, 3), "gflops": ("GFLOPs/image", 1, 2),
     "relative_operations": ("of dense", 1, 3), "peak_bytes": ("peak MB", 1e6, 1),
     "parameters": ("M parameters", 1e6, 1),
     **{f"{what}_{side}": (f"GFLOPs, {title}, {side} px", 1, 1) for side in (224, 512)
-       for what, title in (("gflops", "dense"), ("both", "iFAM"))}}
+       for what, title in (("gflops", "dense"), ("both", "iFAM"))},
+    "sent_bytes": ("MB sent", 1e6, 1), "step": ("compute, ms", 1e-3, 1),
+    **{f"{what}_{link}": (f"{title} at {link} GB/s", unit, digits) for link in LINKS for what, title, unit, digits in (
+        ("exchange", "ms", 1e-3, 1), ("computing", "busy", 1, 3), ("hidden", "images", 1, 1))}}
 
 
 def mode_of(settings):
@@ -456,9 +551,10 @@ def table(rows):
     """{name: {column: number or None}} -> lines of text."""
     columns = {key: column for key, column in COLUMNS.items() if key in next(iter(rows.values()))}
     text = lambda x, unit, digits: "-" if x is None else f"{x / unit:.{digits}f}"
-    return [" " * 46 + "".join(f"{title:>{len(title) + 3}}" for title, *_ in columns.values())] + [
-        f"  {name:<44}" + "".join(f"{text(row[key], *how):>{len(title) + 3}}" for key, (title, *how) in columns.items())
-        for name, row in rows.items()]
+    wide = max(map(len, rows))
+    return [" " * (wide + 2) + "".join(f"{title:>{len(title) + 3}}" for title, *_ in columns.values())] + [
+        f"  {name:<{wide}}" + "".join(f"{text(row[key], *how):>{len(title) + 3}}"
+                                      for key, (title, *how) in columns.items()) for name, row in rows.items()]
 
 
 def main(argv=None):

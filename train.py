@@ -13,6 +13,7 @@ Floor: commands. Read ifam.py (the model and its losses) and runs.py (settings, 
 `gradients`, which is one step, to `train`, which is all of them.
 """
 import copy
+import itertools
 import math
 import os
 import signal
@@ -117,26 +118,96 @@ def max_over_processes(local, world):
 
 
 def average_over_processes(tensors, world):
-    """Replace tensors by their mean over processes, in one message.
-
-    Written out instead of DistributedDataParallel: two stages, a doubled batch and accumulation need no wrapper, and
-    the reader sees what is exchanged.
-    """
+    """Replace a few numbers by their mean over processes, in one message."""
     if world > 1:
-        flat = torch.cat([x.flatten() for x in tensors])
+        flat = torch.stack(tensors)
         dist.all_reduce(flat)
-        for x, mean in zip(tensors, (flat / world).split([x.numel() for x in tensors])):
-            x.copy_(mean.view_as(x))
+        for x, mean in zip(tensors, flat / world):
+            x.copy_(mean)
 
 
-def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None, scaler=None):
+class Buckets:
+    """Averages gradients over processes while backward still runs: a message leaves as soon as its 25 MiB are there.
+
+    Parameters are taken from the last to the first, as backward reaches them, and messages leave in one order that all
+    processes share, whatever each of them used. A parameter without a gradient is sent as zeros, with a flag that says
+    so; one that no process used keeps none, and from the next step on goes last, so that no message waits for it.
+    Written out instead of DistributedDataParallel: two stages, a doubled batch and accumulation need no wrapper, and
+    the reader sees what is exchanged. parameters: those that do not train are left out.
+    """
+    BYTES = 25 * 2 ** 20
+
+    def __init__(self, parameters, world):
+        self.parameters = [p for p in parameters if p.requires_grad][::-1]
+        self.world, self.listening, self.idle = world, False, []
+        if world > 1:
+            self.fill()
+            for p in self.parameters:
+                p.register_post_accumulate_grad_hook(self.arrived)
+
+    def fill(self):
+        """Share the parameters out, idle ones last."""
+        idle = {id(p) for p in self.idle}
+        self.buckets, room = [], 0
+        for p in sorted(self.parameters, key=lambda p: id(p) in idle):           # a stable sort
+            size = p.numel() * p.element_size()
+            if size > room:
+                self.buckets.append([])
+                room = self.BYTES
+            self.buckets[-1].append(p)
+            room -= size
+        self.bucket_of = {id(p): i for i, bucket in enumerate(self.buckets) for p in bucket}
+
+    def start(self):
+        """The next backward pass is the last one of a step: gradients leave when they arrive."""
+        self.sent, self.missing, self.listening = [], [len(bucket) for bucket in self.buckets], True
+
+    def arrived(self, p):
+        """A hook: the gradient of p is whole."""
+        if self.listening:
+            self.missing[self.bucket_of[id(p)]] -= 1
+            while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
+                self.send()
+
+    @torch.no_grad()
+    def send(self):
+        """The next bucket as one tensor, of which its gradients become views, so that none is held twice."""
+        bucket = self.buckets[len(self.sent)]
+        used = bucket[0].new_ones(len(bucket))
+        for i, p in enumerate(bucket):
+            if p.grad is None:
+                used[i] = 0
+        flat = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket), used])
+        for p, mean in zip(bucket, flat.split([*(p.numel() for p in bucket), len(bucket)])):
+            p.grad = mean.view_as(p)
+        self.sent.append((flat, dist.all_reduce(flat, async_op=True)))
+
+    def finish(self):
+        """Send what is left, and wait: gradients are means over all processes then."""
+        self.listening = False
+        while len(self.sent) < len(self.buckets):
+            self.send()
+        for flat, message in self.sent:
+            message.wait()
+            flat /= self.world
+        used = torch.cat([flat[-len(bucket):] for bucket, (flat, _) in zip(self.buckets, self.sent)]).tolist()
+        self.sent, before = [], {id(p) for p in self.idle}
+        self.idle = [p for p, share in zip(itertools.chain(*self.buckets), used) if not share]
+        for p in self.idle:
+            p.grad = None
+        if {id(p) for p in self.idle} != before:
+            self.fill()
+
+
+def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype=None, scaler=None):
     """Forward and backward of one step -> "loss", its terms by name and "accuracy", averaged; so is p.grad.
 
-    batch: this process's share of the global batch, as the loader gives it. All randomness is a function of
-    (seed, step, position in the global batch): one process, many, or accumulation compute the same step, except that
-    under accumulation the presence loss takes its maximum within each portion.
+    batch: this process's share of the global batch, as the loader gives it. buckets: Buckets of the model's parameters;
+    None without other processes. All randomness is a function of (seed, step, position in the global batch): one
+    process, many, or accumulation compute the same step, except that under accumulation the presence loss takes its
+    maximum within each portion.
     """
-    weights = loss_weights(cfg)
+    weights, world = loss_weights(cfg), buckets.world if buckets else 1
     share = len(batch["label"])
     affine = ifam.Affine.draw((cfg.size, cfg.size), generator(cfg.seed, step))    # one for the whole global batch
     sums = {}
@@ -146,7 +217,8 @@ def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None
         told = {"keep": model.draw(generators, math.prod(model.predictor.backbone.grid)).to(device)}
     else:
         told = given(model, batch, device)
-    for part in torch.arange(share).split(cfg.micro or share):
+    parts = torch.arange(share).split(cfg.micro or share)
+    for number, part in enumerate(parts, 1):
         images, labels = (batch[key][part].to(device, non_blocking=True) for key in ("image", "label"))
         noise = draw_noise(model, cfg, step, (rank * share + part).tolist())
         with torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext():
@@ -156,11 +228,15 @@ def gradients(model, cfg, batch, step, rank=0, world=1, device="cpu", dtype=None
         terms, weight = {}, len(part) / share
         loss = ifam.loss(out, warped_maps, labels, affine, weights,
                          lambda peaks: max_over_processes(peaks, world), terms)
+        if world > 1 and number == len(parts):
+            buckets.start()
         (scaler.scale(loss * weight) if scaler else loss * weight).backward()
         accuracy = (out.logits.argmax(1) == labels).float().mean()
         for name, value in {**terms, "accuracy": accuracy, "loss": loss}.items():
             sums[name] = sums.get(name, 0.0) + value.detach().float() * weight
-    average_over_processes(list(sums.values()) + [p.grad for p in model.parameters() if p.grad is not None], world)
+    if world > 1:
+        buckets.finish()
+    average_over_processes(list(sums.values()), world)
     return sums
 
 
@@ -224,10 +300,21 @@ def build_model(cfg, device, classes=None, read=None):
         freeze_backbone(model.selector, cfg.train_tokens)
     if cfg.freeze_stage2:
         freeze_backbone(model.predictor)
+    if cfg.checkpoint:
+        checkpoint_blocks(model)
     model.to(device)
     if cfg.compile:
         compile_stages(model)
     return model
+
+
+def checkpoint_blocks(model):
+    """Every backbone that gradients pass through keeps less for them; a line says so where there is none."""
+    passed = [m for m in model.modules() if isinstance(m, vit.ViT) and any(p.requires_grad for p in m.parameters())]
+    for backbone in passed:
+        backbone.checkpoint = True
+    if not passed and settings.rank() == 0:
+        print("--checkpoint saves nothing here: no gradient passes through a block")
 
 
 def compile_stages(model, **how):
@@ -289,6 +376,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(parameter_groups(model, cfg, steps), fused=device.type in ("cpu", "cuda"))
         self.model, self.optimizer, self.scaler, self.skipped = model, optimizer, scaler, 0
         self.averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
+        self.buckets = Buckets(self.trained, world)
 
     @property
     def weights(self):
@@ -320,7 +408,7 @@ class Trainer:
         """Take a step on this process's share of the batch -> its averaged terms, the norm of the gradient."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_at(step, self.steps, group["warmup"])
-        terms = gradients(self.model, self.cfg, batch, step, self.rank, self.world, self.device, self.dtype,
+        terms = gradients(self.model, self.cfg, batch, step, self.rank, self.buckets, self.device, self.dtype,
                           self.scaler)
         refuse_non_finite({f"the loss term {name!r}": value for name, value in terms.items()}, step)
         self.scaler.unscale_(self.optimizer)

@@ -17,6 +17,7 @@ from itertools import islice
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -250,6 +251,7 @@ class ViT(nn.Module):
         self.patch, self.width, self.grid = patch, width, (height // patch, across // patch)
         self.grid_is_known = True                        # False: the number of positions is, their shape is not yet
         self.packed = True                               # False: shapes never depend on what a mask keeps (ifam.Static)
+        self.checkpoint = False                          # True: blocks keep only their inputs for the way back
         hidden = hidden or {"mlp": 4 * width, "swiglu": (int(4 * width * 2 / 3) + 7) // 8 * 8}[ffn]
         self.patch_embed = PatchEmbed(patch, width)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
@@ -326,8 +328,17 @@ class ViT(nn.Module):
         """turn: the rotations of x's tokens, by default those of all T."""
         turn = self.turn() if turn is None else turn
         for block in self.blocks[:-1]:
-            x = block(x, attend, turn=turn)
-        return self.norm(self.blocks[-1](x, attend, rows, turn))
+            x = self._through(block, x, attend, turn=turn)
+        return self.norm(self._through(self.blocks[-1], x, attend, rows, turn))
+
+    def _through(self, block, *inputs, **more):
+        """block(*inputs), or with self.checkpoint the same bits in less memory: it is computed anew on the way back.
+
+        Only the inputs are kept until then (activation checkpointing; Chen et al., 2016). A block draws nothing.
+        """
+        if not self.checkpoint or not torch.is_grad_enabled():
+            return block(*inputs, **more)
+        return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **more)
 
     def _run_joint(self, x, mask, class_only):
         """forward() with the gradient of the mask, but gradients of tokens only where there are any.
@@ -343,18 +354,24 @@ class ViT(nn.Module):
         own, others = (None, None) if turn is None else turn[0][order].split([count, x.shape[1] - count], 1)
         for block in self.blocks:
             one = class_only and block is self.blocks[-1]
-            q, k, v = block.attn.project(block.norm1(head), own)
-            with torch.no_grad():
-                asked, *hidden = block.attn.project(block.norm1(tail), others)
-                if not one:
-                    found = attend_masked(asked, k, v, mask[:, :count].detach())
-                    tail = block.add(tail, block.attn.proj(found.flatten(-2)))
-            if one:
-                q, head = q[:, :1], head[:, :1]
-            head = block.add(head, block.attn.proj(attend_masked(q, k, v, mask, hidden=hidden).flatten(-2)))
+            head, tail = self._through(partial(self._joint_block, block), head, tail, mask, own, others, one)
         if class_only:
             return self.norm(head)
         return self.norm(torch.cat([head, tail], 1)).take_along_dim(order.argsort(dim=1)[..., None], 1)
+
+    def _joint_block(self, block, head, tail, mask, own, others, one):
+        """A block of _run_joint: head and tail (B, ., D), with autograd and without. one: only the class token asks."""
+        q, k, v = block.attn.project(block.norm1(head), own)
+        with torch.no_grad():
+            asked, *hidden = block.attn.project(block.norm1(tail), others)
+        if one:
+            q, head = q[:, :1], head[:, :1]
+        head = block.add(head, block.attn.proj(attend_masked(q, k, v, mask, hidden=hidden).flatten(-2)))
+        if not one:                                      # last: a checkpoint stops before what no gradient needs
+            with torch.no_grad():
+                found = attend_masked(asked, k, v, mask[:, :k.shape[1]].detach())
+                tail = block.add(tail, block.attn.proj(found.flatten(-2)))
+        return head, tail
 
     def _kept_first(self, mask):
         """mask (B, T) in {0, 1} -> order (B, T) of its tokens, kept ones first, and the most that an image keeps."""

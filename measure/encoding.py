@@ -27,8 +27,8 @@ def check(model, what):
         raise UsageError(f"--encoding asks what an early, hard mask tells, and {what} has none: leave it out, or name "
                          "a --ckpt of ifam, early-found or early-truth")
     if model.trim != "none":
-        raise UsageError(f"--encoding judges whole patches, and {what} was trained with --trim {model.trim}, which paints "
-                         "some of their pixels: leave it out, or name a --ckpt that was trained without --trim")
+        raise UsageError(f"--encoding judges whole patches, and {what} was trained with --trim {model.trim}, which "
+                         "paints some of their pixels: leave it out, or name a --ckpt that was trained without --trim")
 
 
 @torch.no_grad()

@@ -7,8 +7,11 @@ import torch
 from conftest import agrees
 from models import TINY, pictures, tiny
 from tiny import fails
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import speed
+import train
 from ifam import Predictor
 from vit import ARCHS, KeepGradient, build_vit
 
@@ -114,7 +117,7 @@ def run(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(ARCHS, "mini", dict(TINY, depth=2))
 
     def call(*flags):
-        speed.main([*map(str, flags), "--rounds", "1", "--out", str(tmp_path / "found.json")])
+        speed.main([*map(str, flags), *(() if "--gpus" in flags else ("--rounds", "1")), "--out", str(tmp_path / "found.json")])
         return json.loads((tmp_path / "found.json").read_text()), capsys.readouterr().out
     return call
 
@@ -143,6 +146,44 @@ def test_a_step_of_every_variant_is_measured(run):
     rows = run(*MODEL, "--training", "--size", 70, "--batch", 2)[0]["rows"]
     assert list(rows) == list(speed.VARIANTS) and all(math.isfinite(x) and x > 0 for row in rows.values() for x in row.values())
     assert rows["two stages"]["peak_bytes"] > rows["one dense ViT, everything trains"]["peak_bytes"]
+
+
+def test_checkpoint_is_measured_beside_a_dense_step_without_it_and_needs_less_memory(run, monkeypatch):
+    monkeypatch.setitem(ARCHS, "mini", dict(TINY, depth=6))
+    flags = (*MODEL, "--training", "--size", 140, "--batch", 2)
+    plain, rows = run(*flags)[0]["rows"], run(*flags, "--checkpoint")[0]["rows"]
+    dense, *others = speed.VARIANTS
+    assert list(rows) == [dense, *(f"{name}, --checkpoint" for name in speed.VARIANTS)]
+    assert rows[dense]["peak_bytes"] == pytest.approx(plain[dense]["peak_bytes"], rel=0.02)
+    for name in (dense, *others[:2]):
+        assert rows[f"{name}, --checkpoint"]["peak_bytes"] < 0.8 * plain[name]["peak_bytes"], name
+
+
+@pytest.mark.parametrize("keep", [0.2, 1.0])
+def test_operations_of_a_training_step_are_what_torch_counts(keep, monkeypatch):
+    monkeypatch.setitem(ARCHS, "mini", dict(TINY, width=96, depth=3))
+    cfg = speed.Config(arch="mini", size=140, batch=2, keep=keep, k=3)
+    with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+        speed.make_step(cfg, torch.device("cpu"), speed.VARIANTS["two stages"])()
+    model = tiny(140, k=3, classes=2, arch="mini")
+    ours = sum(speed.step_operations(model, round(100 * keep)))
+    assert ours == pytest.approx(counted.get_total_flops() / 2, rel=1e-4)        # not counted: classifiers, the warp
+
+
+def test_many_gpus_on_paper_are_arithmetic_that_can_be_done_by_hand(run):
+    found, text = run(*MODEL[:2], "--gpus", "--size", 70, "--batch", 3, "--rate", 0.001)
+    rows, model = found["rows"], tiny(arch="mini", k=8, classes=2)
+    train.freeze_backbone(model.selector)
+    gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    forward, backward = (x / 1e9 for x in speed.step_operations(model, 5))
+    assert list(rows) == ["1 GPU", *(f"{n} GPUs" for n in (2, 4, 8, 16, 32, 64))] and "busy" in text
+    for n, row in zip((1, 2, 4, 8, 16, 32, 64), rows.values()):
+        assert row["sent_bytes"] == pytest.approx(2 * (n - 1) / n * gradients) and row["step"] == pytest.approx(3 * (forward + backward))
+        for link in (25, 400):
+            exchange = row["sent_bytes"] / (link * 1e9)
+            assert row[f"exchange_{link}"] == pytest.approx(exchange) and row[f"hidden_{link}"] == pytest.approx(exchange / backward)
+            waits = max(0, exchange - 3 * backward)
+            assert row[f"computing_{link}"] == pytest.approx(row["step"] / (row["step"] + waits))
 
 
 def test_reading_is_measured_at_both_sizes(run):
@@ -186,7 +227,9 @@ def test_a_forced_mask_keeps_the_same_share_of_every_image_and_has_the_gradient_
 @pytest.mark.parametrize("flags, words", [
     (("--arch", "x"), ("'x' is no architecture", "b/6")), (("--arch", "s/13"), ("s has 12 blocks",)), (("--size", 100), ("multiple of the patch",)),
     (("--rounds", 0), ("--rounds",)), (("--amp", "bf61"), ("did you mean bf16?",)), (("--scale", "--size", 70), ("--size means nothing to scale",)),
-    (("--keep", 0.5), ("--keep", "only to training")), (("--training", "--keep", 1.5), ("--keep", "at most 1")), (("--reading", "--arch", "s"), ("--arch",)),
+    (("--keep", 0.5), ("--keep", "only to training")), (("--gpus", "--keep", 0), ("--keep", "a share")), (("--gpus", "--rate", 0), ("--rate", "above 0")),
+    (("--checkpoint",), ("--checkpoint means nothing to prediction", "training")), (("--training", "--rate", 3), ("--rate", "only to gpus")),
+    (("--gpus", "--rounds", 3), ("--rounds means nothing to gpus",)), (("--gpus", "--size", 100), ("multiple of the patch",)), (("--training", "--keep", 1.5), ("--keep", "at most 1")), (("--reading", "--arch", "s"), ("--arch",)),
     (("--sizes", "--rounds", 3), ("--rounds means nothing to sizes",)), (("--arch", "7b16"), ("--arch 7b16 is refused", "l16")),
     (("--training", "--keep", -1), ("--keep", "at least 0")), (("--scale", "--training"), ("--scale and --training",))], ids=str)
 def test_bad_flags_are_one_line(flags, words, capsys):

@@ -1,6 +1,5 @@
 """The loop: one step is the same for any number of processes, resuming is exact, bad input is one line."""
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,12 +14,11 @@ import data
 from vit import ViT, build_vit
 import runs
 import evaluate
-import ifam
 import train
 from baselines import METHODS
 from benchmarks.samples import Plan, Samples, read_image
 from settings import parse
-from tiny import ROOT, TINY, fails, torchrun
+from tiny import ROOT, TINY, fails, together, torchrun
 from tiny import train as run
 from runs import load_published
 from weights import MINI, read_file
@@ -30,19 +28,19 @@ def config(*flags):
     return parse(runs.Config, "", [*TINY, *map(str, flags)], runs.preset)
 
 
-def first_gradients(rank, world, flags, path):
+def first_gradients(rank, world, flags, path, size=train.Buckets.BYTES):
     """Gradients of step 5 of the first batch, saved by rank 0: what every split of the batch must agree on."""
-    torch.set_num_threads(1)
-    if world > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29533")
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    together(rank, world, path)
+    train.Buckets.BYTES = size
     cfg = config(*flags)
     model = train.build_model(cfg, torch.device("cpu")).train()
     samples = data.load(cfg.data, data.find_root(cfg.data, cfg.root, True), cfg.size, limit=cfg.limit)["train"]
     batch = torch.utils.data.default_collate([samples[key] for key in next(iter(Plan(64, 16, 0, 1, 0, rank, world)))])
-    sums = train.gradients(model, cfg, batch, 5, rank, world)
+    buckets = train.Buckets(model.parameters(), world)
+    sums = train.gradients(model, cfg, batch, 5, rank, buckets)
     if rank == 0:
-        torch.save({"terms": sums, "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, path)
+        torch.save({"terms": sums, "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+                    "messages": len(buckets.buckets) if world > 1 else 0}, path)
     if world > 1:
         torch.distributed.destroy_process_group()
 
@@ -66,6 +64,16 @@ def same_step(a, b, but=()):
 def test_two_processes_give_the_gradients_of_one_with_the_same_global_batch(one_process, tmp_path):
     mp.spawn(first_gradients, (2, (), tmp_path / "two.pt"), nprocs=2)
     same_step(one_process, torch.load(tmp_path / "two.pt"))
+
+
+@pytest.mark.parametrize("flags", [("--micro", 3), ("--no-shaping", "--no-stage1-class"), ("--checkpoint",)], ids=lambda f: "".join(map(str, f)))
+def test_gradients_that_travel_in_many_messages_are_those_of_one_process(flags, tmp_path):
+    flags = (*flags, *(() if "--no-shaping" in flags else ("--weight-presence", 0)))     # its maximum is that of a portion
+    first_gradients(0, 1, flags, tmp_path / "one.pt")
+    mp.spawn(first_gradients, (2, flags, tmp_path / "two.pt", 200_000), nprocs=2)
+    one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
+    same_step(one, two)                                  # also: without losses of its own stage 1 has idle parameters
+    assert two["messages"] > 5
 
 
 def test_accumulation_gives_the_same_gradients_but_for_the_presence_loss(tmp_path):

@@ -46,6 +46,14 @@ def killed_while_drawing(command, folder, patience=60):
     process.wait()
 
 
+def together(rank, world, path):
+    """Join the other processes of mp.spawn, with one thread; they meet in a file beside path."""
+    import torch
+    torch.set_num_threads(1)
+    if world > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{path}.meet", rank=rank, world_size=world)
+
+
 def torchrun(processes, *arguments, nodes=1, node=0, port=29511):
     """Start torchrun on this machine, one thread per process; returns the Popen."""
     where = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
