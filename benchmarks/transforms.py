@@ -247,3 +247,12 @@ def to_tensor(image, normalisation=IMAGENET):
     pixels -= mean
     pixels /= std
     return torch.from_numpy(pixels)
+
+
+UNIT = ((0, 0, 0), (1, 1, 1))                              # the normalisation that leaves pixels in [0, 1]
+
+
+def normalised(images, normalisation):
+    """Pixels in [0, 1] (B, 3, height, width) -> those of to_tensor with a normalisation: the same bits."""
+    mean, std = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in normalisation)
+    return (images - mean) / std
