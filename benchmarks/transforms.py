@@ -230,10 +230,11 @@ class Pipeline(NamedTuple):
     train: Callable              # (view, size, numpy generator); None for a benchmark that is only evaluated
     evaluate: Callable           # (view, size)
     normalisation: tuple = IMAGENET
+    crops_first: bool = False    # training enlarges a small part of the picture: it needs all of its pixels
 
 
 FINE_GRAINED = Pipeline("fine-grained", augment, centre)
-PHOTOGRAPHS = Pipeline("photographs", augment_imagenet, centre_imagenet)
+PHOTOGRAPHS = Pipeline("photographs", augment_imagenet, centre_imagenet, crops_first=True)
 AS_THEY_ARE = Pipeline("as they are", None, unchanged)
 RADIOGRAPHS = Pipeline("radiographs", augment_chest, squash, CHEST)
 PIPELINES = {pipeline.name: pipeline for pipeline in (FINE_GRAINED, PHOTOGRAPHS, AS_THEY_ARE, RADIOGRAPHS)}
