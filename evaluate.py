@@ -21,12 +21,15 @@ import data
 import speed
 import train
 from benchmarks.files import is_our_picture
+from benchmarks.transforms import normalised
 from interventions import apply_intervention, describe_intervention
 from measure import between, encoding, figures
-from measure.leakage import Seen, measure_leakage, place_of_mask, stage1_classifier, stage2_classifier
-from measure.metrics import accuracies, ari, foreground_ious, keypoint_error, landmarks, nmi
+from measure.leakage import (Seen, given, has_place, measure_leakage, place_of_mask, pools_of, stage1_classifier,
+                             stage2_classifier)
+from measure.metrics import (Landmarks, accuracies, ari, foreground_ious, in_unit_range, keypoint_error, landmarks,
+                             landmarks_of, nmi, over)
 from measure.shape import SHAPE
-from predict import OnCheckpoint, open_split, predict
+from predict import OnCheckpoint, open_split, predict, results_of
 from runs import Config as RunConfig
 from runs import as_published, differences, has, hash_of, load_model, pick_device, read_config, trained
 from settings import UsageError, may_write, opt, parse, recorded, run_script, write_json
@@ -51,16 +54,18 @@ class Config(OnCheckpoint):
 
 
 # ---------------------------------------------------------------- localisation
-def localisation(model, result, samples, train=None, kp_normalise=False, **loading):
+def localisation(model, result, samples, train=None, kp_normalise=False, known=None, **loading):
     """The parts against what is annotated -> dict, empty without annotations or parts. result: what predict returned.
 
     Masks: the IoUs. Keypoints: nmi and ari (the part under a keypoint against its name), and kp, which is fitted on
-    the training split; where that cannot be done kp is None and "kp_skipped" says why. Protocols: metrics.py.
+    the training split; where that cannot be done kp is None and "kp_skipped" says why. Protocols: metrics.py. known:
+    a function from a split to its landmarks, if they are at hand.
     """
+    known = known or (lambda some: landmarks(model.selector, some, kp_normalise, **loading))
     out = foreground_ious(result["foreground"]) if "foreground" in result else {}
     if model.selector is None or not samples.points:
         return out
-    test = landmarks(model.selector, samples, kp_normalise, **loading)
+    test = known(samples)
     visible = test.points[..., 2] > 0
     names = torch.arange(visible.shape[1]).expand_as(visible)[visible]
     both = (names, test.clusters[visible])
@@ -71,9 +76,8 @@ def localisation(model, result, samples, train=None, kp_normalise=False, **loadi
     elif samples.boxes is None or train.boxes is None:
         out["kp_skipped"] = "bounding_boxes.txt is not there"
     else:
-        fit = landmarks(model.selector, train, kp_normalise, **loading)
         try:
-            out["kp"] = keypoint_error(fit, test)
+            out["kp"] = keypoint_error(known(train), test)
         except ValueError as reason:                     # few images may not show every landmark
             out["kp_skipped"] = str(reason)
     return out
@@ -88,8 +92,8 @@ def evaluator_of(cfg, state, device):
     """
     folder, method = Path(cfg.ckpt).parent / "encoding", "early-random"
     settings = {name: x for name, x in recorded(RunConfig, state["config"], cfg.ckpt).items() if has(method, name)}
-    given = {"root": cfg.root} if cfg.root and not cfg.data else {}
-    own = RunConfig(**{**settings, **given, "method": method, "out": str(folder), "device": cfg.device})
+    where = {"root": cfg.root} if cfg.root and not cfg.data else {}
+    own = RunConfig(**{**settings, **where, "method": method, "out": str(folder), "device": cfg.device})
     fits = (folder / "config.json").is_file() and not differences(read_config(folder / "config.json"), own)
     if not fits or not trained(folder / "log.jsonl"):
         print(f"--encoding: an evaluator is trained on random masks, in {folder}", flush=True)
@@ -109,6 +113,57 @@ def measure_encoding(cfg, model, evaluator, samples, device):
     keep = predict(model, samples, cfg.batch, device, cfg.workers)["keep"]
     return {**encoding.measure_encoding(model, evaluator, samples, keep, device, cfg.batch, cfg.workers),
             "evaluator": about}
+
+
+# ---------------------------------------------------------------- one pass
+def wanted(model, samples, train):
+    """What a pass over the split that is measured, and one over the training split, have to find -> two sets of names.
+
+    "predict", "landmarks" and "pools": what predict, landmarks and pool_by_place return.
+    """
+    here, there = {"predict"}, set()
+    if model.selector is not None and samples.points:
+        here.add("landmarks")
+        if train is not None and train.points and samples.boxes is not None and train.boxes is not None:
+            there.add("landmarks")
+    if train is not None and has_place(train, samples):
+        here, there = here | {"pools"}, there | {"pools"}
+    return here, there
+
+
+@torch.no_grad()
+def one_pass(model, samples, names, kp_normalise=False, device="cpu", batch=32, workers=0):
+    """A split, each image read once and seen by stage 1 once under each normalisation -> {name of `wanted`: result}.
+
+    The numbers are those of predict, landmarks and pool_by_place, bit for bit: a test compares them.
+    """
+    if not names:
+        return {}
+    selector, where = model.selector, f"{samples.name} {samples.split}"
+    shown = in_unit_range(samples)
+    shown.masks = samples.masks if names - {"landmarks"} else None               # of masks nothing asks
+    model.eval()
+
+    def measure(part):
+        raw, found = part["image"], {}
+        images = normalised(raw, samples.normalisation).to(device)
+        features = selector.features(images) if selector and (names - {"landmarks"} or kp_normalise) else None
+        first = None if features is None else selector.select(features)
+        if "predict" in names:
+            told = given(model, part, device)
+            out = model.second_stage(images, first, **told) if first else model(images, **told)
+            found["predict"] = results_of(model, out, part, where)
+        if "landmarks" in names:
+            maps = (first if kp_normalise else selector(raw.to(device))).maps
+            found["landmarks"] = landmarks_of(maps, part, samples.size)
+        if "pools" in names:
+            how = (selector.shrink, features) if selector else ()
+            found["pools"] = pools_of((selector or model.predictor).backbone, images, part["mask"].to(device), *how)
+        return {(name, key): x for name, rows in found.items() for key, x in rows.items()}
+    rows, found = over(shown, measure, batch, workers), {name: {} for name in names}
+    for (name, key), x in rows.items():
+        found[name][key] = x
+    return {name: Landmarks(**x) if name == "landmarks" else x for name, x in found.items()}
 
 
 # ---------------------------------------------------------------- the report
@@ -196,7 +251,10 @@ def evaluate(model, samples, train=None, rare=(), device="cpu", batch=32, leakag
     train_groups = train.groups if comparable else None
     train = train if train is not None and train.on_disk() else None
     metrics, loading = data.BENCHMARKS[samples.name].metrics, dict(device=device, batch=batch, workers=workers)
-    result = predict(model, samples, batch, device, workers)
+    passes = [(some, one_pass(model, some, names, kp_normalise, **loading))
+              for some, names in zip((samples, train), wanted(model, samples, train))]
+    known = lambda name: lambda some: next(found for split, found in passes if split is some)[name]
+    result = known("predict")(samples)
     report = {"split": samples.split, "images": len(samples)}
     stages = [("stage2", "leakage", "logits", stage2_classifier)] if model.predictor else []
     if model.selector:
@@ -208,7 +266,7 @@ def evaluate(model, samples, train=None, rare=(), device="cpu", batch=32, leakag
             report["mask"] |= {"iou": foreground_ious(result["seen"])["foreground_iou"]}
     for stage, _, key, _ in stages:
         report[stage] = only(metrics, accuracies(result, samples, key, rare, train_groups))
-    if found := localisation(model, result, samples, train, kp_normalise, **loading):
+    if found := localisation(model, result, samples, train, kp_normalise, known("landmarks")):
         report["localisation"] = found
     if sets:
         report["sets"] = found = measure_sets(model, samples, result, sets, metrics, **loading)
@@ -219,7 +277,8 @@ def evaluate(model, samples, train=None, rare=(), device="cpu", batch=32, leakag
     leaks = measure_leakage([classifier(model, seen) for *_, classifier in stages], samples, backbone, device, leakage)
     report |= {leak: found for (_, leak, *_), found in zip(stages, leaks)}
     if report["leakage"] and train is not None:
-        report["leakage"]["place_of_mask"] = place_of_mask(model, train, samples, **loading)
+        pools = [found["pools"] for _, found in reversed(passes)] if has_place(train, samples) else None
+        report["leakage"]["place_of_mask"] = place_of_mask(model, train, samples, known=pools)
     return report
 
 
@@ -313,6 +372,9 @@ def check(cfg, model, state, samples, sets):
         if state["step"] is None:
             raise UsageError(f"--encoding trains an evaluator as the model was trained, and {cfg.ckpt}, a published "
                              "snapshot, does not say how: leave it out")
+    if cfg.adversarial and model.needs_truth:
+        raise UsageError(f"--adversarial pastes objects on backgrounds, and {cfg.ckpt} is told where the object is: leave "
+                         "it out")
     if cfg.adversarial and samples.masks is None:
         raise UsageError("--adversarial needs bg_challenge/fg_mask; unpack it")
     if cfg.adversarial and "only_bg_t" not in sets:

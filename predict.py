@@ -236,6 +236,25 @@ class OnCheckpoint:
         self.workers = bounded(self.workers)
 
 
+def results_of(model, out, images, where):
+    """What predict() returns of one batch, from the model's Output for it. RunError if a logit is not finite."""
+    one, maps = {"logits": out.logits.float()}, out.maps
+    if not (fine := one["logits"].isfinite().all(1)).all():
+        raise RunError(f"{where}: the model's outputs are not finite, first for image "
+                       f"{images['id'][int((~fine).nonzero()[0])]}: its weights overflowed in training")
+    if maps is not None:
+        one |= {"logits_stage1": out.logits_stage1.float(), "keep": model.mask(out)}
+    elif out.keep is not None:                           # a mask without parts: one map for it, one for the rest
+        one["keep"] = out.keep
+        maps = torch.stack([out.keep, 1 - out.keep], 1).unflatten(2, model.predictor.backbone.grid)
+    if maps is not None and "mask" in images:
+        true = images["mask"].to(maps.device)
+        one["foreground"] = foreground_counts(maps, true)
+        seen = shown_under(one["keep"], out.shown, (model.predictor or model.selector).backbone)
+        one["seen"] = pixel_counts(seen[:, 0] > 0, true.bool())
+    return {name: x.cpu() for name, x in one.items()}
+
+
 @torch.no_grad()
 def predict(model, samples, batch=32, device="cpu", workers=0):
     """Run a model over a split -> tensors by name, a row a sample, in the order of the samples.
@@ -252,22 +271,7 @@ def predict(model, samples, batch=32, device="cpu", workers=0):
     found = []
     for images in progress(loader, f"{samples.name} {samples.split}"):
         out = model(images["image"].to(device), **given(model, images, device))
-        one = {"logits": out.logits.float()}
-        if not (fine := one["logits"].isfinite().all(1)).all():
-            raise RunError(f"{samples.name} {samples.split}: the model's outputs are not finite, first for image "
-                           f"{images['id'][int((~fine).nonzero()[0])]}: its weights overflowed in training")
-        maps = out.maps
-        if maps is not None:
-            one |= {"logits_stage1": out.logits_stage1.float(), "keep": model.mask(out)}
-        elif out.keep is not None:                       # a mask without parts: one map for it, one for the rest
-            one["keep"] = out.keep
-            maps = torch.stack([out.keep, 1 - out.keep], 1).unflatten(2, model.predictor.backbone.grid)
-        if maps is not None and "mask" in images:
-            true = images["mask"].to(device)
-            one["foreground"] = foreground_counts(maps, true)
-            seen = shown_under(one["keep"], out.shown, (model.predictor or model.selector).backbone)
-            one["seen"] = pixel_counts(seen[:, 0] > 0, true.bool())
-        found.append({name: x.cpu() for name, x in one.items()})
+        found.append(results_of(model, out, images, f"{samples.name} {samples.split}"))
     pieces = [(list(mine), {name: torch.cat([f[name] for f in found]) for name in found[0]} if found else {})]
     if world > 1:
         gathered = [None] * world

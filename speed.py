@@ -36,12 +36,13 @@ import ifam
 import train
 import vit
 from baselines import FoundMask
-from benchmarks.files import is_our_picture
+from benchmarks.files import is_our_picture, read_image
 from benchmarks.samples import Samples
-from benchmarks.transforms import FINE_GRAINED, PHOTOGRAPHS
+from benchmarks.transforms import (BICUBIC, FINE_GRAINED, PHOTOGRAPHS, View, augment, rand_augment, random_box,
+                                   to_tensor)
 from measure.leakage import given
 from runs import Config as RunConfig
-from runs import pick_device
+from runs import pick_device, small_selector
 from settings import UsageError, flag, may_write, opt, parse, progress, run_script, write_json
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")          # else the profiler prints a line whenever it starts or stops
@@ -49,9 +50,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")          # else the profiler pri
 
 @dataclass
 class Config:
-    scale: bool = opt(False, "time and memory against tokens, K and batch", group="instead of prediction")
+    scale: bool = opt(False, "time and memory against tokens, K and batch, also with the stage 1 of --recipe fast", group="instead of prediction")
     training: bool = opt(False, "steps of train.py: one ViT, two stages, and two stages of which less trains")
-    reading: bool = opt(False, "the input pipeline: decoding, augmentation and tensor")
+    reading: bool = opt(False, "the input pipeline, its steps alone, and large files with and without --draft")
     sizes: bool = opt(False, "parameters and operations of every --arch at 224 and 512 px: counted, not timed")
     gpus: bool = opt(False, "a training step of two stages on 1 to 64 GPUs: computed on paper, nothing is run")
 
@@ -317,8 +318,15 @@ STEPS = {  # what grows: the setting, its values, and what is fixed meanwhile
 def costs(cfg, device, **changes):
     """What prediction, and forward and backward of both stages ("training"), cost, 20 % kept.
 
-    -> tokens of an image, {"prediction": {"seconds", "bytes"}, "training": ...}
+    -> tokens of an image, {"prediction": {"seconds", "bytes"}, "training": ...}; then both with the small stage 1.
     """
+    tokens, full = cost(cfg, device, **changes)
+    _, small = cost(cfg, device, **changes, **small_selector(cfg.arch, changes.get("size", cfg.size)))
+    return tokens, {**full, **{f"{what}, small stage 1": found for what, found in small.items()}}
+
+
+def cost(cfg, device, **changes):
+    """costs() of one kind of stage 1."""
     model, images = make(cfg, device, **changes)
     keep = forced(0.2, 0.2, len(images), math.prod(model.grid)).to(device)
 
@@ -333,7 +341,7 @@ def costs(cfg, device, **changes):
 
 
 def growth(cfg, device):
-    """Costs against tokens, K and batch, and the power of it that each grows with, a straight line through logarithms.
+    """costs() against tokens, K and batch, and the power of it that each grows with, a straight line through logarithms.
 
     -> {"tokens": {"x": [...], "prediction": {"seconds": [...], "bytes": [...]}, "training": ..., "exponents": ...}}
     """
@@ -342,8 +350,8 @@ def growth(cfg, device):
         tokens, found = zip(*(costs(cfg, device, **{**fixed, setting: value}) for value in values))
         x = list(tokens if name == "tokens" else values)
         curves[name] = {"x": x, "exponents": {}}
-        for what in ("prediction", "training"):
-            of = {unit: [cost[what][unit] for cost in found] for unit in ("seconds", "bytes")}
+        for what in found[0]:
+            of = {unit: [each[what][unit] for each in found] for unit in ("seconds", "bytes")}
             powers = {unit: np.polyfit(np.log(x), np.log(y), 1)[0].item() for unit, y in of.items() if None not in y}
             curves[name][what], curves[name]["exponents"][what] = of, powers
             print(f"  {what} grows with {name} to the power of "
@@ -486,31 +494,99 @@ def gpus(cfg, device, counts=(1, 2, 4, 8, 16, 32, 64)):
 
 
 # ---------------------------------------------------------------- reading images
-def reading(cfg, device, count=20):
-    """Images/s of one core for JPEGs of 500 x 375 pixels, the size of most photographs of CUB and ImageNet.
+def crop_and_stretch(view, size, rng):
+    view.crop(*random_box(view.image.size, rng))
+    view.stretch((size, size), BICUBIC)
 
-    The files have just been written, so nothing waits. -> {row: {...}}
+
+PIPELINES = {  # name: (pipeline, how it comes to the model's size, and what else it does to a picture of that size)
+    "birds, cats and dogs": (FINE_GRAINED, lambda view, size, rng: view.resize(size), augment),
+    "ImageNet": (PHOTOGRAPHS, crop_and_stretch, lambda view, size, rng: rand_augment(view, rng))}
+
+
+def photographs(folder, count, width, height, octaves=1):
+    """JPEG files of noise at 1/8 of their sides, enlarged, and so on at 1/4, 1/2, ... with half of the contrast each.
+
+    Enough octaves have the spectrum of a photograph, whose finest details a smaller decoding loses. -> paths
+    """
+    paths = [Path(folder) / f"{width}-{i}.jpg" for i in range(count)]
+    for i, path in enumerate(paths):
+        rng, picture = np.random.default_rng(i), np.full((height, width, 3), 127.5)
+        for octave in range(octaves):
+            shape = (height * 2 ** octave // 8, width * 2 ** octave // 8, 3)
+            fine = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).resize((width, height), BICUBIC)
+            picture += (np.asarray(fine) - 127.5) / 2 ** octave / sum(0.5 ** n for n in range(octaves))
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    return paths
+
+
+def split_of(paths, pipeline, size, **settings):
+    """A new training split of these files: a small one stays decoded."""
+    samples = Samples("none", "train", size, ("none",), [p.name for p in paths], paths, [0] * len(paths))
+    samples.pipeline = pipeline
+    vars(samples).update(settings)
+    return samples
+
+
+def reading_steps(name, size, paths, rounds, device):
+    """Images/s of reading these files for training, and of each of its steps alone -> {row: {...}}."""
+    pipeline, to_size, rest = PIPELINES[name]
+    rng = lambda i: np.random.default_rng(i)
+    pictures, count = [read_image(path, "RGB") for path in paths], range(len(paths))
+
+    def stepped(step, before):                           # View makes no copy, and steps make new pictures
+        views = [View(picture) for picture in before]
+        for i, view in enumerate(views):
+            step(view, size, rng(i))
+        return [view.image for view in views]
+    resized = stepped(to_size, pictures)
+    augmented = stepped(rest, resized)
+    calls = {"": lambda: [x for x in map(split_of(paths, pipeline, size).__getitem__, ((0, i) for i in count))],
+             ": decode": lambda: [read_image(path, "RGB") for path in paths],
+             ": to this size": lambda: stepped(to_size, pictures), ": augment": lambda: stepped(rest, resized),
+             ": tensor": lambda: [to_tensor(picture) for picture in augmented]}
+    return {f"{name}, {size} px{step}": {"images_per_second": row["images_per_second"],
+                                         "share_of_reading": row["relative_to_dense"]}
+            for step, row in in_turn(calls, len(paths), rounds, device).items()}
+
+
+def drafts(size, paths, rounds, device):
+    """--draft: images/s for these large files with it and without, and how far the pixels are off -> {row: {...}}."""
+    read = lambda draft: split_of(paths, FINE_GRAINED, size, draft=draft)
+    rows = in_turn({draft: lambda draft=draft: [read(draft)[0, i] for i in range(len(paths))]
+                    for draft in (False, True)}, len(paths), rounds, device)
+    views = [[View(read_image(path, "RGB", least=least)) for path in paths] for least in (0, size)]
+    for view in itertools.chain(*views):
+        FINE_GRAINED.evaluate(view, size)
+    whole, draft = (np.stack([view.image for view in some]).astype(float) for some in views)
+    off = {False: (None, None), True: (abs(whole - draft).mean().item(), abs(whole - draft).max().item())}
+    width, height = Image.open(paths[0]).size
+    return {f"{width} x {height}, {size} px" + ", --draft" * draft: {
+        "images_per_second": row["images_per_second"], "share_of_reading": row["relative_to_dense"],
+        "levels_mean": off[draft][0], "levels_most": off[draft][1]} for draft, row in rows.items()}
+
+
+def reading(cfg, device, count=20, large=(2000, 1500)):
+    """Images/s of one core for JPEGs of 500 x 375 pixels, the size of most photographs of CUB and ImageNet, and larger.
+
+    The files have just been written, so nothing waits. Levels are of 0 to 255. -> {row: {...}}
     """
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{i}.jpg" for i in range(count)]
-        for i, path in enumerate(paths):
-            coarse = np.random.default_rng(i).integers(0, 256, (46, 62, 3), dtype=np.uint8)
-            Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
-
-        def read(pipeline, size):                        # from a new split: a small one stays decoded
-            samples = Samples("none", "train", size, ("none",), [p.name for p in paths], paths, [0] * count)
-            samples.pipeline = pipeline
-            return [samples[0, i] for i in range(count)]
-        rows = in_turn({f"{name}, {size} px": partial(read, pipeline, size) for size in (518, 224) for name, pipeline in
-                        (("birds, cats and dogs", FINE_GRAINED), ("ImageNet", PHOTOGRAPHS))}, count, cfg.rounds, device)
-    return {name: {"images_per_second": row["images_per_second"]} for name, row in rows.items()}
+        usual, rows = photographs(folder, count, 500, 375), {}
+        for size, name in itertools.product((518, 224), PIPELINES):
+            rows |= reading_steps(name, size, usual, cfg.rounds, device)
+        several = photographs(folder, max(1, count // 4), *large, octaves=4)
+        for size in (518, 224):
+            rows |= drafts(size, several, cfg.rounds, device)
+    return {name: {"levels_mean": None, "levels_most": None, **row} for name, row in rows.items()}
 
 
 # ---------------------------------------------------------------- the command
 OF_STEPS = ("keep", "checkpoint", "rate")                 # settings of training steps
 MODES = {  # what measures, the settings that it has no use for, and its own defaults
     "prediction": (prediction, OF_STEPS, {}),
-    "scale": (growth, ("size", "k", "batch", *OF_STEPS, "compile"), dict(out="docs/scale.json")),
+    "scale": (growth, ("size", "k", "batch", "selector_size", "selector_arch", *OF_STEPS, "compile"),
+              dict(out="docs/scale.json")),
     "training": (training, ("rate",), dict(batch=4, rounds=10)),
     "reading": (reading, (*SHARED, *OF_STEPS, "device"), dict(rounds=2, device="cpu")),
     "sizes": (sizes, (*(name for name in SHARED if name != "k"), "rounds", *OF_STEPS, "device"), dict(device="cpu")),
@@ -519,7 +595,8 @@ MODES = {  # what measures, the settings that it has no use for, and its own def
 COLUMNS = {  # of the table: title, unit, digits
     "seconds": ("    ms", 1e-3, 1), "images_per_second": ("images/s", 1, 1), "relative_to_dense": ("of dense", 1, 3),
     "relative_processor_time": ("of its processor time", 1, 3), "gflops": ("GFLOPs/image", 1, 2),
-    "relative_operations": ("of dense", 1, 3), "peak_bytes": ("peak MB", 1e6, 1),
+    "relative_operations": ("of dense", 1, 3), "share_of_reading": ("of its time", 1, 3),
+    "levels_mean": ("levels off, mean", 1, 2), "levels_most": ("most", 1, 0), "peak_bytes": ("peak MB", 1e6, 1),
     "parameters": ("M parameters", 1e6, 1),
     **{f"{what}_{side}": (f"GFLOPs, {title}, {side} px", 1, 1) for side in (224, 512)
        for what, title in (("gflops", "dense"), ("both", "iFAM"))},

@@ -349,6 +349,7 @@ def open_data(cfg, rank, world):
                        strict=cfg.strict_data)
     if len(splits["train"]) < cfg.batch:
         raise UsageError(f"--batch {cfg.batch} is larger than the training set ({len(splits['train'])} images)")
+    splits["train"].draft = cfg.draft
     return splits["train"], splits.get("val")
 
 

@@ -237,18 +237,19 @@ def read_keyed(path, columns, commas=False):
 BEHIND = {"RGB": "white", "L": "black"}
 
 
-def read_image(path, mode=None, upright=False):
+def read_image(path, mode=None, upright=False, least=0):
     """Open and decode as mode "RGB" (a picture) or "L" (a mask), or look at the header only; UsageError if it is none.
 
     Also DICOM files, masks that are arrays (.npy, 1 = object), and anything that has a picture to give (image()).
     upright: turn it as its EXIF orientation says, which is right for people's own photographs. The benchmarks are read
-    as they are stored: their annotations are in stored pixels, and the published code reads them so.
+    as they are stored: their annotations are in stored pixels, and the published code reads them so. least: decode a
+    JPEG file at 1/2, 1/4 or 1/8 of its sides, as long as both keep so many pixels (JPEG's "draft"); 0: as it is.
     """
     try:
         if not isinstance(path, Path):
             return path.image()
         with quiet():
-            return decoded(path, path, mode, upright)
+            return decoded(path, path, mode, upright, least)
     except (UsageError, MemoryError):
         raise
     except Exception as error:                           # decoders raise many kinds
@@ -264,7 +265,7 @@ def quiet():
         yield
 
 
-def decoded(file, path, mode=None, upright=False):
+def decoded(file, path, mode=None, upright=False, least=0):
     """What read_image gives of a file, which is open or is its path; raises what the decoders do."""
     if path.suffix == ".dcm":
         image = read_dicom(file, pixels=bool(mode))
@@ -275,6 +276,8 @@ def decoded(file, path, mode=None, upright=False):
         white = white_of(image)
         if not mode:
             return None
+        if least:
+            image.draft(None, (least, least))            # nothing happens to other files, and to smaller ones
         image = ImageOps.exif_transpose(image) if upright else image
         return eight_bits(image, mode, white)
 

@@ -72,6 +72,7 @@ class Samples(torch.utils.data.Dataset):
     masks_tell = False          # True: masks mark what makes the label, so that no model may be given them
     partial = False             # True: some of the classes are not there on purpose
     checked = False             # True: every file was looked at (folder.survey)
+    draft = False               # True: training decodes large JPEG files smaller, if no mask is asked for
     upright = False             # True: pictures are turned as their EXIF orientation says
     differs = ""                # how this split is not the published one; data.load says it
     pipeline = FINE_GRAINED     # data.read gives that of the benchmark
@@ -85,7 +86,7 @@ class Samples(torch.utils.data.Dataset):
         self.attributes = attributes                     # [(CUB's folder, id there)]: what read_attributes needs
         self.labels = torch.as_tensor(labels, dtype=torch.long)
         self.groups = self.labels if groups is None else torch.as_tensor(groups, dtype=torch.long)
-        self.decoded, self.room = {}, SMALL              # (path, mode): picture, of a split that is small; bytes left
+        self.decoded, self.room = {}, SMALL              # (path, mode, least): picture, of a split that is small; bytes left
         self.group_names = [f"{c} {p}" for c in self.classes for p in self.places] or list(self.classes)
 
     def __len__(self):
@@ -148,20 +149,21 @@ class Samples(torch.utils.data.Dataset):
                                      "unpack the archive again or remove its row")
                 path and read_image(path)
 
-    def read(self, path, mode):
+    def read(self, path, mode, least=0):
         """read_image; a small split keeps its pictures while there is room. They are shared: steps make new ones."""
-        if (path, mode) in self.decoded:
-            return self.decoded[path, mode]
-        picture = read_image(path, mode, self.upright)
+        if (path, mode, least) in self.decoded:
+            return self.decoded[path, mode, least]
+        picture = read_image(path, mode, self.upright, least)
         size = len(mode) * picture.width * picture.height                        # "L", "RGB": a byte a letter
         if 3 * self.size ** 2 * len(self) <= SMALL and size <= self.room and isinstance(path, Path):
-            self.decoded[path, mode], self.room = picture, self.room - size
+            self.decoded[path, mode, least], self.room = picture, self.room - size
         return picture
 
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (None, key)
         mask = self.masks and (epoch is None or self.train_masks)    # most methods train on images and labels alone
-        view = View(self.read(self.paths[i], "RGB"), self.read(self.masks[i], "L") if mask else None,
+        least = self.size if self.draft and epoch is not None and not mask else 0
+        view = View(self.read(self.paths[i], "RGB", least), self.read(self.masks[i], "L") if mask else None,
                     *(x[i] if x and epoch is None else None for x in (self.points, self.boxes)))
         if view.mask and view.mask.size != view.image.size:
             raise UsageError(f"mask {self.masks[i]} is {view.mask.size}, its image {view.image.size}; unpack both "

@@ -230,10 +230,11 @@ class Pipeline(NamedTuple):
     train: Callable              # (view, size, numpy generator); None for a benchmark that is only evaluated
     evaluate: Callable           # (view, size)
     normalisation: tuple = IMAGENET
+    crops_first: bool = False    # training enlarges a small part of the picture: it needs all of its pixels
 
 
 FINE_GRAINED = Pipeline("fine-grained", augment, centre)
-PHOTOGRAPHS = Pipeline("photographs", augment_imagenet, centre_imagenet)
+PHOTOGRAPHS = Pipeline("photographs", augment_imagenet, centre_imagenet, crops_first=True)
 AS_THEY_ARE = Pipeline("as they are", None, unchanged)
 RADIOGRAPHS = Pipeline("radiographs", augment_chest, squash, CHEST)
 PIPELINES = {pipeline.name: pipeline for pipeline in (FINE_GRAINED, PHOTOGRAPHS, AS_THEY_ARE, RADIOGRAPHS)}
@@ -247,3 +248,12 @@ def to_tensor(image, normalisation=IMAGENET):
     pixels -= mean
     pixels /= std
     return torch.from_numpy(pixels)
+
+
+UNIT = ((0, 0, 0), (1, 1, 1))                              # the normalisation that leaves pixels in [0, 1]
+
+
+def normalised(images, normalisation):
+    """Pixels in [0, 1] (B, 3, height, width) -> those of to_tensor with a normalisation: the same bits."""
+    mean, std = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in normalisation)
+    return (images - mean) / std

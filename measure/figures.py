@@ -553,7 +553,7 @@ def curves(series, x, y, path=None, chance=None):
 def growth(found, path=None):
     """Time and peak memory against tokens, K and batch, as speed.growth measures them; fitted powers in the legends.
 
-    Axes are logarithmic, with thin lines of slope 1 and 2 below; but linear from 0 for K, which costs hardly anything.
+    A dashed line of the same colour is the same with the small stage 1. Axes are logarithmic, with thin lines of slope 1 and 2 below; but linear from 0 for K, which costs hardly anything.
     """
     labels = {"tokens": "tokens of an image", "K": "K, foreground parts", "batch": "images in a batch"}
     figure, axes = plt.subplots(2, len(found), figsize=(3.6 * len(found), 6), sharex="col", layout="constrained")
@@ -561,14 +561,15 @@ def growth(found, path=None):
         x, powers = np.array(rows["x"]), rows["exponents"]
         for axis, unit, label, scale in zip(column, ("seconds", "bytes"), ("Time, ms", "Peak memory, MB"), (1e3, 1e-6)):
             curves = {what: scale * np.array(rows[what][unit]) for what in powers if unit in powers[what]}
-            for (what, y), colour in zip(curves.items(), OKABE_ITO[4:]):
+            for number, (what, y) in enumerate(curves.items()):
                 fitted = "" if name == "K" else f", power {powers[what][unit]:.2f}"
-                axis.plot(x, y, "o-", color=colour, label=what + fitted)
+                axis.plot(x, y, "o--" if "small" in what else "o-", ms=4, color=OKABE_ITO[4 + number % 2],
+                          label=what + fitted)
             low, top = (bound([bound(y) for y in curves.values()] or [1]) for bound in (min, max))
             if name == "K":
-                axis.set(ylim=(0, 1.4 * top))
+                axis.set(ylim=(0, 1.6 * top))
             else:
-                axis.set(xscale="log", yscale="log", ylim=(0.3 * low, 5 * top))
+                axis.set(xscale="log", yscale="log", ylim=(0.3 * low, 20 * top))
                 for slope, offset in ((1, (4, -22)), (2, (-20, -12))):     # from below the lowest point to the edge
                     right = min(x[-1], x[0] * (10 * top / low) ** (1 / slope))
                     end = right, 0.5 * low * (right / x[0]) ** slope

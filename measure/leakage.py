@@ -364,26 +364,38 @@ def pool_by_place(backbone, samples, device="cpu", batch=32, workers=0, shrink=l
     none: nowhere. late: on the pooling alone, after full attention. early: on attention and pooling. shrink: what makes
     images and masks as large as the backbone sees them.
     """
-    def measure(part):
-        images, masks = (shrink(x.to(device)) for x in (part["image"], part["mask"][:, None].float()))
-        keep = patch_keep(masks[:, 0], backbone.patch)
-        whole, masked = (backbone(images, k)[:, backbone.prefix:] for k in (None, keep))
-        return {"none": masked_mean(whole, torch.ones_like(keep)).cpu(), "late": masked_mean(whole, keep).cpu(),
-                "early": masked_mean(masked, keep).cpu()}
+    measure = lambda part: pools_of(backbone, part["image"].to(device), part["mask"].to(device), shrink)
     return over(samples, measure, batch, workers)
 
 
-def place_of_mask(model, train, samples, device="cpu", batch=32, workers=0):
+def pools_of(backbone, images, masks, shrink=lambda images: images, whole=None):
+    """pool_by_place of one batch: images (B, 3, S, S), masks (B, S, S). whole (B, N, D): its patch features, if known."""
+    images, masks = (shrink(x) for x in (images, masks[:, None].float()))
+    keep = patch_keep(masks[:, 0], backbone.patch)
+    whole, masked = (backbone(images, k)[:, backbone.prefix:] if x is None else x for k, x in ((None, whole),
+                                                                                               (keep, None)))
+    return {"none": masked_mean(whole, torch.ones_like(keep)).cpu(), "late": masked_mean(whole, keep).cpu(),
+            "early": masked_mean(masked, keep).cpu()}
+
+
+def has_place(train, samples):
+    """Can place_of_mask be measured: are there true masks of the object, and images to fit on?"""
+    return not (train.masks is None or samples.masks is None or samples.masks_tell or len(train) < FEW)
+
+
+def place_of_mask(model, train, samples, device="cpu", batch=32, workers=0, known=None):
     """What the place of the mask does, all else equal -> dict for report.json, None without true masks of the object.
 
     Frozen weights, true masks, the mean of the patches, a linear head in closed form fitted on the training split; only
     the place of the mask moves. Worst-group accuracy where the benchmark has places, else accuracy. The weights
-    are those that never trained under a mask: stage 1's where there is one.
+    are those that never trained under a mask: stage 1's where there is one. known: pool_by_place of train and of
+    samples, if they are at hand.
     """
-    if train.masks is None or samples.masks is None or samples.masks_tell or len(train) < FEW:
+    if not has_place(train, samples):
         return None
     how = (device, batch, workers, *([model.selector.shrink] if model.selector else []))
-    fit, test = (pool_by_place((model.selector or model.predictor).backbone, s, *how) for s in (train, samples))
+    fit, test = known or (pool_by_place((model.selector or model.predictor).backbone, s, *how)
+                          for s in (train, samples))
     measure = "worst_group" if samples.places else "aa"
     out = {"measure": measure, "weights": "stage 1" if model.selector else "stage 2"}
     for place in fit:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from benchmarks.transforms import UNIT
 from settings import UsageError, progress
 
 
@@ -135,16 +136,24 @@ def landmarks(selector, samples, normalise=False, device="cpu", batch=32, worker
 
     normalise=False shows the selector pixels in [0, 1], as published, although it was trained on normalised ones.
     """
-    samples = copy.copy(samples)                         # the caller's keeps its settings
+    samples = copy.copy(samples) if normalise else in_unit_range(samples)        # the caller's keeps its settings
     samples.masks = None                                 # not needed: spare their decoding
-    if not normalise:
-        samples.pipeline = samples.pipeline._replace(normalisation=((0, 0, 0), (1, 1, 1)))
-
-    def measure(part):
-        maps = selector(part["image"].to(device)).maps.cpu()
-        return {"points": part["points"], "boxes": part.get("box"), "centroids": part_centroids(maps, samples.size),
-                "active": maps[:, :-1].amax((2, 3)) > 0.5, "clusters": clusters_at(maps, part["points"], samples.size)}
+    measure = lambda part: landmarks_of(selector(part["image"].to(device)).maps, part, samples.size)
     return Landmarks(**over(samples, measure, batch, workers))
+
+
+def in_unit_range(samples):
+    """The same images without normalisation: pixels in [0, 1]."""
+    samples = copy.copy(samples)
+    samples.pipeline = samples.pipeline._replace(normalisation=UNIT)
+    return samples
+
+
+def landmarks_of(maps, part, size):
+    """The fields of Landmarks for one batch of samples, from its part maps (B, K+1, h, w)."""
+    maps = maps.cpu()
+    return {"points": part["points"], "boxes": part.get("box"), "centroids": part_centroids(maps, size),
+            "active": maps[:, :-1].amax((2, 3)) > 0.5, "clusters": clusters_at(maps, part["points"], size)}
 
 
 def part_centroids(maps, size):

@@ -2,17 +2,22 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from conftest import agrees
 from models import TINY, pictures, tiny
 from tiny import fails
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import runs
 import speed
 import train
+from benchmarks import transforms
 from ifam import Predictor
+from settings import parse
 from vit import ARCHS, KeepGradient, build_vit
 
 RAGGED = torch.zeros(4, 25)
@@ -137,7 +142,7 @@ def test_growth_comes_with_its_figure(run, monkeypatch, tmp_path):
     monkeypatch.setattr(speed, "STEPS", {"tokens": ("size", (70, 140), {}), "K": ("k", (1, 2), dict(batch=2)), "batch": ("batch", (1, 2), {})})
     found = run(*MODEL, "--scale")[0]["growth"]
     assert found["tokens"]["x"] == [30, 105] and (tmp_path / "found.png").stat().st_size > 10_000
-    for what in ("prediction", "training"):
+    for what in ("prediction", "training", "prediction, small stage 1", "training, small stage 1"):
         x, y = found["tokens"]["x"], found["tokens"][what]["bytes"]
         assert found["tokens"]["exponents"][what]["bytes"] == pytest.approx(math.log(y[1] / y[0]) / math.log(x[1] / x[0]))
 
@@ -188,7 +193,26 @@ def test_many_gpus_on_paper_are_arithmetic_that_can_be_done_by_hand(run):
 
 def test_reading_is_measured_at_both_sizes(run):
     found, text = run("--reading")
-    assert len(found["rows"]) == 4 and "518 px" in text and "224 px" in text
+    rows = found["rows"]
+    assert len(rows) == 2 * 2 * 5 + 4 and all(name in text for name in rows) and all(row["images_per_second"] > 0 for row in rows.values())
+    for size in (518, 224):
+        assert rows[f"2000 x 1500, {size} px, --draft"]["levels_mean"] < rows[f"2000 x 1500, {size} px, --draft"]["levels_most"]
+        assert {f"ImageNet, {size} px{step}" for step in ("", ": decode", ": to this size", ": augment", ": tensor")} < set(rows)
+
+
+def test_the_steps_of_reading_are_those_of_the_pipelines():
+    for pipeline, to_size, rest in speed.PIPELINES.values():
+        view, rng = transforms.View(Image.fromarray(np.full((75, 100, 3), 99, np.uint8))), np.random.default_rng(0)
+        to_size(view, 56, rng)
+        assert min(view.image.size) == 56
+        rest(view, 56, rng)
+        assert view.image.size == (56, 56)
+
+
+def test_growth_shows_the_small_stage_1_of_the_recipe_fast():
+    assert speed.small_selector("s/2", 224) == {"selector_size": 168, "selector_arch": "s/1"}
+    cfg = parse(runs.Config, "", ["--data", "cub", "--recipe", "fast"], runs.preset)
+    assert speed.small_selector("b", 518) == {"selector_size": cfg.selector_size, "selector_arch": cfg.selector_arch}
 
 
 def test_the_table_of_sizes_is_what_torch_counts_and_has_every_arch(monkeypatch, capsys):
@@ -227,6 +251,7 @@ def test_a_forced_mask_keeps_the_same_share_of_every_image_and_has_the_gradient_
 @pytest.mark.parametrize("flags, words", [
     (("--arch", "x"), ("'x' is no architecture", "b/6")), (("--arch", "s/13"), ("s has 12 blocks",)), (("--size", 100), ("multiple of the patch",)),
     (("--rounds", 0), ("--rounds",)), (("--amp", "bf61"), ("did you mean bf16?",)), (("--scale", "--size", 70), ("--size means nothing to scale",)),
+    (("--scale", "--selector-size", 70), ("--selector-size means nothing to scale",)),
     (("--keep", 0.5), ("--keep", "only to training")), (("--gpus", "--keep", 0), ("--keep", "a share")), (("--gpus", "--rate", 0), ("--rate", "above 0")),
     (("--checkpoint",), ("--checkpoint means nothing to prediction", "training")), (("--training", "--rate", 3), ("--rate", "only to gpus")),
     (("--gpus", "--rounds", 3), ("--rounds means nothing to gpus",)), (("--gpus", "--size", 100), ("multiple of the patch",)), (("--training", "--keep", 1.5), ("--keep", "at most 1")), (("--reading", "--arch", "s"), ("--arch",)),

@@ -355,7 +355,7 @@ def test_a_file_that_is_no_image_is_found_before_the_run_begins(tmp_path, capsys
 
 def test_pixels_that_do_not_decode_stop_training_with_their_path_also_from_a_worker(tmp_path, capsys, monkeypatch):
     original = read_image
-    bad = lambda path, mode=None, upright=False: original(tmp_path / "gone.jpg", mode) if mode else None
+    bad = lambda path, mode=None, *how: original(tmp_path / "gone.jpg", mode) if mode else None
     monkeypatch.setattr("benchmarks.samples.read_image", bad)
     for workers in (0, 1):
         line = fails(train.main, *TINY, "--workers", workers, "--out", tmp_path / "run")(capsys)
