@@ -65,6 +65,7 @@ def parts_say(whole, parts, patches, labels):
 PLACES = ("image", "kept", "own")    # how far attention reaches: the whole image, all kept patches, the part alone
 LATE = {"stage1": "image", "stage2": "kept"}             # what each stage does
 MOST, LEAST = 2000, 100              # images that are looked at; images that a pair of part and attribute needs
+FREE = 0.02                          # the class does not tell an attribute that it reads no better than so above chance
 
 
 @torch.no_grad()
@@ -81,8 +82,9 @@ def between_parts(model, samples, device="cpu", batch=32, workers=0):
     with late = the whole image in stage 1 and all kept patches in stage 2. Attributes go together through the class, so
     that a part says something of the others by itself: the own pass takes that out, chance (the largest share of one
     value) would not. `class_alone` is the same probe, given the true class instead of a representation.
-    A pair needs LEAST images, of values that occur FEW times. `shown`: the same where the part itself shows the
-    attribute. {"skipped": why} where a benchmark has no attributes, or no pair enough images.
+    A pair needs LEAST images, of values that occur FEW times. `free`: over the pairs whose attribute the class does
+    not tell (class_alone at most FREE above chance). `shown`: over images in which part k itself shows the attribute.
+    {"skipped": why} where a benchmark has no attributes, or no pair enough images.
     """
     if why := missing(samples):
         return {"skipped": why}
@@ -98,9 +100,11 @@ def between_parts(model, samples, device="cpu", batch=32, workers=0):
     cells = [cell for k in range(shown.shape[1]) for a, group in enumerate(known.groups)
              for cell in cells_of(found, shown[:, :, [p - 1 for p in known.parts[a]]].any(2), labels[:, a],
                                   some.labels, k, group)]
-    if not any(cell["where"] == "elsewhere" for cell in cells):
+    others, own = ([cell for cell in cells if cell["where"] == where] for where in ("elsewhere", "shown"))
+    if not others:
         return {"skipped": f"no part and attribute have {LEAST} images in which another part shows it"}
-    return {"images": len(some), **summary(cells, "elsewhere"), "shown": summary(cells, "shown"), "cells": cells}
+    free = [cell for cell in others if cell["class_alone"] <= cell["chance"] + FREE]
+    return {"images": len(some), **summary(others), "free": summary(free), "shown": summary(own), "cells": cells}
 
 
 def missing(samples):
@@ -166,9 +170,8 @@ def cells_of(found, shown, labels, classes, k, group):
                "class_alone": linear_probe(F.one_hot(classes[chosen]), y), **read}
 
 
-def summary(cells, where):
-    """Means over the pairs of part and attribute; difference: late less early, which is the measure."""
-    cells = [cell for cell in cells if cell["where"] == where]
+def summary(cells):
+    """Means over pairs of part and attribute; difference: late less early, which is the measure. None without any."""
     if not cells:
         return None
     mean = lambda value: sum(map(value, cells)) / len(cells)
@@ -203,4 +206,7 @@ def table(report):
         image, kept, own = (digits(between[stage][place]) for place in PLACES)
         lines.append(f"    stage {stage[-1]}, after attention over the whole image {image}, what is kept {kept}, the "
                      f"part alone {own}; late less early {between[stage]['difference']:+.3f}")
+    if free := between["free"]:
+        each = ", ".join(f"stage {stage[-1]} {free[stage]['difference']:+.3f}" for stage in LATE if stage in free)
+        lines.append(f"    of attributes that the class does not tell, {free['pairs']} pairs, late less early: {each}")
     return "\n".join(lines)

@@ -196,6 +196,8 @@ def test_an_attribute_of_one_part_is_read_late_from_another_and_early_at_chance(
         assert cell["n"] == 300 and cell["values"] == 3 and abs(cell["class_alone"] - 1 / 3) < 0.12
     assert found["pairs"] == 2 and found["stage1"]["difference"] > 0.5 and found["stage2"]["difference"] > 0.5
     assert abs(found["shown"]["stage2"]["difference"]) < 0.05
+    free = [c for c in found["cells"] if c["where"] == "elsewhere" and c["class_alone"] <= c["chance"] + between.FREE]
+    assert (found["free"] or {"pairs": 0})["pairs"] == len(free)                 # labels are drawn independently too
     for stage, late in (("stage1", "image"), ("stage2", "kept")):                # the formula, by hand
         each = [c[stage][late] - c[stage]["own"] for c in found["cells"] if c["where"] == "elsewhere"]
         assert found[stage]["difference"] == pytest.approx(sum(each) / 2)
@@ -280,6 +282,15 @@ def test_without_the_files_of_the_attributes_the_measure_is_left_out_and_the_rep
     assert list(found) == ["skipped"] and absent.rpartition("/")[2] in found["skipped"]
     samples.attributes = None
     assert "no attributes of parts" in between.between_parts(halves(), samples)["skipped"]
+
+
+def test_an_attribute_that_the_class_decides_is_not_free_and_is_what_the_class_alone_tells(tmp_path):
+    samples = Planted(tmp_path)
+    samples.labels = samples.values[:, 0]                # the class is the colour of the bill
+    found = between.between_parts(halves(), samples)
+    cells = {c["attribute"]: c for c in found["cells"] if c["where"] == "elsewhere"}
+    assert cells["has_bill_color"]["class_alone"] == 1 and cells["has_tail_color"]["class_alone"] < 0.45
+    assert found["free"] is None or found["free"]["pairs"] == 1
 
 
 def test_too_few_images_measure_nothing(tmp_path):
