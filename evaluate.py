@@ -2,6 +2,7 @@
 
     python evaluate.py --ckpt runs/waterbirds-mini/best.pt
     python evaluate.py --ckpt runs/waterbirds/best.pt --root /data --split val
+    python evaluate.py --ckpt runs/waterbirds-mini/best.pt --encoding   # and what the selection of patches tells
     python evaluate.py --ckpt snapshot_best.pt --data cub               # written by the published two-stage code
 
 Writes report.json and parts.png beside the checkpoint: accuracy by group, the parts against true masks and keypoints,
