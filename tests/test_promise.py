@@ -34,6 +34,7 @@ PROMISE = [
     (train, (*MINI, "--no-shaping", "--weight-entropy", 1), 2, "means nothing with --no-shaping"),
     (train, (*MINI, "--no-stage1-class", "--weight-class1", 1), 2, "means nothing with --no-stage1-class"),
     (train, (*MINI, "--film", -1), 2, "at least 0"), (train, (*MINI, "--method", "erm", "--film", 2), 2, "means nothing to"),
+    (train, (*MINI, "--method", "frozen", "--checkpoint"), 2, "means nothing to"), (train, (*MINI, "--checkpoint", 1), 2, "unknown flag"),
     (train, ("--data", "imagenet9"), 2, "for evaluation only"), (train, ("--data", "cub", "--root", FILE), 2, FILE),
     (train, ("--data", "cub", "--root", "nowhere"), 2, "CUB_200_2011.tgz"), (train, (*MINI, "--config", "nowhere.json"), 2, "no such file"),
     (train, (*MINI, "--config", FILE), 2, "not whole JSON"), (train, (*MINI, "--config", "."), 2, "directory"),
