@@ -36,6 +36,7 @@ PROMISE = [
     (train, (*MINI, "--method", "early-random", "--k", 3), 2, "means nothing to"), (train, (*MINI, "--method", "early-randm"), 2, "did you mean early-random"),
     (train, ("--data", "imagenet", "--draft"), 2, "need all of their pixels"), (train, (*MINI, "--method", "early-truth", "--draft"), 2, "means nothing to"),
     (train, (*MINI, "--film", -1), 2, "at least 0"), (train, (*MINI, "--method", "erm", "--film", 2), 2, "means nothing to"),
+    (train, (*MINI, "--method", "frozen", "--checkpoint"), 2, "means nothing to"), (train, (*MINI, "--checkpoint", 1), 2, "unknown flag"),
     (train, ("--data", "imagenet9"), 2, "for evaluation only"), (train, ("--data", "cub", "--root", FILE), 2, FILE),
     (train, ("--data", "cub", "--root", "nowhere"), 2, "CUB_200_2011.tgz"), (train, (*MINI, "--config", "nowhere.json"), 2, "no such file"),
     (train, (*MINI, "--config", FILE), 2, "not whole JSON"), (train, (*MINI, "--config", "."), 2, "directory"),
