@@ -259,7 +259,7 @@ TAKES = {   # settings that only these methods have; all others have no such thi
     **dict.fromkeys(("weight_class2", "warmup"), tuple(m for m in METHODS if m != "pdiscoformer")),
     **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "freeze_stage2", "selector_size",
                      "selector_arch", "selector_weights"), ("ifam",)),
-    "draft": tuple(m for m in METHODS if not m.endswith("-truth")),              # a true mask is as large as its picture
+    "draft": tuple(m for m in METHODS if not m.endswith("-truth")),              # a mask is as large as its picture
     "pooling": ("ifam", *GIVEN), "train_backbone": ("ep", "aim")}
 
 
