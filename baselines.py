@@ -295,7 +295,7 @@ TAKES = {   # settings that only these methods have; all others have no such thi
     **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "selector_size", "selector_arch",
                      "selector_weights", "mask_largest", "mask_dilate"), ("ifam",)),
     "freeze_stage2": ("ifam", "early-random"), "trim": ("ifam", "early-truth"),
-    "draft": tuple(m for m in METHODS if not m.endswith("-truth")),              # a true mask is as large as its picture
+    "draft": tuple(m for m in METHODS if not m.endswith("-truth")),              # a mask is as large as its picture
     "pooling": ("ifam", *GIVEN, "early-random"), "train_backbone": ("ep", "aim"),
     "checkpoint": tuple(m for m in METHODS if m != "frozen")}
 

@@ -374,8 +374,8 @@ def check(cfg, model, state, samples, sets):
             raise UsageError(f"--encoding trains an evaluator as the model was trained, and {cfg.ckpt}, a published "
                              "snapshot, does not say how: leave it out")
     if cfg.adversarial and model.needs_truth:
-        raise UsageError(f"--adversarial pastes objects on backgrounds, and {cfg.ckpt} is told where the object is: leave "
-                         "it out")
+        raise UsageError(f"--adversarial pastes objects on backgrounds, and {cfg.ckpt} is told where the object is: "
+                         "leave it out")
     if cfg.adversarial and samples.masks is None:
         raise UsageError("--adversarial needs bg_challenge/fg_mask; unpack it")
     if cfg.adversarial and "only_bg_t" not in sets:

@@ -219,7 +219,8 @@ def small_selector(arch, size):
     name, _, blocks = arch.partition("/")
     shape = vit.ARCHS.get(name, {})                      # parse() refuses another
     patch, depth = shape.get("patch", 14), int(blocks) if blocks.isdecimal() else shape.get("depth", 12)
-    return {"selector_size": max(3, round(0.75 * size / patch)) * patch, "selector_arch": f"{name}/{max(1, depth // 2)}"}
+    return {"selector_size": max(3, round(0.75 * size / patch)) * patch,
+            "selector_arch": f"{name}/{max(1, depth // 2)}"}
 
 
 def recipe_text(cfg):

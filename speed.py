@@ -50,7 +50,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")          # else the profiler pri
 
 @dataclass
 class Config:
-    scale: bool = opt(False, "time and memory against tokens, K and batch, also with the stage 1 of --recipe fast", group="instead of prediction")
+    scale: bool = opt(False, "time and memory against tokens, K and batch, also with the stage 1 of --recipe fast",
+                      group="instead of prediction")
     training: bool = opt(False, "steps of train.py: one ViT, two stages, and two stages of which less trains")
     reading: bool = opt(False, "the input pipeline, its steps alone, and large files with and without --draft")
     sizes: bool = opt(False, "parameters and operations of every --arch at 224 and 512 px: counted, not timed")
@@ -341,7 +342,7 @@ def cost(cfg, device, **changes):
 
 
 def growth(cfg, device):
-    """costs() against tokens, K and batch, and the power of it that each grows with, a straight line through logarithms.
+    """costs() against tokens, K and batch, and the power of it that each grows with: a line through logarithms.
 
     -> {"tokens": {"x": [...], "prediction": {"seconds": [...], "bytes": [...]}, "training": ..., "exponents": ...}}
     """

@@ -86,7 +86,7 @@ class Samples(torch.utils.data.Dataset):
         self.attributes = attributes                     # [(CUB's folder, id there)]: what read_attributes needs
         self.labels = torch.as_tensor(labels, dtype=torch.long)
         self.groups = self.labels if groups is None else torch.as_tensor(groups, dtype=torch.long)
-        self.decoded, self.room = {}, SMALL              # (path, mode, least): picture, of a split that is small; bytes left
+        self.decoded, self.room = {}, SMALL              # (path, mode, least): picture, of a small split; bytes left
         self.group_names = [f"{c} {p}" for c in self.classes for p in self.places] or list(self.classes)
 
     def __len__(self):

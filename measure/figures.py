@@ -553,7 +553,8 @@ def curves(series, x, y, path=None, chance=None):
 def growth(found, path=None):
     """Time and peak memory against tokens, K and batch, as speed.growth measures them; fitted powers in the legends.
 
-    A dashed line of the same colour is the same with the small stage 1. Axes are logarithmic, with thin lines of slope 1 and 2 below; but linear from 0 for K, which costs hardly anything.
+    A dashed line of the same colour is the same with the small stage 1. Axes are logarithmic, with thin lines of
+    slope 1 and 2 below; but linear from 0 for K, which costs hardly anything.
     """
     labels = {"tokens": "tokens of an image", "K": "K, foreground parts", "batch": "images in a batch"}
     figure, axes = plt.subplots(2, len(found), figsize=(3.6 * len(found), 6), sharex="col", layout="constrained")

@@ -369,7 +369,7 @@ def pool_by_place(backbone, samples, device="cpu", batch=32, workers=0, shrink=l
 
 
 def pools_of(backbone, images, masks, shrink=lambda images: images, whole=None):
-    """pool_by_place of one batch: images (B, 3, S, S), masks (B, S, S). whole (B, N, D): its patch features, if known."""
+    """pool_by_place of one batch: images (B, 3, S, S), masks (B, S, S). whole (B, N, D): patch features, if known."""
     images, masks = (shrink(x) for x in (images, masks[:, None].float()))
     keep = patch_keep(masks[:, 0], backbone.patch)
     whole, masked = (backbone(images, k)[:, backbone.prefix:] if x is None else x for k, x in ((None, whole),
