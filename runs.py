@@ -686,8 +686,10 @@ def export(model, path, batch=1):
 def traced(model, batch):
     """-> (torch.export's program of ifam.Static(model), {name of an input: an example})."""
     if model.trim == "truth":
-        raise UsageError("this model was trained with --trim truth, a measurement that needs the true masks of a "
-                         "benchmark: it cannot be exported")
+        raise UsageError("a model of --trim truth is told where the object is: it can be exported as .safetensors only")
+    if getattr(model, "largest", False):
+        raise UsageError("a model of --mask-largest searches its mask until nothing changes, which a program with fixed "
+                         "shapes cannot: it can be exported as .safetensors only")
     static = Static(model)
     backbone = (model.predictor or model.selector).backbone
     parameter = next(model.parameters())

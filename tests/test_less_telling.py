@@ -14,7 +14,7 @@ import train as training
 from baselines import TrueMask, build
 from ifam import Noise, assign, largest_component, paint
 from measure.leakage import shown_under, stage2_classifier
-from runs import Config, preset
+from runs import Config, preset, traced
 from settings import UsageError
 
 SWITCHES = {"trimmed by the parts": dict(trim="found"), "trimmed by the true mask": dict(trim="truth"), "the largest component": dict(largest=True),
@@ -195,6 +195,12 @@ def test_settings_that_make_no_sense_are_refused_in_one_line(flags, words, tmp_p
 def test_true_masks_that_are_not_there_or_tell_the_label_trim_nothing(samples, words):
     with pytest.raises(UsageError, match=words):
         training.give_truth(samples, SimpleNamespace(method="ifam", trim="truth"))
+
+
+@pytest.mark.parametrize("settings, words", [(dict(largest=True), "--mask-largest searches its mask"), (dict(trim="truth"), "is told where the object is")])
+def test_what_has_no_fixed_shape_or_needs_the_truth_is_not_exported(settings, words):
+    with pytest.raises(UsageError, match=words):
+        traced(tiny(**settings), 2)
 
 
 def test_settings_of_before_there_was_any_of_it_make_the_model_of_then():
