@@ -563,14 +563,15 @@ def growth(found, path=None):
         for axis, unit, label, scale in zip(column, ("seconds", "bytes"), ("Time, ms", "Peak memory, MB"), (1e3, 1e-6)):
             curves = {what: scale * np.array(rows[what][unit]) for what in powers if unit in powers[what]}
             for number, (what, y) in enumerate(curves.items()):
-                fitted = "" if name == "K" else f", power {powers[what][unit]:.2f}"
                 axis.plot(x, y, "o--" if "small" in what else "o-", ms=4, color=OKABE_ITO[4 + number % 2],
-                          label=what + fitted)
+                          label=f"power {powers[what][unit]:.2f}")
             low, top = (bound([bound(y) for y in curves.values()] or [1]) for bound in (min, max))
             if name == "K":
-                axis.set(ylim=(0, 1.6 * top))
+                axis.set(ylim=(0, 1.15 * top))
             else:
                 axis.set(xscale="log", yscale="log", ylim=(0.3 * low, 20 * top))
+                if curves:                               # memory is not counted on every device
+                    axis.legend(fontsize=SMALL, frameon=False, loc="upper left", ncols=2, columnspacing=1)
                 for slope, offset in ((1, (4, -22)), (2, (-20, -12))):     # from below the lowest point to the edge
                     right = min(x[-1], x[0] * (10 * top / low) ** (1 / slope))
                     end = right, 0.5 * low * (right / x[0]) ** slope
@@ -579,10 +580,11 @@ def growth(found, path=None):
                                   color="0.4", ha="right")
             axis.set(title=f"{label.partition(',')[0]} against {name}", ylabel=label)
             axis.spines[["top", "right"]].set_visible(False)
-            axis.legend(fontsize=SMALL, frameon=False, loc="upper left")
         column[-1].set_xlabel(labels[name])
         column[-1].set_xticks(x, x)
         column[-1].xaxis.minorticks_off()
+    lines = axes[0, 0].get_lines()[:len(powers)]
+    figure.legend(lines, list(powers), loc="outside lower center", ncols=len(lines), fontsize=TEXT, frameon=False)
     save(figure, path)
 
 
