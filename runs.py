@@ -17,6 +17,7 @@ import platform
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -55,9 +56,9 @@ class Config:
                              "1/8 of their sides: faster, and pixels differ a little; evaluation never does")
 
     recipe: str = opt("paper", "settings by one word, which flags replace: those of the paper; mini, a small network "
-                               "and a short schedule (the default with --mini); or fast, the usual ones with stage 1 "
-                               "at 3/4 of the side and with half of the blocks", choices=("paper", "mini", "fast"),
-                      group="model")
+                               "and a short schedule (the default with --mini); or the usual ones with a smaller "
+                               "stage 1: fast, at 3/4 of the side and with half of the blocks, or faster, at 2/3 and "
+                               "with a third", choices=("paper", "mini", "fast", "faster"), group="model")
     method: str = opt("ifam", "ifam, or a baseline", choices=METHODS)
     arch: str = opt("b", "size of the vision transformers: DINOv2's, DINOv3's (16), or the miniatures'",
                     choices=tuple(vit.ARCHS), refused=vit.REFUSED)
@@ -154,10 +155,12 @@ class Config:
 
 
 # data.BENCHMARKS says what differs from Config's defaults by benchmark (--recipe paper), this for --recipe mini: --mini
-# is this recipe on drawings. SMALLER are the settings of --recipe fast.
+# is this recipe on drawings. --recipe fast and faster set what SMALLER names: SMALL has the share of the side and that
+# of the blocks of stage 1.
 MINI = dict(arch="mini", size=96, weights="mini", k=4, epochs=2, batch=8, lr=7e-4, lr_tokens=1e-5, lr_prototypes=2.5e-3,
             lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, weight_variation=0.33, workers=0, film=4)
 SMALLER = ("selector_size", "selector_arch")
+SMALL = {"fast": (Fraction(3, 4), Fraction(1, 2)), "faster": (Fraction(2, 3), Fraction(1, 3))}
 # A setting, and what switches it off: --no-shaping every loss but those of the classes.
 SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class",
             **{name: "shaping" for name in TAKES if name.startswith("weight_") and "class" not in name}}
@@ -183,7 +186,7 @@ def preset(typed, earlier=None):
         return {}
     recipe = known.get("recipe") or usual_recipe(known["mini"])
     if "recipe" in typed and earlier:                    # what this recipe sets is no longer what --config says
-        for name in {*SMALLER, *(MINI if recipe != "fast" else ()), *data.BENCHMARKS[known["data"]].settings}:
+        for name in {*SMALLER, *(MINI if recipe not in SMALL else ()), *data.BENCHMARKS[known["data"]].settings}:
             earlier.pop(name, None)
     settings = of_recipe(recipe, {**(earlier or {}), **typed}, known)
     if known["method"] in GIVEN:                         # early and late read the same, so that one thing differs
@@ -204,23 +207,24 @@ def of_recipe(recipe, given, known):
     """-> {setting: value} of a recipe, on the benchmark of `known`. given: the settings that it does not replace."""
     benchmark = data.BENCHMARKS[known["data"]]
     settings = {"size": benchmark.size, "k": benchmark.k, **benchmark.settings}
-    if "mini" in (recipe, usual_recipe(known["mini"]) if recipe == "fast" else ""):
+    if "mini" in (recipe, usual_recipe(known["mini"]) if recipe in SMALL else ""):
         # its own network and schedule, the benchmark's loss
         losses = {name: x for name, x in benchmark.settings.items() if name.startswith("weight_")}
         settings = {"size": benchmark.size, "k": benchmark.k, **losses, **MINI}
-    if recipe == "fast":
+    if recipe in SMALL:
         now = {"arch": Config.arch, **settings, **given}
-        settings = {**settings, **small_selector(now["arch"], now["size"])}
+        settings = {**settings, **small_selector(now["arch"], now["size"], recipe)}
     return settings
 
 
-def small_selector(arch, size):
-    """The stage 1 of --recipe fast -> {"selector_size", "selector_arch"}: 3/4 of the side and half of the blocks."""
+def small_selector(arch, size, recipe="fast"):
+    """The stage 1 of a recipe of SMALL, at least 3 x 3 patches and a block -> {"selector_size", "selector_arch"}."""
+    side, share = SMALL[recipe]
     name, _, blocks = arch.partition("/")
     shape = vit.ARCHS.get(name, {})                      # parse() refuses another
     patch, depth = shape.get("patch", 14), int(blocks) if blocks.isdecimal() else shape.get("depth", 12)
-    return {"selector_size": max(3, round(0.75 * size / patch)) * patch,
-            "selector_arch": f"{name}/{max(1, depth // 2)}"}
+    return {"selector_size": max(3, round(side * size / patch)) * patch,
+            "selector_arch": f"{name}/{max(1, int(share * depth))}"}
 
 
 def recipe_text(cfg):
@@ -234,7 +238,7 @@ def recipe_text(cfg):
 
 def recipe_settings(cfg):
     """What the recipe of a run would set for every method -> {setting: value}."""
-    own = SMALLER if cfg.recipe == "fast" else None
+    own = SMALLER if cfg.recipe in SMALL else None
     found = of_recipe(cfg.recipe, {"size": cfg.size, "arch": cfg.arch}, vars(cfg))
     return {name: value for name, value in found.items() if not own or name in own}
 

@@ -67,6 +67,8 @@ SETS = {        # {name of a set: {name of a run: flags of train.py}}
         "late-truth-all": [*METHODS["late-truth"], "--pooling", "mean-all"],
         "early-found-cls": [*METHODS["early-found"], "--pooling", "cls"],
         "late-found-all": [*METHODS["late-found"], "--pooling", "mean-all"]},
+    "selectors": {                                       # a smaller stage 1
+        "ifam": METHODS["ifam"], "fast": ["--recipe", "fast"], "faster": ["--recipe", "faster"]},
     "masks": {                                           # what is done against what a mask still tells
         "ifam": METHODS["ifam"],
         "trim-found": ["--trim", "found"], "trim-truth": ["--trim", "truth"],

@@ -1,6 +1,7 @@
 """figures.py: the pictures that reports and notebooks share.
 
     python -m measure.figures --ckpt runs/waterbirds-mini/best.pt      # docs/schematic.png and docs/late_early.png
+    python -m measure.figures --selectors runs/cub-mini-sweep          # docs/selectors.png, of sweep.py selectors
 
 Floor: measuring. Read ifam.py before (what maps and masks are) and leakage.py (what it is to hold a mask fixed).
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart; a part has the same one everywhere, and
@@ -13,7 +14,8 @@ import json
 import os
 import re
 import textwrap
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -34,7 +36,7 @@ from ifam import refuse, unlikeness
 from measure.leakage import given, pixel_gradient, shown_under, stage1_classifier, stage2_classifier
 from measure.metrics import wilson
 from runs import load_model, read_film
-from settings import UsageError, may_write, opt, parse, run_script, write_whole
+from settings import UsageError, may_write, opt, parse, read_json, run_script, write_whole
 
 if NOTEBOOK:                                             # PNG files of grain are four times as large
     from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -550,6 +552,25 @@ def curves(series, x, y, path=None, chance=None):
     save(figure, path)
 
 
+def selectors(found, path=None):
+    """What a smaller stage 1 costs: {benchmark: {size of stage 1: [(time of one dense ViT, measure) of each seed]}}.
+
+    A line joins the means over seeds; a dot is a seed.
+    """
+    figure, axis = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
+    for (name, sizes), colour, marker in zip(found.items(), OKABE_ITO, "os^D"):
+        seeds = [np.array(rows) for rows in sizes.values()]
+        for rows in seeds:
+            axis.plot(*rows.T, marker, ms=3.5, color=colour, alpha=0.5, mec="none")
+        axis.plot(*np.array([rows.mean(0) for rows in seeds]).T, marker + "-", ms=7, color=colour, label=name)
+        for size, rows in zip(sizes, seeds) if name == next(iter(found)) else ():
+            axis.annotate(size, (rows[:, 0].mean(), 0.02), xycoords=("data", "axes fraction"), ha="center",
+                          fontsize=SMALL, color="0.4")
+    axis.margins(x=0.1, y=0.15)
+    chart(axis, xlabel="time of a prediction (one dense ViT = 1)", ylabel="share of right answers")
+    save(figure, path)
+
+
 def growth(found, path=None):
     """Time and peak memory against tokens, K and batch, as speed.growth measures them; fitted powers in the legends.
 
@@ -745,30 +766,59 @@ FORMATS = ("png", "pdf", "svg")
 
 @dataclass
 class Config:
-    ckpt: str = opt(MISSING, "checkpoint of a model of two stages, of train.py")
-    out: Path = opt(Path("docs"), "folder that schematic.png and late_early.png are written to")
-    format: str = opt("png", "format of both: pdf and svg are sharp at any size", choices=FORMATS)
+    ckpt: str = opt("", "checkpoint of a model of two stages: draws schematic.png and late_early.png")
+    selectors: list[Path] = opt((), "folders of sweep.py selectors, evaluated with --speed: draws selectors.png")
+    out: Path = opt(Path("docs"), "folder that pictures are written to")
+    format: str = opt("png", "format of the pictures: pdf and svg are sharp at any size", choices=FORMATS)
     force: bool = opt(False, "replace pictures that this program did not draw")
+
+
+def of_selectors(folders):
+    """What `selectors` draws, from the reports in folders of sweep.py. UsageError where time or runs are missing."""
+    found = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*/report*.json")):
+            report, name = read_json(path, "a report of evaluate.py"), path.parent.name.rpartition("-")[0]
+            if name not in ("ifam", "fast", "faster"):
+                continue
+            if "speed" not in report:
+                raise UsageError(f"{path} has no time: python evaluate.py --ckpt {path.parent / 'best.pt'} --speed")
+            measure = "worst_group" if "worst_group" in report["stage2"] else "aa"
+            title = report["data"].removesuffix("-mini") + (", worst group" if measure == "worst_group" else "")
+            rows = found.setdefault(title, {size: [] for size in ("ifam", "fast", "faster")})[name]
+            rows.append((report["speed"]["relative_to_dense"], report["stage2"][measure]))
+    if not found or not all(rows for sizes in found.values() for rows in sizes.values()):
+        raise UsageError(f"{', '.join(map(str, folders))}: expected runs of ifam, fast and faster, each with a report; "
+                         "make them with sweep.py selectors")
+    return found
 
 
 def main(argv=None):
     given = parse(Config, __doc__, argv)
-    model, state = load_model(given.ckpt)
+    if bool(given.ckpt) == bool(given.selectors):
+        raise UsageError("name what to draw from: --ckpt or --selectors")
+    path = lambda name: given.out / f"{name}.{given.format}"
+    paths = [path("selectors")] if given.selectors else [path("schematic"), path("late_early")]
+    draw = partial(selectors, of_selectors(given.selectors)) if given.selectors else two_stages_of(given.ckpt)
+    given.out.mkdir(parents=True, exist_ok=True)
+    for picture in paths:
+        may_write(picture, is_our_picture, given.force)
+    draw(*paths)
+    print(f"  wrote {' and '.join(map(str, paths))}")
+
+
+def two_stages_of(ckpt):
+    """-> a function that draws the schematic and late against early, of a checkpoint of two stages."""
+    model, state = load_model(ckpt)
     trained = state["config"]
     if not (model.selector and model.predictor):
-        raise UsageError(f"{given.ckpt} is of the method {trained['method']}, which has no two stages to compare; name "
-                         "a checkpoint of ifam")
+        raise UsageError(f"{ckpt} is of the method {trained['method']}, which has no two stages to compare; name a "
+                         "checkpoint of ifam")
     root = data.find_root(trained["data"], trained["root"], trained["mini"])
     looked = ("test", "val") if trained["data"] == "folder" else ("test",)
     samples = data.measured(data.load(trained["data"], root, trained["size"], limit=trained["limit"], splits=looked,
                                       val_share=trained.get("val_share", 0.0)))
-    given.out.mkdir(parents=True, exist_ok=True)
-    drawing, pictures = (given.out / f"{name}.{given.format}" for name in ("schematic", "late_early"))
-    for path in (drawing, pictures):
-        may_write(path, is_our_picture, given.force)
-    schematic(drawing)
-    late_against_early(model, samples, pictures)
-    print(f"  wrote {drawing} and {pictures}")
+    return lambda drawing, pictures: (schematic(drawing), late_against_early(model, samples, pictures))
 
 
 if __name__ == "__main__":

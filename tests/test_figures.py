@@ -228,3 +228,22 @@ def test_training_curves_are_drawn_from_the_log_with_and_without_validation(tmp_
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         figures.training_curves(str(tmp_path / "log.jsonl"), tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_the_figure_of_small_selectors_reads_time_and_measure_of_each_run(tmp_path, capsys):
+    numbers = {("waterbirds-mini", "worst_group"): {"ifam": (1.1, .93), "fast": (.45, .96), "faster": (.3, .9)},
+               ("cub-mini", "aa"): {"ifam": (1.1, .94), "fast": (.5, .93), "faster": (.3, .92)}}
+    for (title, measure), sizes in numbers.items():
+        for name, (time, value) in sizes.items():
+            for seed in (0, 1):
+                run = tmp_path / f"{title}-sweep" / f"{name}-{seed}"
+                run.mkdir(parents=True)
+                report = {"data": title, "stage2": {measure: value + seed / 100}, "speed": {"relative_to_dense": time}}
+                (run / "report.json").write_text(json.dumps(report))
+    folders = [tmp_path / f"{title}-sweep" for title, _ in numbers]
+    found = figures.of_selectors(folders)
+    assert found["waterbirds, worst group"]["fast"] == [(.45, .96), (.45, .97)] and list(found["cub"]) == ["ifam", "fast", "faster"]
+    figures.main(["--selectors", *map(str, folders), "--out", str(tmp_path)])
+    assert Image.open(tmp_path / "selectors.png").size[0] > 500
+    (folders[0] / "fast-0" / "report.json").write_text(json.dumps({"data": "waterbirds-mini", "stage2": {"worst_group": 1}}))
+    assert "has no time: python evaluate.py --ckpt" in fails(figures.main, "--selectors", *folders, "--out", tmp_path)(capsys)

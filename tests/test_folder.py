@@ -326,9 +326,10 @@ def test_mini_is_the_recipe_mini_on_drawings():
 
 @pytest.mark.parametrize("flags, size, arch", [
     ((), 392, "b/6"), (("--data", "folder"), 168, "b/6"), (("--mini",), 72, "mini/2"), (("--arch", "l", "--size", 224), 168, "l/12"),
-    (("--selector-size", 112), 112, "b/6")], ids=str)
-def test_the_fast_recipe_shows_stage_1_three_quarters_of_the_side_with_half_of_the_blocks(flags, size, arch):
-    cfg = settings("--recipe", "fast", *flags)
+    (("--selector-size", 112), 112, "b/6"), (("--recipe", "faster"), 350, "b/4"), (("--recipe", "faster", "--mini"), 64, "mini/1")], ids=str)
+def test_the_fast_recipes_show_stage_1_part_of_the_side_with_part_of_the_blocks(flags, size, arch):
+    cfg = settings(*(() if "--recipe" in flags else ("--recipe", "fast")), *flags)
+    flags = [f for f in flags if f not in ("--recipe", "faster")]
     assert (cfg.selector_size, cfg.selector_arch) == (size, arch)
     usual = settings(*(flags if "--selector-size" not in flags else ()))
     assert but(cfg, "selector_size", "selector_arch", "recipe") == but(usual, "selector_size", "selector_arch", "recipe")

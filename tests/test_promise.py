@@ -83,6 +83,7 @@ PROMISE = [
     # measuring
     (tables, (), 2, "runs"), (tables, ("nowhere",), 2, "nowhere"), (tables, (FILE,), 2, "not a folder"), (tables, (".",), 2, "config.json"),
     (figures, (), 2, "--ckpt"), (figures, ("--ckpt", "nowhere.pt"), 2, "no such file"), (figures, ("--ckpt", FILE, "--format", "docx"), 2, "unknown --format"),
+    (figures, ("--ckpt", FILE, "--selectors", "runs"), 2, "--ckpt or --selectors"), (figures, ("--selectors", "nowhere"), 2, "sweep.py selectors"),
     # compose.py
     (compose, (), 2, "--objects"), (compose, ("--objects", "", "--backgrounds", "b", "--out", "o"), 2, "--objects is empty"),
     *((compose, ("--objects", "nowhere", "--backgrounds", "nowhere", "--out", "o", *flags), 2, words) for flags, words in (
