@@ -75,7 +75,8 @@ SETS = {        # {name of a set: {name of a run: flags of train.py}}
         "largest": ["--mask-largest"],
         "dilate": ["--mask-dilate", "always"], "dilate-random": ["--mask-dilate", "random"],
         "early-truth-cls": [*METHODS["early-truth"], "--pooling", "cls"],
-        "early-truth-trim": [*METHODS["early-truth"], "--pooling", "cls", "--trim", "truth"]}}
+        "early-truth-trim": [*METHODS["early-truth"], "--pooling", "cls", "--trim", "truth"],
+        "early-random": ["--method", "early-random"]}}   # the judge of what a selection encodes
 
 
 def choose(names):

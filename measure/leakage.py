@@ -295,7 +295,7 @@ def leakage_of_group(classifier, images, truth, backbone, number, gradients):
             row["swap"], row["iou"] = (guess != logits.argmax(1)).float(), mask_iou(keep, keep2)
         if truth is not None:
             row["admitted"] = admitted(shown, objects)[shown.any((1, 2, 3))]
-            row["true"] = patch_keep(truth[:, 0], backbone.patch)                      # what its shape tells, to compare
+            row["true"] = patch_keep(truth[:, 0], backbone.patch)                # what its shape tells, to compare
     if gradients > 0:
         first = None if held is None else held[:gradients]
         row["gradient"] = hidden_gradient(classifier, images[:gradients], first, shown[:gradients] == 0)
