@@ -127,7 +127,7 @@ def plan(names, seeds, flags, folder="sweep"):
     for seed in map(str, range(seeds)):
         for name, own in chosen.items():
             cfg = parsed(typed := [*given[name], *own, "--seed", seed])
-            if cfg == parsed(plain := [*given[name], *METHODS[cfg.method], "--seed", seed]):
+            if cfg == parsed(plain := [*given[name], *METHODS.get(cfg.method, own), "--seed", seed]):
                 name, typed = cfg.method, plain
             cfg.out = f"runs/{cfg.title}-{folder}/{name}-{seed}"
             check(cfg)
