@@ -66,6 +66,7 @@ class Prediction(NamedTuple):
     part_logits: torch.Tensor | None = None      # (n, K+1, N)     minus squared distance to each prototype
     without: torch.Tensor | None = None          # (n, K, C)       logits with each part left out, if asked for
     without_keep: torch.Tensor | None = None     # (n, K, N)       what was kept then
+    shown: torch.Tensor | None = None            # (n, 1, S, S)    1 = stage 2 may see this pixel (of --trim); None: any
     grid: tuple = ()                             # (h, w) of keep
 
     @property
@@ -160,7 +161,7 @@ def run_on(model, pictures, explain):
     if pictures[0].mask is not None:
         keep = patch_keep(torch.stack([p.mask for p in pictures]).to(device), model.predictor.backbone.patch)
     out = model(images, keep)
-    found = {name: getattr(out, name) for name in ("logits", "logits_stage1", "maps", "keep", "part_logits")}
+    found = {name: getattr(out, name) for name in ("logits", "logits_stage1", "maps", "keep", "part_logits", "shown")}
     if model.predictor is None:
         found["logits_stage1"] = None                    # it is the prediction
     if explain:

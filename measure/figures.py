@@ -335,7 +335,10 @@ def prediction(out, i, path=None):
     else:
         alone = out.maps is not None and out.logits_stage1 is None               # one stage: nothing reads its mask
         title = ("patches of parts" if alone else "what stage 2 sees") + f", {out.keep[i].mean():.0%}"
-        cells[title] = only_kept(shown, out.keep[i].clamp(0, 1).view(out.grid)), said(out.logits[i])
+        seen = spread(out.keep[i].clamp(0, 1).view(out.grid).numpy(), len(shown))
+        if out.shown is not None:                        # finer than patches
+            seen = seen * out.shown[i, 0].numpy()
+        cells[title] = only_kept(shown, seen), said(out.logits[i])
     rows = {"": list(cells.values())}
     if out.without is not None:
         rows["without a part"] = [(only_kept(shown, out.without_keep[i, p].clamp(0, 1).view(out.grid)),

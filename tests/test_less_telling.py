@@ -6,13 +6,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from models import TINY, pictures, tiny
 from tiny import fails, train
 
 import evaluate
+import predict
+import runs
 import train as training
 from baselines import TrueMask, build
 from ifam import Noise, assign, largest_component, paint
+from measure import figures
 from measure.leakage import shown_under, stage2_classifier
 from runs import Config, preset, traced
 from settings import UsageError
@@ -163,6 +167,12 @@ def test_a_run_trains_with_it_and_its_report_finds_no_leak(flags, tmp_path, caps
     if "--trim" in flags:
         line = fails(evaluate.main, "--ckpt", out / "best.pt", "--encoding", "--limit", "16", "--out", tmp_path / "other.json")(capsys)
         assert "which paints some of their pixels" in line
+    if "found" in flags:                                 # on a picture of one's own the painted pixels are known, and drawn
+        model = runs.load(str(out / "best.pt"))
+        found = predict.on(model, [Image.new("RGB", (120, 90), "olive")])
+        assert found.shown.shape == (1, 1, 96, 96)
+        torch.testing.assert_close(found.logits, model(found.pictures[0].image[None]).logits)
+        figures.prediction(found, 0, tmp_path / "prediction.png")
     if "truth" in flags[-1]:
         assert report["leakage"]["admitted"] == 0
 
