@@ -561,7 +561,7 @@ def selectors(found, path=None):
     A line joins the means over seeds; a dot is a seed.
     """
     figure, axis = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
-    for (name, sizes), colour, marker in zip(found.items(), OKABE_ITO, "os^D"):
+    for (name, sizes), colour, marker in zip(found.items(), (*OKABE_ITO[:3], *OKABE_ITO[4:]), "os^D"):
         seeds = [np.array(rows) for rows in sizes.values()]
         for rows in seeds:
             axis.plot(*rows.T, marker, ms=3.5, color=colour, alpha=0.5, mec="none")

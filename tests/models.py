@@ -33,6 +33,11 @@ def pictures(count=3, height=70, width=None, seed=1):
     return torch.randn(count, 3, height, width or height, generator=torch.Generator().manual_seed(seed))
 
 
+def there(out):
+    """The fields of an Output, or of a Noise, that are there."""
+    return [x for x in out if x is not None]
+
+
 # ---------------------------------------------------------------- the published names and ours
 RENAMED = {  # ours: theirs; blocks, norms and patch embedding are called the same in both
     "selector.prototypes": "stage_1.fc_landmarks.weight",

@@ -514,7 +514,7 @@ def test_a_model_that_needs_true_masks_is_measured_on_the_variants_that_have_the
 
 class Eye:
     """A stand-in for a model: says class 151 (dog) as long as the mean of the red channel is not above a limit."""
-    selector, needs_truth = None, False
+    selector, needs_truth, trim = None, False, "none"
     predictor = True
 
     def __init__(self, limit):

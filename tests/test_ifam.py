@@ -5,17 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import agrees, below, golden
-from models import TINY, pictures, published_model, their_layout, their_name, tiny
+from models import TINY, pictures, published_model, their_layout, their_name, there, tiny
 
 import ifam
 from baselines import ERM, PDiscoFormer
 from ifam import IFAM, Affine, Noise, Predictor, discretize, warp
 from vit import build_vit
-
-
-def there(out):
-    """The fields of an Output, or of a Noise, that are there."""
-    return [x for x in out if x is not None]
 
 
 # ---------------------------------------------------------------- outputs of the published code

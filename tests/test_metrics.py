@@ -313,7 +313,7 @@ def test_boxes_are_those_of_the_file_and_every_visible_keypoint_of_the_miniature
 
 
 def test_boxes_are_read_by_image_id_and_a_row_that_is_missing_is_named(tmp_path):
-    assert cub.annotations(tmp_path, ["7"], ["a.jpg"]) == {"masks": None, "points": None, "boxes": None}
+    assert cub.annotations(tmp_path, ["7"], ["a.jpg"]) == {"masks": None, "points": None, "boxes": None, "attributes": [(tmp_path, "7")]}
     (tmp_path / "bounding_boxes.txt").write_text("9 1.0 2.0 3.0 4.0\n7 60.0 27.0 325.0 304.0\n")
     annotations = lambda *images: cub.annotations(tmp_path, *images)
     assert annotations(["7", "9"], ["a.jpg", "b.jpg"])["boxes"] == [[60, 27, 325, 304], [1, 2, 3, 4]]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HERE, agrees, below, golden
-from models import TINY, as_published, pictures, published_model, their_name, tiny, two_stages
+from models import TINY, as_published, pictures, published_model, their_name, there, tiny, two_stages
 
 import data
 import runs
@@ -377,7 +377,7 @@ def test_snapshots_of_any_grid_width_and_number_of_parts_load(settings):
     heads = model.selector.backbone.blocks[0].attn.heads
     loaded = load_published(as_published(model), heads=None if model.selector.backbone.width == 64 else heads).eval()
     x = pictures(2, *size)
-    for ours, again in zip(model(x), loaded(x)):
+    for ours, again in zip(there(model(x)), there(loaded(x))):
         agrees(again, ours)
     assert loaded.selector.backbone.grid == model.selector.backbone.grid
 
@@ -434,7 +434,7 @@ def test_a_hugging_face_snapshot_is_the_same_model_as_a_timm_one():
     model = load_published(theirs, heads=3).eval()
     assert (model.selector.k, model.predictor.head.out_features, model.selector.backbone.prefix) == (4, 5, 1)
     again = load_published(as_published(model), heads=3).eval()
-    for one, other in zip(model(pictures(2)), again(pictures(2))):
+    for one, other in zip(there(model(pictures(2))), there(again(pictures(2)))):
         assert torch.equal(one, other)
     for stage in ("selector", "predictor"):              # a query is a query, and not a key of the other stage
         attention = getattr(model, stage).backbone.blocks[2].attn.qkv.weight
@@ -458,7 +458,7 @@ def snapshot(path, classes=2, layout="whole", **settings):
 def test_a_snapshot_becomes_a_model_with_the_settings_of_its_benchmark(layout, registers, tmp_path):
     model = snapshot(tmp_path / "snapshot_best.pt", 200, layout, registers=registers)
     loaded, state = runs.load_model(tmp_path / "snapshot_best.pt", "cpu", "cub")
-    for ours, again in zip(model(pictures(2, 96)), loaded(pictures(2, 96))):
+    for ours, again in zip(there(model(pictures(2, 96))), there(loaded(pictures(2, 96)))):
         agrees(again, ours)                              # timm adds a position to the class token: rounded once more
     config = state["config"]
     expected = dict(data="cub", method="ifam", size=96, k=3, registers=registers, masking="early", hardness="hard", pooling="cls", mini=False)
