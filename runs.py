@@ -690,10 +690,10 @@ def export(model, path, batch=1):
 def traced(model, batch):
     """-> (torch.export's program of ifam.Static(model), {name of an input: an example})."""
     if model.trim == "truth":
-        raise UsageError("a model of --trim truth is told where the object is: it can be exported as .safetensors only")
+        raise UsageError("a model of --trim truth is told where the object is: export it as .safetensors")
     if getattr(model, "largest", False):
-        raise UsageError("a model of --mask-largest searches its mask until nothing changes, which a program with fixed "
-                         "shapes cannot: it can be exported as .safetensors only")
+        raise UsageError("a model of --mask-largest searches its mask until nothing changes, which a program with "
+                         "fixed shapes cannot: export it as .safetensors")
     static = Static(model)
     backbone = (model.predictor or model.selector).backbone
     parameter = next(model.parameters())
