@@ -39,8 +39,8 @@ class ERM(nn.Module):
     def forward(self, images, keep=None, noise=None):
         return Output(self.predictor(images, keep), keep=keep)
 
-    def forward_pair(self, images, warped, noise, keep=None):
-        return self(images, keep), None
+    def forward_pair(self, images, warped, noise, **told):
+        return self(images, **told), None
 
 
 # ---------------------------------------------------------------- attentive probes
@@ -198,9 +198,6 @@ class TrueMask(ERM):
             raise ValueError("this model is told where the object is: pass keep" + " and shown" * (self.trim != "none"))
         return super().forward(paint(images, shown), keep)._replace(shown=shown)
 
-    def forward_pair(self, images, warped, noise, keep=None, shown=None):
-        return self(images, keep, shown=shown), None
-
 
 class FoundMask(ERM):
     """The same under a mask found without training or labels, in the manner of FOUND (Simeoni et al., CVPR 2023).
@@ -314,9 +311,10 @@ def build(settings, classes):
         return RandomMask(**shared, pooling=settings["pooling"])
     if method in GIVEN:
         masking, source = method.split("-")
-        kind = {"truth": TrueMask, "found": FoundMask}[source]
-        trim = {"trim": settings["trim"]} if settings.get("trim", "none") != "none" else {}
-        return kind(**shared, masking=masking, pooling=settings["pooling"], **trim)
+        choices = dict(masking=masking, pooling=settings["pooling"])
+        if source == "truth":
+            return TrueMask(**shared, **choices, trim=settings.get("trim", "none"))
+        return FoundMask(**shared, **choices)
     if method == "pdiscoformer":
         return PDiscoFormer(**shared, **parts)
     if method != "ifam":

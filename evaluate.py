@@ -32,7 +32,7 @@ from measure.metrics import (Landmarks, accuracies, ari, foreground_ious, in_uni
 from measure.shape import SHAPE
 from predict import OnCheckpoint, open_split, predict, results_of
 from runs import Config as RunConfig
-from runs import as_published, differences, has, hash_of, load_model, pick_device, read_config, trained
+from runs import as_published, differences, has, hash_of, load_model, pick_device, read_config, refuse_told, trained
 from settings import UsageError, may_write, opt, parse, recorded, run_script, write_json
 
 
@@ -363,9 +363,8 @@ def check(cfg, model, state, samples, sets):
     if cfg.per_part and not (model.selector and model.predictor):
         raise UsageError(f"--per-part: {cfg.ckpt} is of the method {state['config']['method']}, which has no "
                          f"{'second stage' if model.selector else 'parts'}; leave it out, or name a checkpoint of ifam")
-    if cfg.per_part and model.trim == "truth":
-        raise UsageError(f"--per-part: {cfg.ckpt} was trained with --trim truth, a measurement that is told where the "
-                         "object is; leave it out")
+    if cfg.per_part:
+        refuse_told(model, f"--per-part: {cfg.ckpt}", "leave it out")
     if cfg.speed:
         speed.check(model)
     if cfg.encoding:

@@ -40,7 +40,7 @@ from interventions import THRESHOLDS, describe_intervention
 from measure import figures
 from measure.metrics import auroc
 from predict import OnCheckpoint, open_split
-from runs import hash_of, load_model, pick_device
+from runs import hash_of, load_model, pick_device, refuse_told
 from settings import UsageError, may_write, opt, parse, progress, run_script, write_json
 
 
@@ -341,9 +341,7 @@ def check(cfg, model, method):
     if model.selector is None:
         raise UsageError(f"{cfg.ckpt} is of the method {method}, which has no parts: there is nothing to remove; name "
                          "a checkpoint of ifam or pdiscoformer")
-    if model.trim == "truth":
-        raise UsageError(f"{cfg.ckpt} was trained with --trim truth, a measurement that is told where the object is: "
-                         "there is nothing to correct; name another --ckpt")
+    refuse_told(model, cfg.ckpt, "there is nothing to correct; name another --ckpt")
     k = model.selector.k
     if cfg.drop and cfg.drop[-1] >= k:
         raise UsageError(f"--drop {cfg.drop[-1]}: this model has no such part; its parts are 0 to {k - 1}")

@@ -38,7 +38,7 @@ from ifam import limits_of
 from interventions import apply_intervention
 from measure.leakage import given, shown_under
 from measure.metrics import foreground_counts, pixel_counts
-from runs import hash_of, outputs_of, pick_device
+from runs import hash_of, outputs_of, pick_device, refuse_told
 from settings import (RunError, UsageError, bounded, may_write, opt, parse, progress, run_script, write_csv, write_json,
                       write_whole)
 from weights import load_start, reader
@@ -141,9 +141,7 @@ def refuse_missing(model, mask, explain):
     reads_mask = model.predictor is not None and hasattr(model.predictor, "masking")
     if mask and not reads_mask:
         raise UsageError("--keep: this method has no second stage that sees under a mask; leave it out")
-    if model.trim == "truth":
-        raise UsageError("this model was trained with --trim truth, a measurement that needs the true masks of a "
-                         "benchmark: use evaluate.py")
+    refuse_told(model, "this model", "use evaluate.py, on a benchmark with true masks")
     if model.needs_truth and not mask:
         raise UsageError("this method is told where the object is: give --keep MASK")
     if explain and model.selector is None:
@@ -262,8 +260,8 @@ def predict(model, samples, batch=32, device="cpu", workers=0):
 
     "logits" (n, C), and where the model has them "logits_stage1" (n, C), "keep" (n, N) in {0, 1}, and where there are
     true masks "foreground" (n, 4), pixel counts of the parts, or of the mask that stage 2 was given, and "seen" (n, 4),
-    those of what stage 2 sees. Processes share the work and gather by index:
-    every sample is counted once, whatever their number.
+    those of what stage 2 sees. Processes share the work and gather by index: every sample is counted once, whatever
+    their number.
     """
     model.eval()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

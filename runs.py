@@ -687,10 +687,16 @@ def export(model, path, batch=1):
     write_whole(path, write)
 
 
+def refuse_told(model, what, instead):
+    """UsageError for a model of --trim truth where no true mask can be given. what: how to call it."""
+    if model.trim == "truth":
+        raise UsageError(f"{what} was trained with --trim truth, a measurement that is told where the object is: "
+                         f"{instead}")
+
+
 def traced(model, batch):
     """-> (torch.export's program of ifam.Static(model), {name of an input: an example})."""
-    if model.trim == "truth":
-        raise UsageError("a model of --trim truth is told where the object is: export it as .safetensors")
+    refuse_told(model, "this model", "export it as .safetensors")
     if getattr(model, "largest", False):
         raise UsageError("a model of --mask-largest searches its mask until nothing changes, which a program with "
                          "fixed shapes cannot: export it as .safetensors")

@@ -178,7 +178,7 @@ def check(model):
 
 @torch.no_grad()
 def measure(model, images, told={}, rounds=5):
-    """What a model costs on these images (B, 3, S, S) -> dict for report.json; told: what predict.given says.
+    """What a model costs on these images (B, 3, S, S) -> dict for report.json; told: what leakage.given says.
 
     Shares: of the time of the whole model, measured module by module in calls of their own; that of stage 1, and those
     of attention and feed-forward in both stages. Operations are per image.

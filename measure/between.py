@@ -111,7 +111,7 @@ def missing(samples):
     """Why a split has no attributes of parts; "" if it has."""
     if not samples.attributes:
         return f"{samples.title} has no attributes of parts"
-    return attributes_missing(samples.attributes[0][0]) or "" if samples.points else "parts/part_locs.txt is not there"
+    return attributes_missing(samples.attributes[0][0]) if samples.points else "parts/part_locs.txt is not there"
 
 
 def representations(model, images):

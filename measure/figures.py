@@ -33,10 +33,11 @@ import data
 from benchmarks.files import SIGNATURE, is_our_picture
 from benchmarks.samples import evenly, spread_over_groups
 from ifam import refuse, unlikeness
-from measure.leakage import given, pixel_gradient, shown_under, stage1_classifier, stage2_classifier
+from measure import tables
+from measure.leakage import given, pixel_gradient, shown_by, shown_under, stage1_classifier, stage2_classifier
 from measure.metrics import wilson
 from runs import load_model, read_film
-from settings import UsageError, may_write, opt, parse, read_json, run_script, write_whole
+from settings import UsageError, may_write, opt, parse, run_script, write_whole
 
 if NOTEBOOK:                                             # PNG files of grain are four times as large
     from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -299,7 +300,7 @@ def gradients(classifiers, samples, backbone, path=None, device="cpu", count=5, 
         with torch.no_grad():
             keep, held = classifier.find(images, truth)
         looks = pixel_gradient(lambda x: classifier.head(classifier.features(x, held)).amax(1, keepdim=True), images)
-        hidden = shown_under(keep, getattr(held, "shown", None), backbone)[:, 0] == 0
+        hidden = shown_by(keep, held, backbone)[:, 0] == 0
         outside = (looks * hidden).sum((1, 2)) / looks.sum((1, 2)).clamp_min(1e-12)
         rows[name.replace(" (", "\n(")] = [
             (heat(picture, coarse(look, backbone.patch // 2), mask), f"{share:.0%} outside")
@@ -371,7 +372,7 @@ def late_against_early(model, samples, path=None, device="cpu", count=6):
     images, pictures, titles = opened(samples, batch := [samples[i] for i in chosen])
     images, late, early = images.to(device), stage1_classifier(model), stage2_classifier(model)
     (_, maps), (keep, held) = late.find(images, None), early.find(images, None)
-    hidden = shown_under(keep, getattr(held, "shown", None), model.predictor.backbone) == 0
+    hidden = shown_by(keep, held, model.predictor.backbone) == 0
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
     shown = torch.where(hidden, noise, images)
     said, again = ([late.head(late.features(x, maps)).cpu(), early.head(early.features(x, held)).cpu()]
@@ -778,18 +779,15 @@ class Config:
 
 def of_selectors(folders):
     """What `selectors` draws, from the reports in folders of sweep.py. UsageError where time or runs are missing."""
-    found = {}
-    for folder in folders:
-        for path in sorted(folder.glob("*/report*.json")):
-            report, name = read_json(path, "a report of evaluate.py"), path.parent.name.rpartition("-")[0]
-            if name not in ("ifam", "fast", "faster"):
-                continue
+    found, names = {}, ("ifam", "fast", "faster")
+    for name, run in ((run.name.rpartition("-")[0], run) for folder in folders for run in sorted(folder.glob("*/"))):
+        for path, *_, report in tables.read_run(run) if name in names else ():
             if "speed" not in report:
-                raise UsageError(f"{path} has no time: python evaluate.py --ckpt {path.parent / 'best.pt'} --speed")
-            measure = "worst_group" if "worst_group" in report["stage2"] else "aa"
-            title = report["data"].removesuffix("-mini") + (", worst group" if measure == "worst_group" else "")
-            rows = found.setdefault(title, {size: [] for size in ("ifam", "fast", "faster")})[name]
-            rows.append((report["speed"]["relative_to_dense"], report["stage2"][measure]))
+                raise UsageError(f"{path} has no time: python evaluate.py --ckpt {run / 'best.pt'} --speed")
+            measure = "worst_group" if "worst_group" in tables.stage(report) else "aa"
+            title = report["data"].removesuffix("-mini") + ", worst group" * (measure == "worst_group")
+            rows = found.setdefault(title, {size: [] for size in names})[name]
+            rows.append((report["speed"]["relative_to_dense"], tables.stage(report)[measure]))
     if not found or not all(rows for sizes in found.values() for rows in sizes.values()):
         raise UsageError(f"{', '.join(map(str, folders))}: expected runs of ifam, fast and faster, each with a report; "
                          "make them with sweep.py selectors")

@@ -150,6 +150,11 @@ def shown_under(keep, shown, backbone):
     return kept if shown is None else kept * shown
 
 
+def shown_by(keep, held, backbone):
+    """The same of what Classifier.find gives: the mask, and what is held fixed."""
+    return shown_under(keep, held.shown if isinstance(held, Trimmed) else None, backbone)
+
+
 def repaint(classifier, images, held, hidden, logits, generator):
     """Replace masked-out pixels with noise, another image, grey -> largest logit change (B,), share of flips (B,)."""
     noise = torch.randn(images.shape, generator=generator).to(images)
@@ -246,11 +251,15 @@ def measure_leakage(classifiers, samples, backbone, device="cpu", count=0):
             found = leakage_of_group(classifier, images, truth, backbone, number, budget - number * LEAKAGE_GROUP)
             for name, x in found.items():
                 mine.setdefault(name, []).append(x.cpu())
-    return [summary(classifier, mine, samples, indices, backbone.grid) for classifier, mine in zip(classifiers, rows)]
+    shapes = []
+    return [summary(*each, samples, indices, backbone.grid, shapes) for each in zip(classifiers, rows)]
 
 
-def summary(classifier, rows, samples, indices, grid):
-    """{name: what leakage_of_group measured, group by group} of the images at these indices -> report, or None."""
+def summary(classifier, rows, samples, indices, grid, shapes):
+    """{name: what leakage_of_group measured, group by group} of the images at these indices -> report, or None.
+
+    shapes: [(keep, what it tells)], filled here: two stages with the same masks are probed once.
+    """
     if not rows:
         return None                                      # no mask of its own and no true one: nothing to hold fixed
     row = {name: torch.cat(x).double() for name, x in rows.items()}
@@ -258,9 +267,13 @@ def summary(classifier, rows, samples, indices, grid):
     probe = None
     place = samples.groups[indices] % max(1, len(samples.places))
     if len(place.unique()) > 1:
-        probe = {"representation": linear_probe(row["features"], place), "mask": linear_probe(row["mask"], place),
-                 "chance": torch.bincount(place).max().item() / len(place),
-                 "shape": shape_probes(row["keep"], place, grid, row.get("true"))}
+        shape = next((known for keep, known in shapes if torch.equal(keep, row["keep"])), None)
+        if shape is None:
+            shape = shape_probes(row["keep"], place, grid, row.get("true"))
+            shapes.append((row["keep"], shape))
+        probe = {"representation": linear_probe(row["features"], place),
+                 "mask": linear_probe(row["finer"], place) if "finer" in row else shape["mask"],
+                 "chance": torch.bincount(place).max().item() / len(place), "shape": shape}
     return {"images": len(indices), "mask": classifier.mask,
             "repaint": {"max_logit_change": row["change"].max().item(), "mean_logit_change": mean("change"),
                         "flip_rate": mean("flip")},
@@ -280,10 +293,11 @@ def leakage_of_group(classifier, images, truth, backbone, number, gradients):
         keep, held = classifier.find(images, truth)
         if keep is None:
             return {}
-        shown = shown_under(keep, getattr(held, "shown", None), backbone)
+        shown = shown_by(keep, held, backbone)
         features = classifier.features(images, held)
         row = {"features": features, "keep": keep}
-        row["mask"] = F.avg_pool2d(shown, backbone.patch // 2).flatten(1) if isinstance(held, Trimmed) else keep
+        if isinstance(held, Trimmed):                    # a ragged border is a shape, too
+            row["finer"] = F.avg_pool2d(shown, backbone.patch // 2).flatten(1)
         noise = torch.Generator().manual_seed(number)
         logits = classifier.head(features)
         row["change"], row["flip"] = repaint(classifier, images, held, shown == 0, logits, noise)

@@ -10,7 +10,8 @@ import data
 import ifam
 from benchmarks.files import is_our_picture
 from measure import figures, leakage
-from settings import UsageError, may_write
+from runs import Config, preset
+from settings import UsageError, may_write, parse, write_json
 from tiny import fails
 from tiny import train as run
 
@@ -238,12 +239,20 @@ def test_the_figure_of_small_selectors_reads_time_and_measure_of_each_run(tmp_pa
             for seed in (0, 1):
                 run = tmp_path / f"{title}-sweep" / f"{name}-{seed}"
                 run.mkdir(parents=True)
-                report = {"data": title, "stage2": {measure: value + seed / 100}, "speed": {"relative_to_dense": time}}
+                write_json(run / "config.json", vars(parse(Config, "", ["--data", title.removesuffix("-mini"), "--mini", "--seed", str(seed)], preset)))
+                report = {"data": title, "split": "test", "images": 8, "leakage": None, "stage2": {measure: value + seed / 100}, "speed": {"relative_to_dense": time}}
                 (run / "report.json").write_text(json.dumps(report))
     folders = [tmp_path / f"{title}-sweep" for title, _ in numbers]
     found = figures.of_selectors(folders)
     assert found["waterbirds, worst group"]["fast"] == [(.45, .96), (.45, .97)] and list(found["cub"]) == ["ifam", "fast", "faster"]
     figures.main(["--selectors", *map(str, folders), "--out", str(tmp_path)])
     assert Image.open(tmp_path / "selectors.png").size[0] > 500
-    (folders[0] / "fast-0" / "report.json").write_text(json.dumps({"data": "waterbirds-mini", "stage2": {"worst_group": 1}}))
+    (folders[0] / "fast-0" / "report.json").write_text(json.dumps({**report, "speed": None, "checkpoint": {"sha256": "of another"}}))
+    (folders[0] / "fast-0" / "best.pt").write_bytes(b"")
+    assert figures.of_selectors(folders)["waterbirds, worst group"]["fast"] == [(.45, .97)]         # of another best.pt: left out, by name
+    assert "not of the present best.pt" in capsys.readouterr().err
+    del report["speed"]
+    (folders[0] / "fast-0" / "report.json").write_text(json.dumps(report))
     assert "has no time: python evaluate.py --ckpt" in fails(figures.main, "--selectors", *folders, "--out", tmp_path)(capsys)
+    (folders[0] / "fast-0" / "report.json").write_text(json.dumps({"data": "waterbirds-mini"}))
+    assert "is not as evaluate.py writes it" in fails(figures.main, "--selectors", *folders, "--out", tmp_path)(capsys)
