@@ -111,14 +111,14 @@ class Config:
     weight_concentration: float = loss_weight("concentration", "parts are compact (PDiscoNet)")
 
     objective: str = opt("erm", "what each training image counts in the class losses, see docs/methods.md: all alike; "
-                                "groups drawn in equal shares, or weighed by 1 over their size; errors of a first model "
-                                "more; groups, or clusters, by weights that move with their losses",
+                                "groups drawn in equal shares, or weighed by 1 over their size; errors of a first "
+                                "model more; groups, or clusters, by weights that move with their losses",
                          choices=objectives.OBJECTIVES, group="objective")
     groups: str = opt("", "groups that are not class and place: a csv of id and group, with a line for each training "
                           "image; jtt and george need one, and groups.py writes it")
     upweight: float = opt(100.0, "jtt: how often an error counts, as published for Waterbirds", above=0)
-    dro_step: float = opt(0.0, "group-dro and george: step size eta of the weights of groups (0: the published 0.01 for "
-                               "11,100 steps, scaled to the length of the run)", at_least=0)
+    dro_step: float = opt(0.0, "group-dro and george: step size eta of the weights of groups (0: the published 0.01 "
+                               "for 11,100 steps, scaled to the length of the run)", at_least=0)
     dro_adjustment: float = opt(0.0, "the same: C, which adds C / sqrt(images of a group) to its loss where weights "
                                      "move; george has 2 if not given, as published", at_least=0)
     dro_draw: str = opt("balanced", "the same: groups are drawn in equal shares, as published, or each image once an "
@@ -185,8 +185,8 @@ SMALL = {"fast": (Fraction(3, 4), Fraction(1, 2)), "faster": (Fraction(2, 3), Fr
 SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class",
             **{name: "shaping" for name in TAKES if name.startswith("weight_") and "class" not in name}}
 # What may change on --resume, for it changes no result; of groups the path, what is in the file is compared.
-FREE = {"root", "groups", "strict_data", "recipe", "device", "workers", "out", "resume", "save_every", "log_every", "compile",
-        "checkpoint", "film"}
+FREE = {"root", "groups", "strict_data", "recipe", "device", "workers", "out", "resume", "save_every", "log_every",
+        "compile", "checkpoint", "film"}
 
 
 def preset(typed, earlier=None):

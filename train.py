@@ -204,9 +204,9 @@ def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype
     """Forward and backward of one step -> "loss", its terms by name and "accuracy", averaged; so is p.grad.
 
     batch: this process's share of the global batch, as the loader gives it. buckets: Buckets of the model's parameters;
-    None without other processes. "weight" and "member" of the batch: what Objective.of gives. All randomness is a function of (seed, step, position in the global batch): one
-    process, many, or accumulation compute the same step, except that under accumulation the presence loss takes its
-    maximum within each portion.
+    None without other processes. "weight" and "member" of the batch: what Objective.of gives. All randomness is a
+    function of (seed, step, position in the global batch): one process, many, or accumulation compute the same step,
+    except that under accumulation the presence loss takes its maximum within each portion.
     """
     weights, world = loss_weights(cfg), buckets.world if buckets else 1
     share = len(batch["label"])
@@ -599,8 +599,8 @@ def merit(best):
 def check_select(cfg, val):
     """UsageError where there is nothing to choose the best epoch by."""
     if cfg.select != "accuracy" and not val:
-        raise UsageError(f"--select {cfg.select} chooses on validation images, and {cfg.data} has none: --val-share 0.1 "
-                         "holds out a tenth of the training images; or leave it out")
+        raise UsageError(f"--select {cfg.select} chooses on validation images, and {cfg.data} has none: hold some out "
+                         "with --val-share 0.1, or leave it out")
     if cfg.select == "worst_group" and not val.places:
         raise UsageError(f"--select worst_group needs groups in validation, and {val.title} {val.split} has no places: "
                          "take --select worst_class")
@@ -639,7 +639,8 @@ def train(cfg):
         log({"step": start, "command": sys.argv, "config": asdict(cfg), "torch": torch.__version__, "processes": world,
              "images": images, **({"data_differs": samples.differs} if samples.differs else {}),
              **({"objective": objective.described()} if objective else {})},
-            f"{objective}\n" * bool(objective) + f"{cfg.method}: {sum(p.numel() for p in trainer.trained):,} trained parameters, steps {start} to "
+            f"{objective}\n" * bool(objective)
+            + f"{cfg.method}: {sum(p.numel() for p in trainer.trained):,} trained parameters, steps {start} to "
             f"{steps} ({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
         loop(cfg, trainer, samples, val, log, start, best, images)
         average = {"ema_decay": trainer.decay(steps - 1)} if cfg.ema else {}
