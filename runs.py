@@ -202,6 +202,8 @@ def preset(typed, earlier=None):
         if name in typed and known["method"] in METHODS and known["method"] not in methods:
             raise UsageError(f"{flag(name)} means nothing to --method {known['method']}, only to {', '.join(methods)}; "
                              "leave it out")
+    for name in [name for name in earlier or () if not has(known["method"], name)]:
+        earlier.pop(name)                                # --config of another method: an objective, and early-random
     own = objectives.defaults(typed, {} if earlier is None else earlier, known.get("objective", Config.objective))
     if known["data"] not in data.BENCHMARKS:             # parse() says so
         return {}
