@@ -64,8 +64,8 @@ class Config:
                     choices=tuple(vit.ARCHS), refused=vit.REFUSED)
     registers: int = opt(4, "register tokens; 0 for weights without registers", at_least=0, at_most=1024)
     weights: str = opt("dinov2", "start of all backbones: dinov2 or rad-dino (downloaded once), dinov3 (gated, put "
-                                 "there by you), mini or mini-rotary (miniature/mini.pt, for --arch mini), a file of "
-                                 "DINOv2, DINOv3, NeCo, Franca, timm or Hugging Face, or none")
+                                 "there by you), mini, mini-parts or mini-rotary (those of miniature/, for --arch "
+                                 "mini), a file of DINOv2, DINOv3, NeCo, Franca, timm or Hugging Face, or none")
     selector_weights: str = opt("", "start of stage 1, as --weights has it (if not given, that of --weights)")
     size: int = opt(518, "image side in pixels, a multiple of the patch", at_least=1)
     selector_size: int = opt(0, "side at which stage 1 looks at the image, smaller is faster (0: --size)", at_least=0)
