@@ -24,7 +24,8 @@ TITLES = {"dfr": "DFR", "afr": "AFR", "pca": "PCA probe", "lle": "LLE"}         
 SPLITS = {"dfr": ("val",), "afr": ("val",), "pca": ("train", "val"), "lle": ("train",)}       # what a head is fitted on
 STRENGTHS = (1, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)         # of DFR, as published, as the number of retrains
 RETRAINS = 20
-AFR = dict(gamma=14.0, penalty=0.2, lr=0.02, steps=500)  # published for Waterbirds
+AFR = dict(penalty=0.2, lr=0.02, steps=500)              # published for Waterbirds, with gamma 14
+GAMMAS = (14.0, 7.0, 4.0, 2.0, 1.0, 0.0)
 DECAY = 1e-4               # weight decay of the probes: published of LLE
 
 
@@ -222,6 +223,18 @@ def afr(x, y, head, gamma, penalty, lr, steps, start=None):
     return v[:, :-1], v[:, -1]
 
 
+def tuned_afr(x, y, head, gammas=GAMMAS):
+    """afr on a held-out set without groups -> ((weight, bias), {"gamma", "tuning", ...}).
+
+    gamma is the one with the best worst *class* on one half, fitted on the other; of several the first. The published
+    choice, by worst group, needs groups.
+    """
+    one, other = halves(y)
+    tuning = {g: worst(afr(x[one], y[one], head, g, **AFR), x[other], y[other], y[other]) for g in gammas}
+    gamma = max(gammas, key=tuning.get)
+    return afr(x, y, head, gamma, **AFR), {"gamma": gamma, "tuning": tuning, **AFR}
+
+
 # ---------------------------------------------------------------- the PCA probe
 def pca_probe(x, y, classes, held):
     """A linear probe on some of the principal components of x -> ((weight, bias), {"components", "of", "tuning"}).
@@ -328,7 +341,8 @@ def fitted(how, model, splits, read):
         sizes = torch.bincount(fit.groups, minlength=len(fit.group_names)).tolist()
         return Head([head]), {"retrains": RETRAINS, "group_sizes": dict(zip(fit.group_names, sizes)), **chosen}
     if how == "afr":
-        return Head([afr(x, y, old_head(model, x.shape[1]), **AFR)]), dict(AFR)
+        head, chosen = tuned_afr(x, y, old_head(model, x.shape[1]))
+        return Head([head]), chosen
     if how == "pca":
         held = splits["val"]
         head, chosen = pca_probe(x, y, classes, (read(held), held.labels, held.groups))
@@ -355,8 +369,9 @@ def retrain(how, model, splits, device="cpu", batch=32, workers=0, what="this mo
 def summary(about):
     """One line on a head: what it was fitted on, and what was chosen."""
     where = " and ".join(f"{n} images of {split}" for split, n in about["fitted_on"].items())
-    used = {"dfr": "with their groups", "afr": "without their groups", "pca": "", "lle": ""}[about["how"]]
-    chosen = {"dfr": "C {strength}, {retrains} balanced retrains", "afr": "gamma {gamma:g}, lambda {penalty:g}",
+    there = sum(n > 0 for n in about.get("group_sizes", {}).values())
+    used = {"dfr": f" with their {there} groups", "afr": " without their groups"}.get(about["how"], "")
+    chosen = {"dfr": "C {strength}, {retrains} balanced retrains", "afr": "gamma {gamma:g}, lambda {penalty:g}, {steps} steps",
               "pca": "components {components[0]} to {components[1]} of {of}, chosen on val",
               "lle": "two heads, backgrounds swapped under the {mask} mask"}[about["how"]].format(**about)
-    return f"last layer retrained, {TITLES[about['how']]}: {where}{' ' * bool(used)}{used}; {chosen}"
+    return f"last layer retrained, {TITLES[about['how']]}: {where}{used}; {chosen}"
