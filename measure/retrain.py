@@ -44,7 +44,7 @@ class Head(nn.Module):
             self.register_parameter(name, None if x is None else nn.Parameter(x.float(), requires_grad=False))
         self.out_features, self.in_features = self.weight.shape[1:]
 
-    affine = property(lambda self: len(self.weight) == 1)        # a sum of heads whose weights depend on the input is not
+    affine = property(lambda self: len(self.weight) == 1)        # the weights of several depend on what is read
 
     def forward(self, x):
         if x.dim() == 3:
@@ -82,8 +82,8 @@ def read_by_head(model, samples, device="cpu", batch=32, workers=0, images=None)
     finally:
         hook.remove()
     if not x.isfinite().all():
-        raise RunError(f"{samples.name} {samples.split}: the model's features are not finite; its weights overflowed in "
-                       "training")
+        raise RunError(f"{samples.name} {samples.split}: the model's features are not finite; its weights overflowed "
+                       "in training")
     return x
 
 
@@ -310,11 +310,11 @@ def check(how, model, splits, what):
                          + ": train with --val-share 0.1 to have one" * (absent == "val"))
     fit = splits[SPLITS[how][0]]
     if (seen := len(fit.labels.unique())) < len(fit.classes):
-        raise UsageError(f"--retrain {how}: {title} {fit.split} has images of {seen} of {len(fit.classes)} classes here: "
-                         "take a larger --limit")
+        raise UsageError(f"--retrain {how}: {title} {fit.split} has images of {seen} of {len(fit.classes)} classes "
+                         "here: take a larger --limit")
     if how == "dfr" and (rare := [n for n, c in zip(fit.group_names, torch.bincount(fit.groups)) if c == 1]):
-        raise UsageError(f"--retrain dfr halves every group, and {title} {fit.split} has one image of {rare[0]}: take a "
-                         "larger --limit, or --retrain afr")
+        raise UsageError(f"--retrain dfr halves every group, and {title} {fit.split} has one image of {rare[0]}: "
+                         "take a larger --limit, or --retrain afr")
     if how == "lle" and not own_mask(model):
         if fit.masks is None:
             raise UsageError(f"--retrain lle swaps backgrounds, and {what} finds no mask and {title} has no true "
@@ -371,7 +371,8 @@ def summary(about):
     where = " and ".join(f"{n} images of {split}" for split, n in about["fitted_on"].items())
     there = sum(n > 0 for n in about.get("group_sizes", {}).values())
     used = {"dfr": f" with their {there} groups", "afr": " without their groups"}.get(about["how"], "")
-    chosen = {"dfr": "C {strength}, {retrains} balanced retrains", "afr": "gamma {gamma:g}, lambda {penalty:g}, {steps} steps",
+    chosen = {"dfr": "C {strength}, {retrains} balanced retrains",
+              "afr": "gamma {gamma:g}, lambda {penalty:g}, {steps} steps",
               "pca": "components {components[0]} to {components[1]} of {of}, chosen on val",
               "lle": "two heads, backgrounds swapped under the {mask} mask"}[about["how"]].format(**about)
     return f"last layer retrained, {TITLES[about['how']]}: {where}{used}; {chosen}"

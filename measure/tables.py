@@ -4,10 +4,11 @@
     python -m measure.tables runs/*-sweep/* --out tables/all               # also tables/all.md, .tex, .csv and .json
 
 Floor: measuring. Read evaluate.py before (what a report says) and runs.py (what a run's settings are). One table for
-each benchmark, split and number of images, a row for each method with what was changed in its settings, for each correction
-by intervene.py and for each last layer of evaluate.py --retrain. Two or three training seeds are printed from least to best; of more, the mean and half its
-95 % interval (Student's t); a dash where a method has no such number. Each folder holds the config.json of train.py and
-the report*.json of evaluate.py; one that has none yet is named and left out.
+each benchmark, split and number of images, a row for each method with what was changed in its settings, for each
+correction by intervene.py and for each last layer of evaluate.py --retrain. Two or three training seeds are printed
+from least to best; of more, the mean and half its 95 % interval (Student's t); a dash where a method has no such number.
+Each folder holds the config.json of train.py and the report*.json of evaluate.py; one that has none yet is named and
+left out.
 """
 import json
 import math
@@ -20,6 +21,7 @@ import data
 from baselines import GIVEN
 from interventions import chosen_on
 from measure.retrain import TITLES
+from objectives import MAKES
 from runs import Config as RunConfig
 from runs import differences, of_best, preset, read_config, usual_recipe
 from settings import (UsageError, flag, may_write, opt, parse, read_json, run_script, write_csv, write_json,
@@ -163,14 +165,52 @@ def row_name(config):
     """What a run is, from its config.json: its method, and as flags the settings that are not its defaults."""
     usual = usual_recipe(config["mini"])
     recipe = config.get("recipe", usual)                 # earlier runs do not say
-    given = {key: config[key] for key in ("data", "mini", "method")} | {"recipe": recipe}
+    objective, file = config.get("objective", RunConfig.objective), config.get("groups")
+    given = {key: config[key] for key in ("data", "mini", "method")} | {"recipe": recipe, "objective": objective}
     default = RunConfig(**{**preset(given), **given, "seed": config["seed"]})
     changed = differences({**asdict(default), **config}, default)
-    words = [config["method"], *[f"--recipe {recipe}"] * (recipe != usual)]
+    words = [config["method"], *[f"--recipe {recipe}"] * (recipe != usual),
+             *[f"--objective {objective}"] * (objective != RunConfig.objective),
+             *[f"--groups {Path(file or '').name}"] * bool(file)]
     for name, (value, _) in changed.items():
         typed = flag(name)
         words.append(typed if value is True else f"--no-{typed[2:]}" if value is False else f"{typed} {value}")
     return " ".join(words)
+
+
+def crossed(name, split):
+    """Do the groups of a benchmark's split tell more than its classes? Those of a folder of one's own may."""
+    benchmark = data.BENCHMARKS[name]
+    counts = benchmark.counts.get(split, ((),))[0]
+    return not benchmark.classes or sum(n > 0 for n in counts) > benchmark.classes
+
+
+def supervision(config, report):
+    """What a row was given beside images and classes, from the config.json of its run and its report -> dict.
+
+    {"groups", "masks": the splits whose groups or masks it was given, "passes": trainings over the data, "head": was
+    the last layer fitted once more}. Groups of --groups count as groups of training, but for those that a first model made
+    (jtt, george).
+    """
+    objective, name = config.get("objective", RunConfig.objective), config["data"]
+    weighed = objective in ("balanced", "reweight", "group-dro") and (config.get("groups") or crossed(name, "train"))
+    decision = report.get("intervention", {}).get("decision")
+    head = report.get("retrain", {})
+    selected = config.get("select") == "worst_group" or decision and chosen_on(decision) == "val" or head.get("groups")
+    told = config["method"].endswith("-truth") or config.get("trim") == "truth"
+    return {"groups": ["training"] * bool(weighed) + ["validation"] * bool(selected and crossed(name, "val")),
+            "masks": ["training"] * (told or head.get("mask") == "true") + ["test"] * told,
+            "passes": 1 + (objective in MAKES), "head": bool(head)}
+
+
+def supervision_text(found):
+    """The cell of it: "groups: training, validation; masks: training; 2 passes"; "none" for classes and one pass.
+
+    "1 pass + head" where the last layer was fitted once more.
+    """
+    given = [f"{what}: {', '.join(found[what])}" for what in ("groups", "masks") if found[what]]
+    passes = f"{found['passes']} pass" + "es" * (found["passes"] > 1) + " + head" * found["head"]
+    return "; ".join(given + [passes] * (passes != "1 pass")) or "none"
 
 
 ON_TEST = " (chosen on test)"
@@ -211,6 +251,7 @@ def read_run(folder):
             for title, value in COLUMNS.items():
                 if (x := value(report)) is not None and not math.isfinite(x):
                     raise ValueError(f"{title} is {x}")
+            report["supervision"] = supervision(config, report)
             row = row_name(config) + correction(report) + new_head(report), config["seed"], config["k"], report
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is not as evaluate.py writes it ({type(error).__name__}: {error}); write it "
@@ -258,7 +299,8 @@ def summarise(data, name, runs):
             numbers[title] = {"mean": mean, "half_interval": half, "values": values}
     worst = numbers.get("worst group")
     paper = from_paper(data, name, next(iter(runs.values()))[1])
-    return {"row": name, "seeds": list(runs), "reports": [str(path) for path, _, _ in runs.values()],
+    return {"row": name, "supervision": next(iter(runs.values()))[2]["supervision"], "seeds": list(runs),
+            "reports": [str(path) for path, _, _ in runs.values()],
             "leakage_images": sorted({r["leakage"]["images"] for _, _, r in runs.values() if r["leakage"]}),
             "numbers": numbers, "least_worst_group": min(worst["values"]) if worst else None,
             "paper": {title: {"value": value, "parts": parts} for title, (value, parts) in paper.items()}}
@@ -268,20 +310,22 @@ def summarise(data, name, runs):
 def layout(rows):
     """-> (titles, rows of cells as text, notes): columns that some row has, the paper's beside ours where it has one.
 
-    The first column is the row's name, the second its number of seeds. A cell without a number is DASH.
+    The first columns are the row's name, its number of seeds, and its supervision. A cell without a number is DASH.
     """
     titles = [t for t in COLUMNS if any(t in r["numbers"] for r in rows)]
     papers = [t for t in titles if any(t in r["paper"] for r in rows)]
     least = lambda r: DASH if r["least_worst_group"] is None else f"{r['least_worst_group']:.3f}"
     some_least = any(least(r) != DASH for r in rows)
     both = lambda t, mine, paper: (mine, paper)[:1 + (t in papers)]
-    head = ["", "n", *(h for t in titles for h in both(t, t, "paper")), *["least worst group"] * some_least]
+    head = ["", "n", "supervision", *(h for t in titles for h in both(t, t, "paper")),
+            *["least worst group"] * some_least]
     body = []
     for r in rows:
         n = len(r["seeds"])
         cells = (c for t in titles for c in both(t, ours(r["numbers"].get(t), n), theirs(r["paper"].get(t))))
-        body.append([r["row"], str(n), *cells, *[least(r)] * some_least])
-    notes = []
+        body.append([r["row"], str(n), supervision_text(r["supervision"]), *cells, *[least(r)] * some_least])
+    notes = ["supervision: what a row was given beside images and their classes, and trainings over the data if more "
+             "than one."]
     if some := sorted({n for r in rows for n in r["leakage_images"]}):
         count = f"{some[0]}" + f" to {some[-1]}, by run: of more it is larger" * (len(some) > 1)
         notes.append(f"repaint, logits: the largest change of an image, of {count}.")

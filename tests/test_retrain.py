@@ -308,10 +308,11 @@ def test_the_report_has_a_name_of_its_own_and_is_the_same_again(tmp_path, capsys
 def test_the_table_has_a_row_of_its_own(tmp_path, capsys):
     folder = write_run(tmp_path / "erm-0", "--method", "erm", worst=0.5)
     for how, worst in (("dfr", 0.9), ("pca", 0.8)):
-        write_run(tmp_path / "erm-0", "--method", "erm", worst=worst, report=f"report-{how}.json", retrain={"how": how})
+        write_run(tmp_path / "erm-0", "--method", "erm", worst=worst, report=f"report-{how}.json", retrain={"how": how, "groups": how == "dfr"})
     tables.main([folder])
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
-    assert [row.split("|")[1].strip() for row in rows] == ["`erm`", "`erm + DFR`", "`erm + PCA probe`"]
+    rows = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+    assert [row[1] for row in rows] == ["`erm`", "`erm + DFR`", "`erm + PCA probe`"]
+    assert [row[3] for row in rows] == ["none", "groups: validation; 1 pass + head", "1 pass + head"]
 
 
 def test_sets_that_share_images_with_the_fit_are_left_out(tmp_path, capsys):
