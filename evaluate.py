@@ -42,7 +42,7 @@ class Config(OnCheckpoint):
     split: str = opt("test", "which images to measure on", choices=data.SPLITS, group="measures")
     intervention: str = opt("", "intervention.json of intervene.py for this checkpoint, to measure the corrected model")
     retrain: str = opt("", "measure the model with a new last layer: dfr, fitted on validation with its groups; afr, "
-                           "the same without groups; pca, a probe on principal components of training features; lle, an "
+                           "the same without groups; pca, a probe on principal components of the features; lle, an "
                            "ensemble of two heads, one for swapped backgrounds", choices=("", *retrain.TITLES))
     leakage: int = opt(500, "images that leakage is measured on, spread evenly over the split (0: all)", at_least=0)
     kp_normalise: bool = opt(False, "keypoint metrics: normalise images as in training; the published ones are taken "

@@ -149,7 +149,7 @@ def as_head(v, mean=0.0, scale=1.0):
 
 def probe(x, y, classes, start=None):
     """A linear probe without randomness: logistic regression with weight decay DECAY -> v, for x - x.mean(0)."""
-    return logistic(x - x.mean(0), y, classes, 1 / (DECAY * len(x)), ridge=True, start=start)
+    return logistic(x - x.mean(0), y, classes, 1 / (DECAY * len(x)), ridge=True, start=start, tolerance=1e-6)
 
 
 def worst(head, x, y, groups):

@@ -6,7 +6,7 @@
 Floor: measuring. Read evaluate.py before (what a report says) and runs.py (what a run's settings are). One table for
 each benchmark, split and number of images, a row for each method with what was changed in its settings, for each
 correction by intervene.py and for each last layer of evaluate.py --retrain. Two or three training seeds are printed
-from least to best; of more, the mean and half its 95 % interval (Student's t); a dash where a method has no such number.
+from least to best; of more, the mean and half its 95 % interval (Student's t); a dash where there is no such number.
 Each folder holds the config.json of train.py and the report*.json of evaluate.py; one that has none yet is named and
 left out.
 """
@@ -189,8 +189,8 @@ def supervision(config, report):
     """What a row was given beside images and classes, from the config.json of its run and its report -> dict.
 
     {"groups", "masks": the splits whose groups or masks it was given, "passes": trainings over the data, "head": was
-    the last layer fitted once more}. Groups of --groups count as groups of training, but for those that a first model made
-    (jtt, george).
+    the last layer fitted once more}. Groups of --groups count as groups of training, but for those that a first model
+    made (jtt, george).
     """
     objective, name = config.get("objective", RunConfig.objective), config["data"]
     weighed = objective in ("balanced", "reweight", "group-dro") and (config.get("groups") or crossed(name, "train"))

@@ -179,7 +179,7 @@ def test_all_components_are_the_plain_probe():
     (weight, bias), chosen = R.pca_probe(x, y, 2, (x, y, torch.zeros_like(y)))   # no groups to choose by: all are right
     assert chosen["components"] == [0, 6] and chosen["of"] == 6
     for got, plain in zip((weight, bias), R.as_head(R.probe(x, y, 2), x.mean(0))):
-        torch.testing.assert_close(got, plain, atol=5e-2, rtol=1e-2)
+        torch.testing.assert_close(got, plain, atol=1e-3, rtol=1e-3)
 
 
 def test_dropping_a_leading_spurious_component_raises_the_worst_group():
