@@ -114,7 +114,10 @@ def stage1_classifier(model, seen=None):
         first = seen.known(images)
         if first is None or first.maps is not maps:
             first = model.selector(images, maps=maps)
-        return first.part_features[:, :-1].mean(1)       # logits are linear in part features, so means agree
+        parts = first.part_features[:, :-1]
+        if model.selector.classifier.in_features > parts.shape[2]:
+            return parts.flatten(1)                      # a retrained head reads them side by side
+        return parts.mean(1)                             # logits are linear in part features, so means agree
     return Classifier(find, features, model.selector.classifier, "found")
 
 
@@ -169,12 +172,12 @@ def repaint(classifier, images, held, hidden, logits, generator):
 def hidden_gradient(classifier, images, held, hidden):
     """Largest |d logit / d pixel| over all logits and masked-out pixels. -> (B,)
 
-    Heads are affine: of more logits than features, gradients are mixtures of those of the features.
+    Of more logits than features, gradients are mixtures of those of the features, where the head is affine.
     """
     images = images.detach().requires_grad_()
     values, mixture = classifier.features(images, held), None
     logits = classifier.head(values)
-    if logits.shape[1] > values.shape[1]:
+    if logits.shape[1] > values.shape[1] and getattr(classifier.head, "affine", True):
         axes = torch.eye(values.shape[1]).to(values)
         mixture = (classifier.head(axes) - classifier.head(0 * axes)).detach().T
     largest = largest_gradient(logits if mixture is None else values, images, mixture)
@@ -202,15 +205,17 @@ def largest_gradient(values, images, mixture=None, chunk=32):
     return largest
 
 
-def swap_backgrounds(images, objects):
+def swap_backgrounds(images, objects, labels=None):
     """Give images (B, 3, S, S) the background of others. objects (B, 1, S, S) in {0, 1}.
 
     A pixel outside the object comes from the first of up to 7 other images of the batch that shows background there,
-    and stays as it is where none does.
+    and stays as it is where none does. labels (B,): from the first of all others that is of another class, too.
     """
     swapped, todo = images.clone(), objects == 0
-    for donor in range(1, min(len(images), 8)):
+    for donor in range(1, min(len(images), 8) if labels is None else len(images)):
         give = todo & (objects.roll(donor, 0) == 0)
+        if labels is not None:
+            give = give & (labels != labels.roll(donor))[:, None, None, None]
         swapped = torch.where(give, images.roll(donor, 0), swapped)
         todo = todo & ~give
     return swapped

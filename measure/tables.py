@@ -4,10 +4,11 @@
     python -m measure.tables runs/*-sweep/* --out tables/all               # also tables/all.md, .tex, .csv and .json
 
 Floor: measuring. Read evaluate.py before (what a report says) and runs.py (what a run's settings are). One table for
-each benchmark, split and number of images, a row for each method with what was changed in its settings and for each
-correction by intervene.py. Two or three training seeds are printed from least to best; of more, the mean and half its
-95 % interval (Student's t); a dash where a method has no such number. Each folder holds the config.json of train.py and
-the report*.json of evaluate.py; one that has none yet is named and left out.
+each benchmark, split and number of images, a row for each method with what was changed in its settings, for each
+correction by intervene.py and for each last layer of evaluate.py --retrain. Two or three training seeds are printed
+from least to best; of more, the mean and half its 95 % interval (Student's t); a dash where there is no such number.
+Each folder holds the config.json of train.py and the report*.json of evaluate.py; one that has none yet is named and
+left out.
 """
 import json
 import math
@@ -19,6 +20,7 @@ from pathlib import Path
 import data
 from baselines import GIVEN
 from interventions import chosen_on
+from measure.retrain import TITLES
 from objectives import MAKES
 from runs import Config as RunConfig
 from runs import differences, filled, of_best, preset, read_config, usual_recipe
@@ -186,22 +188,29 @@ def crossed(name, split):
 def supervision(config, report):
     """What a row was given beside images and classes, from the config.json of its run and its report -> dict.
 
-    {"groups", "masks": the splits whose groups or masks it was given, "passes": trainings over the data}. Groups of
-    --groups count as groups of training, but for those that a first model made (jtt, george).
+    {"groups", "masks": the splits whose groups or masks it was given, "passes": trainings over the data, "head": was
+    the last layer fitted once more}. Groups of --groups count as groups of training, but for those that a first model
+    made (jtt, george).
     """
     objective, name = config.get("objective", RunConfig.objective), config["data"]
     weighed = objective in ("balanced", "reweight", "group-dro") and (config.get("groups") or crossed(name, "train"))
     decision = report.get("intervention", {}).get("decision")
-    selected = config.get("select") == "worst_group" or decision and chosen_on(decision) == "val"
+    head = report.get("retrain", {})
+    selected = config.get("select") == "worst_group" or decision and chosen_on(decision) == "val" or head.get("groups")
     told = config["method"].endswith("-truth") or config.get("trim") == "truth"
     return {"groups": ["training"] * bool(weighed) + ["validation"] * bool(selected and crossed(name, "val")),
-            "masks": ["training", "test"] * told, "passes": 1 + (objective in MAKES)}
+            "masks": ["training"] * (told or head.get("mask") == "true") + ["test"] * told,
+            "passes": 1 + (objective in MAKES), "head": bool(head)}
 
 
 def supervision_text(found):
-    """The cell of it: "groups: training, validation; masks: training; 2 passes"; "none" for classes and one pass."""
+    """The cell of it: "groups: training, validation; masks: training; 2 passes"; "none" for classes and one pass.
+
+    "1 pass + head" where the last layer was fitted once more.
+    """
     given = [f"{what}: {', '.join(found[what])}" for what in ("groups", "masks") if found[what]]
-    return "; ".join(given + [f"{found['passes']} passes"] * (found["passes"] > 1)) or "none"
+    passes = f"{found['passes']} pass" + "es" * (found["passes"] > 1) + " + head" * found["head"]
+    return "; ".join(given + [passes] * (passes != "1 pass")) or "none"
 
 
 ON_TEST = " (chosen on test)"
@@ -221,6 +230,11 @@ def correction(report):
     return (taken or " + nothing found") + ON_TEST * (chosen_on(decision) == "test")
 
 
+def new_head(report):
+    """The last layer that evaluate.py --retrain gave the model, as the end of a row's name; "" for its own."""
+    return f" + {TITLES[report['retrain']['how']]}" if "retrain" in report else ""
+
+
 def read_run(folder):
     """A run -> [(path of a report, row name, seed, K, report)], empty if it has none. UsageError for a damaged file.
 
@@ -238,7 +252,7 @@ def read_run(folder):
                 if (x := value(report)) is not None and not math.isfinite(x):
                     raise ValueError(f"{title} is {x}")
             report["supervision"] = supervision(config, report)
-            row = row_name(config) + correction(report), config["seed"], config["k"], report
+            row = row_name(config) + correction(report) + new_head(report), config["seed"], config["k"], report
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is not as evaluate.py writes it ({type(error).__name__}: {error}); write it "
                              "again, or leave the folder out") from None
