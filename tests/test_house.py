@@ -15,7 +15,7 @@ from tiny import ROOT
 FLOORS = """
 notebooks
 sweep
-evaluate intervene speed compose miniature.pretrain
+evaluate intervene groups speed compose miniature.pretrain
 train
 predict
 measure
