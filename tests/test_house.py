@@ -21,6 +21,7 @@ predict
 measure
 interventions
 runs
+objectives
 data
 miniature
 benchmarks
