@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from benchmarks.files import write_groups
+from benchmarks.files import digest_of_groups, write_groups
 from benchmarks.samples import evenly
 from ifam import masked_mean
 from measure.leakage import given
@@ -255,12 +255,12 @@ def agreement(names, samples):
 def table(names, samples, agree):
     """Groups and their sizes, beside the true groups where there are few -> text."""
     true = samples.group_names if agree and len(samples.group_names) <= 6 else []
-    wide = max(24, 2 + max(map(len, names)))
-    lines = [f"  {'':{wide}}{'images':>10}" + "".join(f"{name[:22]:>24}" for name in true)]
+    wide = max(map(len, names))
+    lines = [f"  {'':{wide}}{'images':>10}" + "".join(f"  {name}" for name in true)]
     for name in sorted(set(names)):
         mine = samples.groups[[other == name for other in names]]
         counts = mine.bincount(minlength=len(samples.group_names)).tolist()
-        lines.append(f"  {name:{wide}}{len(mine):>10}" + "".join(f"{n:>24}" for n in counts[:len(true)]))
+        lines.append(f"  {name:{wide}}{len(mine):>10}" + "".join(f"{n:>{2 + len(at)}}" for n, at in zip(counts, true)))
     if agree:
         lines.append("  adjusted Rand index with the true places, measured afterwards: "
                      + ", ".join(f"{name} {value:.2f}" for name, value in list(agree.items())[:6]))
@@ -282,7 +282,7 @@ def main(argv=None):
     print(table(names, samples, agree))
     write_groups(out, samples.ids, names)
     write_json(about, {"checkpoint": {"file": Path(cfg.ckpt).name, "sha256": hash_of(cfg.ckpt)}, "by": cfg.by,
-                       "clusters": cfg.clusters, "data": name, "sha256": hash_of(out), "silhouettes": scores,
+                       "clusters": cfg.clusters, "data": name, "sha256": hash_of(out), "digest": digest_of_groups(names), "silhouettes": scores,
                        "groups": {group: names.count(group) for group in sorted(set(names))},
                        "adjusted_rand_index_measured": agree})
     print(f"  wrote {out}; train with: python train.py ... --groups {out}")

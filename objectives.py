@@ -10,13 +10,12 @@ Floor: what a run is, below its settings. Read benchmarks/samples.py before (wha
 training sees images). Letters: n training images, G groups, n_g images of group g, B images of a step over all
 processes and portions, b_g of them in group g; l_i the cross-entropy of image i.
 """
-import hashlib
 import math
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.files import read_groups
+from benchmarks.files import digest_of_groups, read_groups
 from settings import UsageError, flag
 
 ROBUST = ("group-dro", "george")                         # weights of groups that move with their losses
@@ -162,9 +161,8 @@ class Objective:
         return {"name": self.name, "of": self.what, "groups": dict(zip(self.names, self.counts)), "draws": drawn, **moves}
 
     def digest(self):
-        """What tells these groups from others, for --resume: their number, and a SHA-256 of each image's, in order."""
-        text = "\n".join(self.names[g] for g in self.groups.tolist())
-        return [len(self.names), hashlib.sha256(text.encode()).hexdigest()[:16]]
+        """What tells these groups from others, for --resume and for sweep.py."""
+        return digest_of_groups([self.names[g] for g in self.groups.tolist()])
 
     def __str__(self):
         """One line for whoever starts a run."""
