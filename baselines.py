@@ -215,11 +215,9 @@ class FoundMask(ERM):
         """The finder gets the backbone's weights; once they are loaded, and never again."""
         self.finder.load_state_dict(self.predictor.backbone.state_dict())
 
-    @torch.no_grad()
     def find(self, images):
         """images (B, 3, S, S) -> keep (B, N)."""
-        with torch.autocast(images.device.type, enabled=False):                  # a threshold: not in bf16
-            return background_seed(*self.finder.last_attention(images))[0]
+        return seed_mask(self.finder, images)
 
     def forward(self, images, keep=None, noise=None):
         return super().forward(images, self.find(images) if keep is None else keep)
@@ -244,6 +242,13 @@ class RandomMask(ERM):
         """The masks that images with these names have in every evaluation -> keep (len(ids), patches)."""
         seeds = [zlib.crc32(os.fsencode(name)) for name in ids]
         return RandomMask.draw([torch.Generator().manual_seed(seed) for seed in seeds], patches)
+
+
+@torch.no_grad()
+def seed_mask(finder, images):
+    """FOUND's training-free step on a backbone that nothing has trained: images (B, 3, S, S) -> keep (B, N)."""
+    with torch.autocast(images.device.type, enabled=False):                      # a threshold: not in bf16
+        return background_seed(*finder.last_attention(images))[0]
 
 
 def background_seed(attention, keys, threshold=0.3):
@@ -292,6 +297,7 @@ TAKES = {   # settings that only these methods have; all others have no such thi
     **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "selector_size", "selector_arch",
                      "selector_weights", "mask_largest", "mask_dilate"), ("ifam",)),
     "freeze_stage2": ("ifam", "early-random"), "trim": ("ifam", "early-truth"),
+    **dict.fromkeys(("swap", "swap_mask"), tuple(m for m in METHODS if m != "early-random")),    # it judges masks
     "draft": tuple(m for m in METHODS if not m.endswith("-truth")),              # a mask is as large as its picture
     "pooling": ("ifam", *GIVEN, "early-random"), "train_backbone": ("ep", "aim"),
     "checkpoint": tuple(m for m in METHODS if m != "frozen")}

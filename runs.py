@@ -52,6 +52,11 @@ class Config:
     strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones, or a folder with files "
                                    "that are odd; else a line says so")
 
+    swap: float = opt(0.0, "in training, give this share of the images the background of images of another class, from "
+                           "the process's share of the batch (0: none)", at_least=0, at_most=1)
+    swap_mask: str = opt("true", "what stays of an image whose background is swapped: the true object, what FOUND finds "
+                                 "with the untrained backbone, or the own mask of this step (ifam, pdiscoformer)",
+                         choices=("true", "found", "own"))
     draft: bool = opt(False, "in training, decode JPEG files that are at least twice as large as --size at 1/2, 1/4 or "
                              "1/8 of their sides: faster, and pixels differ a little; evaluation never does")
 
@@ -182,6 +187,8 @@ def preset(typed, earlier=None):
         if name in typed and known["method"] in METHODS and known["method"] not in methods:
             raise UsageError(f"{flag(name)} means nothing to --method {known['method']}, only to {', '.join(methods)}; "
                              "leave it out")
+    if "swap_mask" in typed and not known.get("swap"):
+        raise UsageError("--swap-mask means nothing without --swap: add --swap 0.5, or leave it out")
     if known["data"] not in data.BENCHMARKS:             # parse() says so
         return {}
     recipe = known.get("recipe") or usual_recipe(known["mini"])
@@ -323,10 +330,28 @@ def check(cfg):
     if cfg.draft and data.BENCHMARKS[cfg.data].pipeline.crops_first:
         raise UsageError(f"--draft: training on {cfg.data} enlarges small parts of its pictures, which need all of "
                          "their pixels; leave it out")
+    if cfg.swap:
+        check_swap(cfg)
     if cfg.mini and cfg.data == "folder":
         data.find_root(cfg.data, cfg.root, cfg.mini)     # says why not
     if cfg.mini and cfg.root != Config.root:
         raise UsageError("--mini draws its own data: leave out --root or --mini")
+
+
+def check_swap(cfg):
+    """UsageError for a --swap that cannot happen."""
+    if cfg.swap_mask == "own" and cfg.method not in ("ifam", "pdiscoformer"):
+        raise UsageError(f"--swap-mask own: --method {cfg.method} finds no mask of its own while it trains; choose found "
+                         "or true")
+    if cfg.swap_mask == "found" and cfg.weights == "none":
+        raise UsageError("--swap-mask found looks with the backbone as it was before training, and with --weights none "
+                         "that is random: give --weights")
+    if cfg.swap_mask == "true" and cfg.draft:
+        raise UsageError("--draft: --swap-mask true reads pictures with their masks, and a mask is as large as its "
+                         "picture; leave one of them out")
+    if cfg.batch // world() < 2:
+        raise UsageError(f"--swap: with --batch {cfg.batch} a process sees one image at a time, and nobody lends it a "
+                         "background; take a larger --batch")
 
 
 def refuse_too_large(cfg):

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +34,7 @@ import data
 import ifam
 import settings
 import vit
+from augment import Swap
 from baselines import FoundMask, RandomMask, build
 from benchmarks.samples import Plan, balanced, spread_over_groups
 from measure.leakage import given
@@ -199,20 +200,24 @@ class Buckets:
             self.fill()
 
 
-def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype=None, scaler=None):
+def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype=None, scaler=None, swap=None):
     """Forward and backward of one step -> "loss", its terms by name and "accuracy", averaged; so is p.grad.
 
     batch: this process's share of the global batch, as the loader gives it. buckets: Buckets of the model's parameters;
-    None without other processes. All randomness is a function of (seed, step, position in the global batch): one
+    None without other processes. swap: augment.Swap, or None. All randomness is a function of (seed, step, position in the global batch): one
     process, many, or accumulation compute the same step, except that under accumulation the presence loss takes its
-    maximum within each portion.
+    maximum within each portion, and that backgrounds are swapped within each process's share.
     """
     weights, world = loss_weights(cfg), buckets.world if buckets else 1
     share = len(batch["label"])
     affine = ifam.Affine.draw((cfg.size, cfg.size), generator(cfg.seed, step))    # one for the whole global batch
     sums = {}
+    positions = range(rank * share, (rank + 1) * share)
+    amp = torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
+    if swap:
+        with amp:
+            batch = swap(model, batch, [generator(cfg.seed, step, 4, p) for p in positions], device)
     if isinstance(model, RandomMask):                    # other masks at each step
-        positions = range(rank * share, (rank + 1) * share)
         generators = [generator(cfg.seed, step, 3, p) for p in positions]
         told = {"keep": model.draw(generators, math.prod(model.predictor.backbone.grid)).to(device)}
     else:
@@ -221,7 +226,7 @@ def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype
     for number, part in enumerate(parts, 1):
         images, labels = (batch[key][part].to(device, non_blocking=True) for key in ("image", "label"))
         noise = draw_noise(model, cfg, step, (rank * share + part).tolist())
-        with torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext():
+        with amp:
             warped = None if model.selector is None else ifam.warp(images, affine)
             out, warped_maps = model.forward_pair(images, warped, noise and noise.to(device),
                                                   **{name: x[part] for name, x in told.items()})
@@ -353,17 +358,28 @@ def open_data(cfg, rank, world):
     return splits["train"], splits.get("val")
 
 
+def readers_of_masks(cfg):
+    """What of a run reads true masks in training -> [(how to call it, what to choose instead, may they tell labels?)].
+
+    A mask that tells the label may supervise: nobody is given it at a test.
+    """
+    found = [(f"--method {cfg.method}", "another --method", False)] * cfg.method.endswith("-truth")
+    found += [("--trim truth", "--trim found or none", False)] * (cfg.trim == "truth")
+    found += [("--swap-mask true", "--swap-mask found", False)] * (cfg.swap > 0 and cfg.swap_mask == "true")
+    return found
+
+
 def give_truth(samples, cfg):
-    """Training samples come with their true masks; UsageError where there are none, or where they give labels away."""
-    what = f"--method {cfg.method}" if cfg.trim == "none" else f"--trim {cfg.trim}"
-    other = "another --method" if cfg.trim == "none" else "--trim found or none"
-    if samples.masks is None:
-        raise UsageError(f"{what} needs true masks, and {samples.name} has none here; unpack its segmentations, or "
-                         f"choose {other}")
-    if samples.masks_tell:
-        raise UsageError(f"{what}: the masks of {samples.name} mark the {samples.classes[1]} and are empty "
-                         f"without one, which gives the label away; choose {other}")
-    samples.train_masks = True
+    """Training samples come with their true masks where these are read; UsageError where there are none, or where they
+    give labels away to what must not know them."""
+    for what, other, may_tell in readers_of_masks(cfg):
+        if samples.masks is None:
+            raise UsageError(f"{what} needs true masks, and {samples.name} has none here; unpack its segmentations, or "
+                             f"choose {other}")
+        if samples.masks_tell and not may_tell:
+            raise UsageError(f"{what}: the masks of {samples.name} mark the {samples.classes[1]} and are empty "
+                             f"without one, which gives the label away; choose {other}")
+        samples.train_masks = True
 
 
 class Trainer:
@@ -378,6 +394,7 @@ class Trainer:
         self.model, self.optimizer, self.scaler, self.skipped = model, optimizer, scaler, 0
         self.averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
         self.buckets = Buckets(self.trained, world)
+        self.swap = Swap(cfg, model) if cfg.swap else None
 
     @property
     def weights(self):
@@ -410,7 +427,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_at(step, self.steps, group["warmup"])
         terms = gradients(self.model, self.cfg, batch, step, self.rank, self.buckets, self.device, self.dtype,
-                          self.scaler)
+                          self.scaler, self.swap)
         refuse_non_finite({f"the loss term {name!r}": value for name, value in terms.items()}, step)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained, self.cfg.clip or math.inf)
@@ -589,8 +606,10 @@ def train(cfg):
         steps = len(samples) // cfg.batch * cfg.epochs
         trainer = Trainer(cfg, steps, rank, world, device, len(samples.classes), read)
         del read                                         # the weights are in the model now
-        if trainer.model.needs_truth:
-            give_truth(samples, cfg)
+        give_truth(samples, cfg)
+        if cfg.swap and len(samples.labels.unique()) < 2:
+            raise UsageError(f"--swap takes backgrounds from other classes, and {samples.name} has one class here; leave "
+                             "it out")
         if state:
             refuse_other_images(state, images, steps, folder)
             trainer.load(state, folder / "last.pt")

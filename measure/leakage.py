@@ -202,16 +202,23 @@ def largest_gradient(values, images, mixture=None, chunk=32):
     return largest
 
 
-def swap_backgrounds(images, objects):
+DONORS = 7                 # so many images lend one a background, at most
+
+
+def swap_backgrounds(images, objects, donors=None):
     """Give images (B, 3, S, S) the background of others. objects (B, 1, S, S) in {0, 1}.
 
-    A pixel outside the object comes from the first of up to 7 other images of the batch that shows background there,
-    and stays as it is where none does.
+    A pixel outside the object comes from the first of its donors that shows background there, and stays as it is where
+    none does. donors (B, n): who lends to each image, the first first; by default up to DONORS other images of the
+    batch. An image that is its own donor stays as it is.
     """
+    if donors is None:
+        B = len(images)
+        donors = (torch.arange(B)[:, None] - torch.arange(1, min(B, DONORS + 1))) % B
     swapped, todo = images.clone(), objects == 0
-    for donor in range(1, min(len(images), 8)):
-        give = todo & (objects.roll(donor, 0) == 0)
-        swapped = torch.where(give, images.roll(donor, 0), swapped)
+    for donor in donors.to(images.device).unbind(1):
+        give = todo & (objects[donor] == 0)
+        swapped = torch.where(give, images[donor], swapped)
         todo = todo & ~give
     return swapped
 
