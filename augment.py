@@ -35,17 +35,17 @@ class Swap:
     """`--swap`: in training, some images get the background of images of another class, and keep their label.
 
     x' = m x_i + (1 - m) x_j with a mask m in {0, 1}, as in BG Aug (Li et al., CVPR 2023), with the arithmetic of the
-    measurement `swap`: a pixel that shows an object in x_j comes from the next donor. m is the true mask, augmented with
-    its image; what FOUND finds with a copy of the backbone as it was before training; or the hard mask that the model
-    finds for these images now, without noise and without a gradient. Images are swapped after augmentation and before
-    the warp of equivariance, so that both views show one scene.
+    measurement `swap`: a pixel that shows an object in x_j comes from the next donor. m is the true mask, augmented
+    with its image; what FOUND finds with a copy of the backbone as it was before training; or the hard mask that the
+    model finds for these images now, without noise and without a gradient. Images are swapped after augmentation and
+    before the warp of equivariance, so that both views show one scene.
     """
 
     def __init__(self, cfg, model):
         self.share, self.source, self.most, self.find = cfg.swap, cfg.swap_mask, cfg.micro, None
         if self.source == "found":
             start = (model.predictor or model.selector).backbone
-            finder = copy.deepcopy(start).requires_grad_(False)                  # of no checkpoint: it is the start again
+            finder = copy.deepcopy(start).requires_grad_(False)                  # in no checkpoint: it starts anew
             self.find = model.find if isinstance(model, FoundMask) else lambda images: seed_mask(finder, images)
 
     @torch.no_grad()

@@ -54,8 +54,8 @@ class Config:
 
     swap: float = opt(0.0, "in training, give this share of the images the background of images of another class, from "
                            "the process's share of the batch (0: none)", at_least=0, at_most=1)
-    swap_mask: str = opt("true", "what stays of an image whose background is swapped: the true object, what FOUND finds "
-                                 "with the untrained backbone, or the own mask of this step (ifam, pdiscoformer)",
+    swap_mask: str = opt("true", "what stays of an image whose background is swapped: the true object, what FOUND "
+                                 "finds with the untrained backbone, or the own mask of this step (ifam, pdiscoformer)",
                          choices=("true", "found", "own"))
     draft: bool = opt(False, "in training, decode JPEG files that are at least twice as large as --size at 1/2, 1/4 or "
                              "1/8 of their sides: faster, and pixels differ a little; evaluation never does")
@@ -341,8 +341,8 @@ def check(cfg):
 def check_swap(cfg):
     """UsageError for a --swap that cannot happen."""
     if cfg.swap_mask == "own" and cfg.method not in ("ifam", "pdiscoformer"):
-        raise UsageError(f"--swap-mask own: --method {cfg.method} finds no mask of its own while it trains; choose found "
-                         "or true")
+        raise UsageError(f"--swap-mask own: --method {cfg.method} finds no mask of its own while it trains; choose "
+                         "found or true")
     if cfg.swap_mask == "found" and cfg.weights == "none":
         raise UsageError("--swap-mask found looks with the backbone as it was before training, and with --weights none "
                          "that is random: give --weights")

@@ -204,8 +204,8 @@ def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype
     """Forward and backward of one step -> "loss", its terms by name and "accuracy", averaged; so is p.grad.
 
     batch: this process's share of the global batch, as the loader gives it. buckets: Buckets of the model's parameters;
-    None without other processes. swap: augment.Swap, or None. All randomness is a function of (seed, step, position in the global batch): one
-    process, many, or accumulation compute the same step, except that under accumulation the presence loss takes its
+    None without other processes. swap: augment.Swap, or None. All randomness is a function of (seed, step, position in
+    the global batch): one process, many, or accumulation compute the same step, except that under accumulation the presence loss takes its
     maximum within each portion, and that backgrounds are swapped within each process's share.
     """
     weights, world = loss_weights(cfg), buckets.world if buckets else 1
@@ -608,8 +608,8 @@ def train(cfg):
         del read                                         # the weights are in the model now
         give_truth(samples, cfg)
         if cfg.swap and len(samples.labels.unique()) < 2:
-            raise UsageError(f"--swap takes backgrounds from other classes, and {samples.name} has one class here; leave "
-                             "it out")
+            raise UsageError(f"--swap takes backgrounds from other classes, and {samples.name} has one class here; "
+                             "leave it out")
         if state:
             refuse_other_images(state, images, steps, folder)
             trainer.load(state, folder / "last.pt")
