@@ -300,7 +300,10 @@ TAKES = {   # settings that only these methods have; all others have no such thi
     **dict.fromkeys(("swap", "swap_mask"), tuple(m for m in METHODS if m != "early-random")),    # it judges masks
     "draft": tuple(m for m in METHODS if not m.endswith("-truth")),              # a mask is as large as its picture
     "pooling": ("ifam", *GIVEN, "early-random"), "train_backbone": ("ep", "aim"),
-    "checkpoint": tuple(m for m in METHODS if m != "frozen")}
+    "checkpoint": tuple(m for m in METHODS if m != "frozen"),
+    # the judge of masks is one and the same for all
+    **dict.fromkeys(("objective", "groups", "upweight", "dro_step", "dro_adjustment", "dro_draw", "select"),
+                    tuple(m for m in METHODS if m != "early-random"))}
 
 
 def build(settings, classes):

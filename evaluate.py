@@ -437,8 +437,10 @@ def measure(cfg, model, state, name, samples, train, sets, intervention, device)
 def text(cfg, state, report, sets):
     """A report as it is printed."""
     trained, best, name, epoch = state["config"], state["best"], report["data"], report["checkpoint"]["epoch"]
+    by = best.get("by", "accuracy")
+    how = f", chosen on {best['split']}" + f" by {by.replace('_', ' ')}" * (by != "accuracy")
     chosen = report["source"] if state["step"] is None else f"step {state['step']}" if epoch is None else \
-        f"epoch {epoch:g}" + f", chosen on {best['split']}" * (epoch == best["epoch"])
+        f"epoch {epoch:g}" + how * (epoch == best["epoch"])
     lines = [f"{cfg.ckpt}: {trained['method']}, {chosen}; {name} {report['split']}, {report['images']} images"]
     if "intervention" in report:
         lines.append(f"  {describe_intervention(report['intervention'], name, [report['split'], *sets])}")

@@ -465,13 +465,14 @@ WEIGHTS = {"class1": 1.0, "class2": 1.0, "presence": 1.0, "background": 2.0, "or
            "variation": 1.0, "entropy": 1.0, "concentration": 0.0}
 
 
-def loss(out, warped_maps, labels, affine, weights=WEIGHTS, gather=None, terms=None):
+def loss(out, warped_maps, labels, affine, weights=WEIGHTS, gather=None, terms=None, each=None):
     """The training loss of a step, a scalar: the weighted sum of the terms that the model has.
 
     out, warped_maps: what forward_pair returns, of any model of the project; labels (B,) class numbers; affine: the
     Affine that warped the images. The last two of a model without parts are read by nobody and may be None.
     weights: {term: weight}, with names of WEIGHTS; a term that is not in it, or has weight 0, is not computed.
     gather: as in `presence`. terms: a dict that gets each computed term by name, unweighted and with its graph.
+    each (B,): how much each image counts in the class losses; None: all alike.
     A model without stage 1 (out.maps is None) has class2 alone; one without stage 2 (out.logits is its
     out.logits_stage1) has all but class2. ValueError for an unknown name, if no term is left, and if equivariance is
     weighted without warped_maps and affine.
@@ -480,12 +481,12 @@ def loss(out, warped_maps, labels, affine, weights=WEIGHTS, gather=None, terms=N
         raise ValueError(f"no loss term is called {min(unknown)!r}: one of {', '.join(WEIGHTS)}")
     known = {}
     if out.logits is not out.logits_stage1:
-        known["class2"] = lambda: F.cross_entropy(out.logits.float(), labels)
+        known["class2"] = lambda: class_loss(out.logits, labels, each)
     if out.maps is not None:
         if weights.get("equivariance") and (warped_maps is None or affine is None):
             raise ValueError("equivariance compares with warped images: pass warped_maps and affine, or give it "
                              "weight 0")
-        known["class1"] = lambda: F.cross_entropy(out.logits_stage1.float(), labels)
+        known["class1"] = lambda: class_loss(out.logits_stage1, labels, each)
         known["presence"] = lambda: presence(out.maps, gather)
         known["background"] = lambda: background_presence(out.maps)
         known["orthogonality"] = lambda: orthogonality(out.part_features)
@@ -499,6 +500,13 @@ def loss(out, warped_maps, labels, affine, weights=WEIGHTS, gather=None, terms=N
     if terms is not None:
         terms.update(found)
     return sum(weights[name] * value for name, value in found.items())
+
+
+def class_loss(logits, labels, each=None):
+    """Mean cross-entropy of logits (B, C) for labels (B,); each (B,): what every image's is multiplied by before."""
+    if each is None:
+        return F.cross_entropy(logits.float(), labels)
+    return (each * F.cross_entropy(logits.float(), labels, reduction="none")).mean()
 
 
 # ---------------------------------------------------------------- part losses

@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import objectives
 import vit
 from baselines import GIVEN, METHODS, PRETRAINED, TAKES, build
 from benchmarks.transforms import PIPELINES
@@ -33,6 +34,9 @@ from settings import (RunError, UsageError, alive, bounded, check_bounds, flag, 
                       world, write_json, write_whole)
 from weights import (checksum, find_published, load_strictly, read_file, refuse_by_name, rename_published,
                      write_safetensors)
+
+
+SELECT = {"accuracy": "aa", "worst_group": "worst_group", "worst_class": "worst_class"}      # --select: of accuracies
 
 
 def loss_weight(term, what):
@@ -111,6 +115,22 @@ class Config:
     weight_entropy: float = loss_weight("entropy", "patches are sure of their part")
     weight_concentration: float = loss_weight("concentration", "parts are compact (PDiscoNet)")
 
+    objective: str = opt("erm", "what each training image counts in the class losses, see docs/methods.md: all alike; "
+                                "groups drawn in equal shares, or weighed by 1 over their size; errors of a first model "
+                                "more; groups, or clusters, by weights that move with their losses",
+                         choices=objectives.OBJECTIVES, group="objective")
+    groups: str = opt("", "groups that are not class and place: a csv of id and group, with a line for each training "
+                          "image; jtt and george need one, and groups.py writes it")
+    upweight: float = opt(100.0, "jtt: how often an error counts, as published for Waterbirds", above=0)
+    dro_step: float = opt(0.0, "group-dro and george: step size eta of the weights of groups (0: the published 0.01 for "
+                               "11,100 steps, scaled to the length of the run)", at_least=0)
+    dro_adjustment: float = opt(0.0, "the same: C, which adds C / sqrt(images of a group) to its loss where weights "
+                                     "move; george has 2 if not given, as published", at_least=0)
+    dro_draw: str = opt("balanced", "the same: groups are drawn in equal shares, as published, or each image once an "
+                                    "epoch", choices=("balanced", "uniform"))
+    select: str = opt("accuracy", "best.pt is of the epoch whose validation has the largest: accuracy, least accuracy "
+                                  "of a group, or least accuracy of a class", choices=tuple(SELECT))
+
     epochs: int = opt(90, "passes over the training set", at_least=1, at_most=10 ** 6, group="schedule")
     batch: int = opt(16, "images per step over all processes and accumulation steps", at_least=1)
     micro: int = opt(0, "most images at once in a process; more are accumulated, and the presence loss takes its "
@@ -169,8 +189,8 @@ SMALL = {"fast": (Fraction(3, 4), Fraction(1, 2)), "faster": (Fraction(2, 3), Fr
 # A setting, and what switches it off: --no-shaping every loss but those of the classes.
 SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class",
             **{name: "shaping" for name in TAKES if name.startswith("weight_") and "class" not in name}}
-# What may change on --resume, for it changes no result.
-FREE = {"root", "strict_data", "recipe", "device", "workers", "out", "resume", "save_every", "log_every", "compile",
+# What may change on --resume, for it changes no result; of groups the path, what is in the file is compared.
+FREE = {"root", "groups", "strict_data", "recipe", "device", "workers", "out", "resume", "save_every", "log_every", "compile",
         "checkpoint", "film"}
 
 
@@ -189,13 +209,14 @@ def preset(typed, earlier=None):
                              "leave it out")
     if "swap_mask" in typed and not known.get("swap"):
         raise UsageError("--swap-mask means nothing without --swap: add --swap 0.5, or leave it out")
+    own = objectives.defaults(typed, {} if earlier is None else earlier, known.get("objective", Config.objective))
     if known["data"] not in data.BENCHMARKS:             # parse() says so
         return {}
     recipe = known.get("recipe") or usual_recipe(known["mini"])
     if "recipe" in typed and earlier:                    # what this recipe sets is no longer what --config says
         for name in {*SMALLER, *(MINI if recipe not in SMALL else ()), *data.BENCHMARKS[known["data"]].settings}:
             earlier.pop(name, None)
-    settings = of_recipe(recipe, {**(earlier or {}), **typed}, known)
+    settings = {**of_recipe(recipe, {**(earlier or {}), **typed}, known), **own}
     if known["method"] in GIVEN:                         # early and late read the same, so that one thing differs
         settings = {**settings, "pooling": "mean"}
     return {"recipe": recipe, **{name: x for name, x in settings.items() if has(known["method"], name)}}
@@ -315,6 +336,7 @@ def check(cfg):
         raise UsageError(f"every loss of --method {cfg.method} has weight 0, and nothing would train: give one of "
                          f"{', '.join(map(flag, own))}")
     refuse_too_large(cfg)
+    objectives.check(cfg)
     for weights, arch in ((cfg.weights, cfg.arch), (cfg.stage1_starts_from(), cfg.selector_arch or cfg.arch)):
         if (size := arch.partition("/")[0]) in vit.ARCHS:    # building the model refuses another
             refuse_by_name(weights, size, cfg.registers)
@@ -463,6 +485,9 @@ def earlier_state(cfg):
 def refuse_other_images(state, images, steps, folder):
     """UsageError if a run that is resumed was trained on other images than those that are there now."""
     then = state.get("images") or images                 # older checkpoints do not say
+    if then.get("groups") != images.get("groups"):
+        raise UsageError(f"--resume: {folder} was trained with other groups than those of --groups now: restore the "
+                         "file, or start again with another --out")
     for split in then.keys() | images.keys():
         if then.get(split) != images.get(split):
             was, now = (some[split][0] if split in some else 0 for some in (then, images))

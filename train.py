@@ -32,6 +32,7 @@ from torch import nn
 
 import data
 import ifam
+import objectives
 import settings
 import vit
 from augment import Swap
@@ -40,7 +41,7 @@ from benchmarks.samples import Plan, balanced, spread_over_groups
 from measure.leakage import given
 from measure.metrics import accuracies
 from predict import predict
-from runs import (Config, Log, check, claim, earlier_state, loss_weights, owned, pick_device, preset, read_film,
+from runs import (SELECT, Config, Log, check, claim, earlier_state, loss_weights, owned, pick_device, preset, read_film,
                   read_settings, recipe_text, refuse_other_images, save)
 from settings import RunError, Stopped, UsageError, parse, progress, run_script, signals, write_json
 from weights import load_pretrained, reader
@@ -204,9 +205,10 @@ def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype
     """Forward and backward of one step -> "loss", its terms by name and "accuracy", averaged; so is p.grad.
 
     batch: this process's share of the global batch, as the loader gives it. buckets: Buckets of the model's parameters;
-    None without other processes. swap: augment.Swap, or None. All randomness is a function of (seed, step, position in
-    the global batch): one process, many, or accumulation compute the same step, except that under accumulation the presence loss takes its
-    maximum within each portion, and that backgrounds are swapped within each process's share.
+    None without other processes. "weight" and "member" of the batch: what Objective.of gives. swap: augment.Swap, or
+    None. All randomness is a function of (seed, step, position in the global batch): one process, many, or accumulation
+    compute the same step, except that under accumulation the presence loss takes its maximum within each portion, and
+    that backgrounds are swapped within each process's share.
     """
     weights, world = loss_weights(cfg), buckets.world if buckets else 1
     share = len(batch["label"])
@@ -231,13 +233,15 @@ def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype
             out, warped_maps = model.forward_pair(images, warped, noise and noise.to(device),
                                                   **{name: x[part] for name, x in told.items()})
         terms, weight = {}, len(part) / share
+        own = {name: batch[name][part].to(device) for name in ("weight", "member") if name in batch}
         loss = ifam.loss(out, warped_maps, labels, affine, weights,
-                         lambda peaks: max_over_processes(peaks, world), terms)
+                         lambda peaks: max_over_processes(peaks, world), terms, own.get("weight"))
         if world > 1 and number == len(parts):
             buckets.start()
         (scaler.scale(loss * weight) if scaler else loss * weight).backward()
         accuracy = (out.logits.argmax(1) == labels).float().mean()
-        for name, value in {**terms, "accuracy": accuracy, "loss": loss}.items():
+        by_group = objectives.group_losses(out, labels, own["member"]) if "member" in own else {}
+        for name, value in {**terms, **by_group, "accuracy": accuracy, "loss": loss}.items():
             sums[name] = sums.get(name, 0.0) + value.detach().float() * weight
     if world > 1:
         buckets.finish()
@@ -370,8 +374,14 @@ def readers_of_masks(cfg):
 
 
 def give_truth(samples, cfg):
-    """Training samples come with their true masks where these are read; UsageError where there are none, or where they
-    give labels away to what must not know them."""
+    """Training samples come with their true masks where these are read.
+
+    UsageError where there are none, where they give labels away to what must not know them, or nobody lends a
+    background.
+    """
+    if cfg.swap and len(samples.labels.unique()) < 2:
+        raise UsageError(f"--swap takes backgrounds from other classes, and {samples.name} has one class here; leave it "
+                         "out")
     for what, other, may_tell in readers_of_masks(cfg):
         if samples.masks is None:
             raise UsageError(f"{what} needs true masks, and {samples.name} has none here; unpack its segmentations, or "
@@ -383,9 +393,9 @@ def give_truth(samples, cfg):
 
 
 class Trainer:
-    """A model and what changes it: optimizer, fp16's scaler, moving average. A call is one step of training."""
+    """A model and what changes it: optimizer, fp16's scaler, moving average, objective. A call is one training step."""
 
-    def __init__(self, cfg, steps, rank, world, device, classes, read=None):
+    def __init__(self, cfg, steps, rank, world, device, classes, read=None, objective=None):
         self.cfg, self.steps, self.rank, self.world, self.device = cfg, steps, rank, world, device
         self.dtype, scaler = autocast_of(cfg, device)
         model = build_model(cfg, device, classes, read)
@@ -393,7 +403,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(parameter_groups(model, cfg, steps), fused=device.type in ("cpu", "cuda"))
         self.model, self.optimizer, self.scaler, self.skipped = model, optimizer, scaler, 0
         self.averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
-        self.buckets = Buckets(self.trained, world)
+        self.buckets, self.objective = Buckets(self.trained, world), objective
         self.swap = Swap(cfg, model) if cfg.swap else None
 
     @property
@@ -404,7 +414,9 @@ class Trainer:
     @property
     def parts(self):
         """What resuming needs of it: last.pt."""
-        return {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, "ema": self.averaged}
+        moves = self.objective if self.objective and self.objective.robust else None
+        return {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, "ema": self.averaged,
+                "objective": moves}
 
     def load(self, state, path):
         """Go on from a checkpoint; UsageError where it is not of this model."""
@@ -422,8 +434,13 @@ class Trainer:
         return {role_of(name_of[id(group["params"][0])], self.cfg) + ", warmed up" * bool(group["warmup"]): group["lr"]
                 for group in self.optimizer.param_groups}
 
-    def __call__(self, batch, step):
-        """Take a step on this process's share of the batch -> its averaged terms, the norm of the gradient."""
+    def __call__(self, batch, step, chosen=None):
+        """Take a step on this process's share of the batch -> its averaged terms, the norm of the gradient.
+
+        chosen: indices of the samples of the whole global batch; an objective needs them.
+        """
+        if self.objective:
+            batch = {**batch, **self.objective.of(chosen, self.rank, self.world)}
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_at(step, self.steps, group["warmup"])
         terms = gradients(self.model, self.cfg, batch, step, self.rank, self.buckets, self.device, self.dtype,
@@ -438,6 +455,8 @@ class Trainer:
         self.scaler.update()
         self.skipped += self.scaler.get_scale() < scale  # fp16: the gradient overflowed, and nothing was learned
         self.optimizer.zero_grad(set_to_none=True)
+        if self.objective:
+            self.objective.update(terms)
         if self.averaged:
             self.average(step)
         return terms, norm
@@ -454,14 +473,14 @@ class Trainer:
             slow.copy_(fast)                             # statistics of aim's batch-norm: already averages
 
     def validate(self, val, log, done, epoch):
-        """Accuracy on the validation split, logged. -> accuracy"""
+        """Accuracy on the validation split, logged -> what accuracies() says of it."""
         batch = self.cfg.micro or self.cfg.batch // self.world
         result = predict(self.averaged or self.model, val, batch, self.device, self.cfg.workers)
         score = accuracies(result, val)
         log({"step": done, "epoch": epoch, "val": score},
             f"epoch {epoch}: validation accuracy {score['aa']:.3f}, worst group {score['worst_group']:.3f}")
         self.model.train()
-        return score["aa"]
+        return score
 
 
 class Film:
@@ -529,7 +548,7 @@ def log_step(log, trainer, pace, terms, norm, done, per_epoch):
     classes = "".join(f"  {name} {values[name]:.3f}" for name in ("class1", "class2") if name in values)
     log({"step": done, "epoch": done / per_epoch, "lr": trainer.rates(), **values,
          "gradient_norm": norm.item() if norm.isfinite() else None, "images_per_second": speed, "waiting": waiting,
-         **skipped},
+         **skipped, **(trainer.objective.record() if trainer.objective else {})},
         f"step {done}/{steps}  loss {values['loss']:.3f}{classes}  accuracy {values['accuracy']:.3f}  "
         f"{speed:.0f} images/s  {left:.0f} min left")
 
@@ -554,7 +573,8 @@ def loop(cfg, trainer, samples, val, log, start, best, images):
     """Steps from `start` to the end, a line, a validation or a checkpoint where one is due. Stopped by a signal."""
     rank, world, device, steps, folder = trainer.rank, trainer.world, trainer.device, trainer.steps, Path(cfg.out)
     per_epoch, pace = steps // cfg.epochs, Pace(start)
-    plan = Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world)
+    plan = Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world,
+                trainer.objective and trainer.objective.shares)
     batches = torch.utils.data.DataLoader(samples, batch_sampler=plan, num_workers=cfg.workers,
                                           worker_init_fn=leave_signals, pin_memory=device.type == "cuda")
     dataset = samples.described()
@@ -565,7 +585,7 @@ def loop(cfg, trainer, samples, val, log, start, best, images):
     with signals() as noted:
         for step, batch in enumerate(progress(batches, cfg.method, every=math.inf), start):
             pace.arrived()
-            terms, norm = trainer(batch, step)
+            terms, norm = trainer(batch, step, plan.whole(step)[1])
             done = step + 1
             film(trainer.averaged or trainer.model, done, steps)
             if done % cfg.log_every == 0 or done == steps:
@@ -575,9 +595,9 @@ def loop(cfg, trainer, samples, val, log, start, best, images):
                     raise RunError(f"step {done}: every step was skipped, for the gradient overflows in fp16; nothing "
                                    "was learned. Try --amp off or bf16")
                 epoch = done // per_epoch
-                accuracy = trainer.validate(val, log, done, epoch) if val else None
-                if not val or best["accuracy"] is None or accuracy > best["accuracy"]:
-                    best = {"split": best["split"], "epoch": epoch, "accuracy": accuracy}
+                found = chosen(cfg, trainer.validate(val, log, done, epoch) if val else None)
+                if not val or best["accuracy"] is None or merit(found) > merit(best):
+                    best = {"split": best["split"], "epoch": epoch, **found}
                     keep("best.pt", trainer.weights)
             stop = agreed(noted, world, device)
             if end_of_epoch or stop or done % cfg.save_every == 0:
@@ -587,6 +607,27 @@ def loop(cfg, trainer, samples, val, log, start, best, images):
                                                      f"{folder / 'last.pt'}: go on with --resume")
                 raise Stopped(stop)
             pace.ready = time.perf_counter()
+
+
+def chosen(cfg, score):
+    """What best.pt says of how it was chosen, from what accuracies() says of the validation split, or from None."""
+    return {"accuracy": None} if score is None else {"accuracy": score["aa"], "by": cfg.select,
+                                                     "score": score[SELECT[cfg.select]]}
+
+
+def merit(best):
+    """What the best epoch has more of than any other; of equal ones the accuracy. Older checkpoints chose by it."""
+    return best.get("score", best["accuracy"]), best["accuracy"]
+
+
+def check_select(cfg, val):
+    """UsageError where there is nothing to choose the best epoch by."""
+    if cfg.select != "accuracy" and not val:
+        raise UsageError(f"--select {cfg.select} chooses on validation images, and {cfg.data} has none: --val-share 0.1 "
+                         "holds out a tenth of the training images; or leave it out")
+    if cfg.select == "worst_group" and not val.places:
+        raise UsageError(f"--select worst_group needs groups in validation, and {val.title} {val.split} has no places: "
+                         "take --select worst_class")
 
 
 def train(cfg):
@@ -604,12 +645,12 @@ def train(cfg):
             samples.keep(balanced(samples.groups).tolist())
         images = {split.split: [len(split), split.digest()] for split in (samples, val) if split}
         steps = len(samples) // cfg.batch * cfg.epochs
-        trainer = Trainer(cfg, steps, rank, world, device, len(samples.classes), read)
+        check_select(cfg, val)
+        if objective := objectives.start(cfg, samples, steps):
+            images |= {"groups": objective.digest()} if cfg.groups else {}
+        trainer = Trainer(cfg, steps, rank, world, device, len(samples.classes), read, objective)
         del read                                         # the weights are in the model now
         give_truth(samples, cfg)
-        if cfg.swap and len(samples.labels.unique()) < 2:
-            raise UsageError(f"--swap takes backgrounds from other classes, and {samples.name} has one class here; "
-                             "leave it out")
         if state:
             refuse_other_images(state, images, steps, folder)
             trainer.load(state, folder / "last.pt")
@@ -619,8 +660,9 @@ def train(cfg):
             claim(cfg)
         log = Log(folder, rank, start)
         log({"step": start, "command": sys.argv, "config": asdict(cfg), "torch": torch.__version__, "processes": world,
-             "images": images, **({"data_differs": samples.differs} if samples.differs else {})},
-            f"{cfg.method}: {sum(p.numel() for p in trainer.trained):,} trained parameters, steps {start} to "
+             "images": images, **({"data_differs": samples.differs} if samples.differs else {}),
+             **({"objective": objective.described()} if objective else {})},
+            f"{objective}\n" * bool(objective) + f"{cfg.method}: {sum(p.numel() for p in trainer.trained):,} trained parameters, steps {start} to "
             f"{steps} ({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
         loop(cfg, trainer, samples, val, log, start, best, images)
         average = {"ema_decay": trainer.decay(steps - 1)} if cfg.ema else {}

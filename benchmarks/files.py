@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from settings import UsageError, may_write, progress, rank, write_whole
+from settings import UsageError, may_write, progress, rank, write_csv, write_whole
 
 PHOTOS = (".jpeg", ".jpg", ".png")                         # what the published archives hold
 PICTURES = (*PHOTOS, ".avif", ".bmp", ".dcm", ".gif", ".jfif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
@@ -149,6 +150,7 @@ def file_name(text):
 ID = Kind("a whole number", lambda text: str(int(text)))
 WORD = Kind("a word without blanks", word)
 TEXT = Kind("text", str)
+NAME = Kind("a name", not_empty)
 FILE = Kind("the name of a file below the folder of the images", file_name)
 
 
@@ -230,6 +232,34 @@ def read_keyed(path, columns, commas=False):
             raise UsageError(f"{path}, line {number}: {next(iter(columns))} {key} a second time")
         found[key] = others[0] if len(others) == 1 else others
     return found
+
+
+def read_groups(path, samples, hint=""):
+    """A groups file, a csv of id and group with a line for each sample of a split -> (names, groups (n,) long).
+
+    names: of the groups, sorted; groups: of each sample, in the order of the split. hint: what to do where the file has
+    one group only. UsageError for that, for a sample that is missing or stands there twice, and for one of others.
+    """
+    path, where = Path(path), f"{samples.name} {samples.split}"
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; expected a csv of id and group with a line for each sample of {where}")
+    found = read_keyed(path, {"id": NAME, "group": NAME}, commas=True)
+    ids = [name.strip() for name in samples.ids]
+    if missing := next((name for name in ids if name not in found), None):
+        raise UsageError(f"{path}: sample {missing} of {where} is missing; write it again for these {len(ids)} images")
+    if len(found) > len(ids):
+        other = min(found.keys() - set(ids))
+        raise UsageError(f"{path}: {other} is no sample of {where}; write it again for these {len(ids)} images")
+    names = sorted(set(found.values()))
+    if len(names) < 2:
+        raise UsageError(f"{path}: every sample is in the group {names[0]}, and there must be two groups{hint}")
+    number = {name: g for g, name in enumerate(names)}
+    return names, torch.tensor([number[found[name]] for name in ids])
+
+
+def write_groups(path, ids, groups):
+    """Write a groups file, as read_groups reads it. ids and groups: names, of each sample."""
+    write_csv(path, [{"id": name, "group": group} for name, group in zip(ids, groups, strict=True)])
 
 
 # ---------------------------------------------------------------- pictures

@@ -6,6 +6,7 @@ do not depend on workers, processes or resuming. Coordinates of keypoints and bo
 Floor: data. Read this first of the data, then transforms.py.
 """
 import copy
+import functools
 import hashlib
 import os
 import zlib
@@ -239,25 +240,45 @@ def stratified(labels, share, seed=0):
     return sorted(set(range(len(labels))) - set(held)), sorted(held)
 
 
+AGAIN = 10 ** 6                                          # more than --epochs can be
+
+
 class Plan(torch.utils.data.Sampler):
     """Which samples this process sees at each step: a list of (epoch, index) per step, for steps start..stop.
 
     The global batch of a step is the same however many processes share it; each takes one contiguous slice. What is
-    left over at the end of an epoch is dropped (another set each epoch).
+    left over at the end of an epoch is dropped (another set each epoch). shares (count,): the chance of each sample at
+    every draw, with replacement; None: each once an epoch. The second time that an epoch draws a sample it is augmented
+    as in epoch + AGAIN, the third time as in epoch + 2 AGAIN, so that copies differ.
     """
 
-    def __init__(self, count, batch, start, stop, seed=0, rank=0, world=1):
-        self.count, self.batch, self.start, self.stop = count, batch, start, stop
+    def __init__(self, count, batch, start, stop, seed=0, rank=0, world=1, shares=None):
+        self.count, self.batch, self.start, self.stop, self.shares = count, batch, start, stop, shares
         self.seed, self.rank, self.world, self.per_epoch = seed, rank, world, count // batch
+        self.order = functools.lru_cache(2)(self.order)  # of the epoch that trains, and of the one that loads
 
     def __len__(self):
         return self.stop - self.start
 
+    def order(self, epoch):
+        """-> the samples of an epoch in their order (count,), and how often each was drawn before (count,)."""
+        rng = np.random.default_rng([self.seed, epoch])
+        if self.shares is None:
+            return rng.permutation(self.count), np.zeros(self.count, int)
+        drawn = rng.choice(self.count, self.count, p=self.shares)
+        at = np.argsort(drawn, kind="stable")            # equal ones side by side, as they were drawn
+        before = np.empty(self.count, int)
+        before[at] = np.arange(self.count) - np.searchsorted(drawn[at], drawn[at])
+        return drawn, before
+
+    def whole(self, step):
+        """The global batch of a step -> the key of each sample's epoch (batch,), indices (batch,)."""
+        epoch, place = divmod(step, self.per_epoch)
+        drawn, before = (x[place * self.batch:(place + 1) * self.batch] for x in self.order(epoch))
+        return epoch + AGAIN * before, drawn
+
     def __iter__(self):
         share = self.batch // self.world
+        mine = slice(self.rank * share, (self.rank + 1) * share)
         for step in range(self.start, self.stop):
-            epoch, place = divmod(step, self.per_epoch)
-            if step == self.start or place == 0:
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-            first = place * self.batch + self.rank * share
-            yield [(epoch, int(i)) for i in order[first:first + share]]
+            yield [(int(epoch), int(i)) for epoch, i in zip(*(x[mine] for x in self.whole(step)))]

@@ -617,7 +617,7 @@ def training_curves(log, path=None):
     """What a run's log.jsonl tells: loss terms, accuracy and worst group of validation, learning rates, over steps."""
     lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
     steps, scores = [x for x in lines if "loss" in x], [x for x in lines if "val" in x]
-    known = ("step", "epoch", "lr", "loss", "accuracy", "gradient_norm", "images_per_second", "waiting")
+    known = ("step", "epoch", "lr", "loss", "accuracy", "gradient_norm", "images_per_second", "waiting", "groups")
     figure, axes = plt.subplots(2, 2, figsize=(11, 6), layout="constrained", sharex=True)
     (total, accuracy), (terms, rates) = axes
     for axis in axes.flat:

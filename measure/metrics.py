@@ -67,7 +67,7 @@ def accuracies(result, samples, key="logits", rare=(), train_groups=None):
 
     aa: share of images that are right. aa_train_weighted: group accuracies weighted by their share in training,
     which is the "average" of many Waterbirds papers. worst_group: least over all groups; worst_group_rare: over
-    `rare` only, the paper's definition. Groups without images have accuracy None and count nowhere. auroc: times 100,
+    `rare` only, the paper's definition; worst_class: over classes. Groups without images have accuracy None and count nowhere. auroc: times 100,
     of the softmax probability of class 1, where there are two classes. aa_interval, worst_group_interval: [low, high]
     over images, Wilson's; of several worst groups that of the smallest.
     """
@@ -77,6 +77,8 @@ def accuracies(result, samples, key="logits", rare=(), train_groups=None):
     every, worst = share_of(right), least(groups)
     out = {"aa": every["accuracy"], "aa_interval": [every["low"], every["high"]],
            "worst_group": worst["accuracy"], "worst_group_interval": [worst["low"], worst["high"]]}
+    classes = [share_of(right[samples.labels == c]) for c in range(len(samples.classes))] if samples.places else groups
+    out["worst_class"] = least(classes)["accuracy"]
     if train_groups is not None:
         counts = torch.bincount(train_groups, minlength=len(groups)).tolist()
         seen = [(n, x["accuracy"]) for n, x in zip(counts, groups) if n and x["n"]]

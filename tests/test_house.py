@@ -22,6 +22,7 @@ predict
 measure
 interventions
 runs
+objectives
 data
 miniature
 benchmarks
