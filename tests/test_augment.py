@@ -192,11 +192,11 @@ def test_swaps_that_cannot_happen_are_refused(flags, words, tmp_path, capsys):
 
 
 def test_true_masks_that_tell_the_label_or_are_not_there_swap_nothing_and_found_ones_may():
-    tell = SimpleNamespace(name="siim", masks=[], masks_tell=True, classes=("healthy", "sick"))
+    tell = SimpleNamespace(name="siim", masks=[], labels=torch.arange(2), masks_tell=True, classes=("healthy", "sick"))
     with pytest.raises(UsageError, match="gives the label away; choose --swap-mask found"):
         train.give_truth(tell, config("--swap", 0.5))
     with pytest.raises(UsageError, match="--swap-mask true needs true masks, and siim has none here"):
-        train.give_truth(SimpleNamespace(name="siim", masks=None), config("--swap", 0.5))
+        train.give_truth(SimpleNamespace(name="siim", masks=None, labels=torch.arange(2)), config("--swap", 0.5))
     train.give_truth(tell, config("--swap", 0.5, "--swap-mask", "own"))
 
 
