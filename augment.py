@@ -10,8 +10,9 @@ import copy
 
 import torch
 
-from baselines import FoundMask, seed_mask
-from measure.leakage import DONORS, pixels, swap_backgrounds
+from baselines import background_seed
+from ifam import pixels
+from measure.leakage import DONORS, swap_backgrounds
 
 
 # ---------------------------------------------------------------- other backgrounds
@@ -31,30 +32,38 @@ def draw_donors(labels, share, generators):
     return donors
 
 
+class Finder:
+    """FOUND's seed step, on a copy of a model's backbone as it is now: before training, for --swap-mask found."""
+
+    def __init__(self, model):
+        self.backbone = copy.deepcopy((model.predictor or model.selector).backbone).requires_grad_(False)
+        self.grid = self.backbone.grid
+
+    @torch.no_grad()
+    def find(self, images):
+        """images (B, 3, S, S) -> keep (B, N)."""
+        return background_seed(*self.backbone.last_attention(images))[0]
+
+
 class Swap:
     """`--swap`: in training, some images get the background of images of another class, and keep their label.
 
     x' = m x_i + (1 - m) x_j with a mask m in {0, 1}, as in BG Aug (Li et al., CVPR 2023), with the arithmetic of the
-    measurement `swap`: a pixel that shows an object in x_j comes from the next donor. m is the true mask, augmented
-    with its image; what FOUND finds with a copy of the backbone as it was before training; or the hard mask that the
-    model finds for these images now, without noise and without a gradient. Images are swapped after augmentation and
-    before the warp of equivariance, so that both views show one scene.
+    measurement `swap`: a pixel that shows an object in x_j comes from the next donor. m is the true mask, or what FOUND
+    finds in the whole pictures (train.find_masks), both augmented with their image; or the hard mask that the model
+    finds for these images now, without noise and without a gradient. Images are swapped after augmentation and before
+    the warp of equivariance, so that both views show one scene.
     """
 
-    def __init__(self, cfg, model):
-        self.share, self.source, self.most, self.find = cfg.swap, cfg.swap_mask, cfg.micro, None
-        if self.source == "found":
-            start = (model.predictor or model.selector).backbone
-            finder = copy.deepcopy(start).requires_grad_(False)                  # in no checkpoint: it starts anew
-            self.find = model.find if isinstance(model, FoundMask) else lambda images: seed_mask(finder, images)
+    def __init__(self, cfg):
+        self.share, self.source, self.most = cfg.swap, cfg.swap_mask, cfg.micro
 
     @torch.no_grad()
     def objects(self, model, images, batch):
         """What stays of images (B, 3, S, S) -> (B, 1, S, S) in {0, 1}."""
-        if self.source == "true":
-            return batch["mask"].to(images.device)[:, None].float()
-        find = self.find or (lambda some: model.mask(model.selector(some)))
-        keep = torch.cat([find(some) for some in images.split(self.most or len(images))])
+        if self.source != "own":
+            return batch["mask" if self.source == "true" else "found"].to(images.device)[:, None].float()
+        keep = torch.cat([model.mask(model.selector(some)) for some in images.split(self.most or len(images))])
         backbone = (model.predictor or model.selector).backbone
         return pixels(keep, backbone.grid, backbone.patch)
 

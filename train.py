@@ -35,8 +35,8 @@ import ifam
 import objectives
 import settings
 import vit
-from augment import Swap
-from baselines import FoundMask, RandomMask, build
+from augment import Finder, Swap
+from baselines import FoundMask, RandomMask, build, train_found_head
 from benchmarks.samples import Plan, balanced, spread_over_groups
 from measure.leakage import given
 from measure.metrics import accuracies
@@ -95,7 +95,7 @@ def parameter_groups(model, cfg, steps):
         if not p.requires_grad:
             continue
         role = role_of(name, cfg)
-        token = name.endswith(("cls_token", "register_tokens", "pos_embed"))
+        token = name.endswith(("cls_token", "register_tokens", "pos_embed", "pool.queries", "pool.0.queries"))
         decays = p.ndim > 1 and not token and role != "prototypes" and "modulation" not in name
         base = {"backbone": cfg.lr, "tokens": cfg.lr_tokens, "prototypes": cfg.lr_prototypes, "heads": cfg.lr_heads}
         lr = base[role] * scale
@@ -392,6 +392,55 @@ def give_truth(samples, cfg):
         samples.train_masks = True
 
 
+FOUND_STEPS, FOUND_BATCH = 500, 50                       # of FOUND's head, as published
+ROOM = 1 << 28                                           # bytes: keys of all pictures that take less are computed once
+
+
+def teach_finder(model, samples, cfg, rank, world, device):
+    """Train FOUND's head of a model on whole training pictures; rank 0 does, and the others get it from there."""
+    if rank == 0:
+        few = 4 * len(samples) * math.prod(model.finder.grid) * model.finder.width <= ROOM
+        plan = Plan(len(samples), min(FOUND_BATCH, len(samples)), 0, FOUND_STEPS, cfg.seed)
+        batches = [[i for _, i in batch] for batch in plan]
+        order = [batch.tolist() for batch in torch.arange(len(samples)).split(FOUND_BATCH)] if few else batches
+        seen = (model.look(images.to(device)) for images in whole_pictures(samples, order, cfg, "FOUND's head"))
+        if few:
+            keys, keep = map(torch.cat, zip(*seen))
+            seen = ((keys[batch], keep[batch]) for batch in batches)
+        train_found_head(model.finder_head, seen)
+    for p in model.finder_head.parameters() if world > 1 else ():
+        dist.broadcast(p.data, 0)
+
+
+def find_masks(find, grid, samples, cfg, rank, world, device):
+    """Training samples come with the masks that are found in the whole pictures -> the share of patches they keep.
+
+    find: images (B, 3, S, S) -> keep (B, N), the N patches of a grid (h, w).
+
+    Each process looks at a share of the batches, which are the same however many share them. The masks are a function
+    of the weights and the pictures: --resume finds the same ones.
+    """
+    batches = torch.arange(len(samples)).split(cfg.micro or 16)
+    mine = [batch.tolist() for batch in batches[rank::world]]
+    found = [torch.from_numpy(np.packbits(find(images.to(device)).bool().cpu().numpy(), axis=1))
+             for images in whole_pictures(samples, mine, cfg, "masks of training")]
+    pieces = [found]
+    if world > 1:
+        pieces = [None] * world
+        dist.all_gather_object(pieces, found)
+    samples.found = torch.cat([pieces[n % world][n // world] for n in range(len(batches))])
+    samples.found_grid = grid
+    patches = math.prod(samples.found_grid)
+    return np.unpackbits(samples.found.numpy(), axis=1, count=patches).mean().item()
+
+
+def whole_pictures(samples, batches, cfg, title):
+    """Images (B, 3, S, S) of batches of indices, each of a whole picture."""
+    loader = torch.utils.data.DataLoader(samples.whole(), batch_sampler=batches, num_workers=cfg.workers,
+                                         worker_init_fn=leave_signals)
+    return (part["image"] for part in progress(loader, title))
+
+
 class Trainer:
     """A model and what changes it: optimizer, fp16's scaler, moving average, objective. A call is one training step."""
 
@@ -404,7 +453,9 @@ class Trainer:
         self.model, self.optimizer, self.scaler, self.skipped = model, optimizer, scaler, 0
         self.averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
         self.buckets, self.objective = Buckets(self.trained, world), objective
-        self.swap = Swap(cfg, model) if cfg.swap else None
+        self.swap = Swap(cfg) if cfg.swap else None
+        # for --swap-mask found: in no checkpoint, for the weights before training are known
+        self.finder = Finder(model) if cfg.swap and cfg.swap_mask == "found" and not isinstance(model, FoundMask) else None
 
     @property
     def weights(self):
@@ -630,6 +681,21 @@ def check_select(cfg, val):
                          "take --select worst_class")
 
 
+def prepare_masks(cfg, trainer, samples, log, start, resumed):
+    """What comes before the first step where masks are found: the finder is trained, and looks."""
+    how, model = (samples, cfg, trainer.rank, trainer.world, trainer.device), trainer.model
+    if cfg.finder == "head" and not resumed:
+        teach_finder(model, *how)
+        if trainer.averaged:
+            trainer.averaged.finder_head.load_state_dict(model.finder_head.state_dict())
+    if trainer.finder or isinstance(model, FoundMask) and cfg.find_in == "picture":
+        find, grid = (trainer.finder.find, trainer.finder.grid) if trainer.finder else (model.find, model.finder.grid)
+        share = find_masks(find, grid, *how)
+        trainer.finder = None                            # it has done its work
+        log({"step": start, "found_share": share},
+            f"masks found in {len(samples)} training pictures, once: they keep {share:.0%} of the patches")
+
+
 def train(cfg):
     """Train as the settings say, from the start or from last.pt, and write the run's folder."""
     check(cfg)
@@ -664,6 +730,8 @@ def train(cfg):
              **({"objective": objective.described()} if objective else {})},
             f"{objective}\n" * bool(objective) + f"{cfg.method}: {sum(p.numel() for p in trainer.trained):,} trained parameters, steps {start} to "
             f"{steps} ({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
+        if isinstance(trainer.model, FoundMask) or trainer.finder:
+            prepare_masks(cfg, trainer, samples, log, start, resumed=bool(state))
         loop(cfg, trainer, samples, val, log, start, best, images)
         average = {"ema_decay": trainer.decay(steps - 1)} if cfg.ema else {}
         log({"step": steps, "finished": True, **average},            # sweep.py looks for it
