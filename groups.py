@@ -24,7 +24,7 @@ from benchmarks.samples import evenly
 from ifam import masked_mean
 from measure.leakage import given
 from measure.metrics import ari, over
-from predict import OnCheckpoint, open_split, predict
+from predict import OnCheckpoint, predict
 from runs import hash_of, load_model, pick_device
 from settings import UsageError, may_write, opt, parse, run_script, write_json
 
@@ -38,8 +38,6 @@ class Config(OnCheckpoint):
                            "silhouettes)", at_least=0, at_most=100, refused={1: "that is no clustering; take 2"})
     out: str = opt("", "file to write (default groups-<by>.csv beside the checkpoint)", group="output")
     force: bool = opt(False, "replace files that this script did not write")
-
-    split = "train"                                      # no flag: groups are those of training
 
     def __post_init__(self):
         super().__post_init__()
@@ -123,7 +121,7 @@ def cluster(x, count=0):
 
 # ---------------------------------------------------------------- what is clustered
 @torch.no_grad()
-def head_reads(model, samples, device="cpu", batch=32, workers=0):
+def read_by_head(model, samples, device="cpu", batch=32, workers=0):
     """What the head of a model reads, under its own mask -> (n, D). Of parts, the mean over them: logits are linear."""
     seen, head = [], model.predictor.head if model.predictor else model.selector.classifier
     hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -180,7 +178,7 @@ def by_clusters(model, samples, cfg, **how):
         logits = predict(model, samples, **how)["logits"]
         x = logits[:, 1:] - logits[:, :1]
     else:
-        x = head_reads(model, samples, **how)
+        x = read_by_head(model, samples, **how)
     names, scores = [""] * len(samples), {}
     for label, name in enumerate(samples.classes):
         mine = (samples.labels == label).nonzero()[:, 0]
@@ -219,6 +217,17 @@ BY = {"errors": by_errors, "clusters": by_clusters, "background": by_background}
 
 
 # ---------------------------------------------------------------- the command
+def training_split(cfg, state):
+    """The training images of a checkpoint, as it was trained on them -> Samples."""
+    trained = state["config"]
+    if cfg.data not in ("", trained["data"]):
+        raise UsageError(f"--data {cfg.data}: groups are those of the training images of {cfg.ckpt}, which are of "
+                         f"{trained['data']}; leave it out")
+    root = data.find_root(trained["data"], cfg.root or trained["root"], trained["mini"] and not cfg.root)
+    return data.load(trained["data"], root, trained["size"], limit=cfg.limit or trained["limit"], splits=("train",),
+                     check=("train",), val_share=trained.get("val_share", 0.0), strict=cfg.strict_data)["train"]
+
+
 def check(cfg, model, samples, method):
     """UsageError for groups that this model cannot make, before it runs."""
     if model.needs_truth and samples.masks is None:
@@ -269,15 +278,14 @@ def table(names, samples, agree):
 
 def main(argv=None):
     cfg = parse(Config, __doc__, argv)
-    if cfg.data and data.BENCHMARKS[cfg.data].trained_on:
-        raise UsageError(f"--data {cfg.data} is for evaluation only, and groups are those of training: leave it out")
     device = pick_device(cfg.device)
     out, about = outputs(cfg)
     model, state = load_model(cfg.ckpt, device, cfg.data)
-    name, samples, _, _ = open_split(cfg, state, model)
+    samples = training_split(cfg, state)
     check(cfg, model, samples, state["config"]["method"])
     names, scores = BY[cfg.by](model, samples, cfg, device=device, batch=cfg.batch, workers=cfg.workers)
     agree = agreement(names, samples)
+    name = data.report_name(samples, state["config"].get("mini", False))
     print(f"{cfg.ckpt}: groups of {name} train by {cfg.by}")
     print(table(names, samples, agree))
     write_groups(out, samples.ids, names)

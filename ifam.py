@@ -76,9 +76,11 @@ class Selector(nn.Module):
             raise ValueError(f"the number of parts must be at least 1, not {k}")
         self.backbone, self.k, self.tau, self.dropout = backbone, k, tau, dropout
         self.given = given       # (height, width) of the images it is given, where it looks at smaller ones
-        self.prototypes = nn.Parameter(torch.randn(k + 1, backbone.width) * 0.02)
+        # starts as published: that of a convolution for the prototypes, truncated normal for the classifier
+        self.prototypes = nn.Parameter(torch.empty(k + 1, backbone.width).uniform_(-1, 1) * backbone.width ** -0.5)
         self.modulation = nn.LayerNorm((k + 1, backbone.width), eps=1e-5)
         self.classifier = nn.Linear(backbone.width, classes, bias=False)
+        nn.init.trunc_normal_(self.classifier.weight, std=0.02)
         # (K,) while an intervention is on (see `refuse`), which no checkpoint holds: it has a file of its own
         self.register_buffer("limits", None, persistent=False)
         self.score = "distance"  # how an intervention measures that a patch is unlike its part (see `unlikeness`)
@@ -225,6 +227,11 @@ def paint(images, shown):
     return images if shown is None else torch.where(shown > 0, images, 0.)
 
 
+def pixels(keep, grid, patch):
+    """keep (B, N) -> (B, 1, h*patch, w*patch), each patch filled with its value."""
+    return keep.unflatten(1, grid)[:, None].repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
+
 class Predictor(nn.Module):
     """Stage 2: a ViT classifier under a mask. Each choice below varies alone; the defaults are the paper's.
 
@@ -232,27 +239,41 @@ class Predictor(nn.Module):
     hardness  "hard": the mask is 0 or 1. "soft": any weight in [0, 1].
     pooling   "cls": the class token. "mean": mean of the patches weighted by the mask; zero where nothing is kept.
               "mean-all": the same sum over the number of all patches, kept or not, as late masks were published
-              (Aniraj et al., ICCV workshops 2023): its length tells how large the mask is, until fc_norm.
+              (Aniraj et al., ICCV workshops 2023): its length tells how large the mask is. Only without norm does the
+              head see it, as theirs does.
+    norm      a LayerNorm of its own before the head, which iFAM's stage 2 has and its baselines have not.
+    bias      does the head have one? Published for classifiers without a mask and under a late one.
+    mask_with "patches": an early mask takes tokens away. "pixels": they stay, and the pixels of dropped patches are 0,
+              the mean colour.
     """
 
-    def __init__(self, backbone, classes, masking="early", hardness="hard", pooling="cls"):
+    def __init__(self, backbone, classes, masking="early", hardness="hard", pooling="cls", norm=True, bias=False,
+                 mask_with="patches"):
         super().__init__()
         for value, known in ((masking, ("early", "late")), (hardness, ("hard", "soft")),
-                             (pooling, ("cls", "mean", "mean-all"))):
+                             (pooling, ("cls", "mean", "mean-all")), (mask_with, ("patches", "pixels"))):
             if value not in known:
                 raise ValueError(f"{value!r} is not one of {known}")
+        if mask_with == "pixels" and (masking, hardness) != ("early", "hard"):
+            raise ValueError(f"only an early, hard mask can be laid on pixels, and this one is {masking}, {hardness}")
         if masking == "late" and pooling == "cls":
             raise ValueError('a late mask acts on the pooling of patches: masking="late" needs pooling="mean" or '
                              '"mean-all"')
         self.backbone, self.masking, self.hardness, self.pooling = backbone, masking, hardness, pooling
-        self.fc_norm = nn.LayerNorm(backbone.width, eps=1e-5)
-        self.head = nn.Linear(backbone.width, classes, bias=False)
+        self.mask_with = mask_with
+        self.fc_norm = nn.LayerNorm(backbone.width, eps=1e-5) if norm else nn.Identity()
+        self.head = nn.Linear(backbone.width, classes, bias=bias)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
+        if bias:
+            nn.init.zeros_(self.head.bias)
 
     def features(self, images, keep=None):
         """What the head reads: images (B, 3, S, S), keep (B, N) or None for everything -> (B, D)."""
-        tokens = self.backbone(images, keep if self.masking == "early" else None, self.hardness == "hard",
-                               class_only=self.pooling == "cls")
+        on_pixels = self.mask_with == "pixels" and keep is not None
+        if on_pixels:
+            images = paint(images, pixels(keep, self.backbone.grid, self.backbone.patch))
+        tokens = self.backbone(images, keep if self.masking == "early" and not on_pixels else None,
+                               self.hardness == "hard", class_only=self.pooling == "cls")
         if self.pooling == "cls":
             return self.fc_norm(tokens[:, 0])
         patches = tokens[:, self.backbone.prefix:]
@@ -535,8 +556,8 @@ def background_presence(maps):
 def orthogonality(part_features):
     """The K+1 parts of an image differ: mean squared deviation of their cosines from the identity.
 
-    part_features (B, K+1, D) -> scalar. differs from published: their trainer transposes the features by mistake and
-    decorrelates channels instead of parts.
+    part_features (B, K+1, D) -> scalar. PDiscoFormer's loss. differs from published iFAM, whose trainer transposes the
+    features once more, by mistake, and decorrelates channels instead of parts.
     """
     unit = F.normalize(part_features, dim=2)
     return (unit @ unit.mT - torch.eye(unit.shape[1], device=unit.device, dtype=unit.dtype)).square().mean()

@@ -299,8 +299,7 @@ def open_split(cfg, state, model):
     looked = {cfg.split, *here.sets} if not own else {"train", "val", cfg.split}  # images of other splits may be away
     splits = data.load(name, root, trained["size"], limit=cfg.limit or trained["limit"], check=looked,
                        val_share=trained.get("val_share", 0.0) * same, strict=cfg.strict_data)
-    samples = data.measured(splits, cfg.split, next((f.metadata["choices"] for f in fields(cfg) if f.name == "split"),
-                                                    (cfg.split,)))
+    samples = data.measured(splits, cfg.split, next(f for f in fields(cfg) if f.name == "split").metadata["choices"])
     refuse_other_classes(cfg, state, samples, model)
     sets = {n: splits[n] for n in here.sets if n in splits and cfg.split == "test"}
     return data.report_name(samples, trained["mini"]), samples, splits.get("train"), sets

@@ -56,6 +56,11 @@ class Config:
     strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones, or a folder with files "
                                    "that are odd; else a line says so")
 
+    swap: float = opt(0.0, "in training, give this share of the images the background of images of another class, from "
+                           "the process's share of the batch (0: none)", at_least=0, at_most=1)
+    swap_mask: str = opt("true", "what stays of an image whose background is swapped: the true object, what FOUND "
+                                 "finds with the untrained backbone, or the own mask of this step (ifam, pdiscoformer)",
+                         choices=("true", "found", "own"))
     draft: bool = opt(False, "in training, decode JPEG files that are at least twice as large as --size at 1/2, 1/4 or "
                              "1/8 of their sides: faster, and pixels differ a little; evaluation never does")
 
@@ -77,6 +82,10 @@ class Config:
                                  "(if not given, that of --arch)")
     freeze_stage2: bool = opt(False, "of the backbone of stage 2 train class token, registers and positions only")
     train_backbone: bool = opt(False, "ep and aim: train the backbone too")
+    head: str = opt("published", "erm, frozen, early-* and late-*: a linear head as published (on the features as they "
+                                 "are, with a bias but for early-*), or a LayerNorm and a head without bias, as iFAM's "
+                                 "stage 2 has", choices=("published", "norm"))
+    probe_norm: bool = opt(False, "ep: batch-norm before the head, as in its own paper; iFAM's copy has none")
     train_tokens: bool = opt(True, "train class token, registers and positions of a pretrained stage 1, as in the "
                                    "paper")
 
@@ -86,6 +95,17 @@ class Config:
     pooling: str = opt("cls", "what stage 2 classifies from: class token, mean of the kept patches (the default of "
                               "early-* and late-*), or their sum over the number of all patches (late-*, as published)",
                        choices=("cls", "mean", "mean-all"))
+    mask_rule: str = opt("half", "early-* and late-*: the patches that a given mask keeps: those of which it covers more "
+                                 "than half (a small object keeps its best one), or those whose centre it covers, as "
+                                 "published", choices=("half", "centre"))
+    mask_with: str = opt("patches", "early-truth and early-found: what an early mask takes away: patches, which no "
+                                    "other token sees, or their pixels, which become 0 (the mean colour) while their "
+                                    "tokens stay", choices=("patches", "pixels"))
+    finder: str = opt("seed", "early-found and late-found: what finds masks: FOUND's seed step, or FOUND's head, which "
+                              "is trained first, on the training images without labels", choices=("seed", "head"))
+    find_in: str = opt("picture", "early-found and late-found: where masks of training are found: once in each whole "
+                                  "picture, and augmented with it; or anew in every augmented view",
+                       choices=("picture", "view"))
     trim: str = opt("none", "paint the background inside kept patches with one colour before stage 2 sees them: where "
                             "the part maps find it, or where the true mask has it (a measurement)",
                     choices=("none", "found", "truth"))
@@ -184,9 +204,10 @@ SMALL = {"fast": (Fraction(3, 4), Fraction(1, 2)), "faster": (Fraction(2, 3), Fr
 # A setting, and what switches it off: --no-shaping every loss but those of the classes.
 SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class",
             **{name: "shaping" for name in TAKES if name.startswith("weight_") and "class" not in name}}
+EARLIER = {"head": "norm", "find_in": "view"}            # settings that runs from before them had, where no default
 # What may change on --resume, for it changes no result; of groups the path, what is in the file is compared.
-FREE = {"root", "groups", "strict_data", "recipe", "device", "workers", "out", "resume", "save_every", "log_every", "compile",
-        "checkpoint", "film"}
+FREE = {"root", "groups", "strict_data", "recipe", "device", "workers", "out", "resume", "save_every", "log_every",
+        "compile", "checkpoint", "film"}
 
 
 def preset(typed, earlier=None):
@@ -202,6 +223,8 @@ def preset(typed, earlier=None):
         if name in typed and known["method"] in METHODS and known["method"] not in methods:
             raise UsageError(f"{flag(name)} means nothing to --method {known['method']}, only to {', '.join(methods)}; "
                              "leave it out")
+    if "swap_mask" in typed and not known.get("swap"):
+        raise UsageError("--swap-mask means nothing without --swap: add --swap 0.5, or leave it out")
     own = objectives.defaults(typed, {} if earlier is None else earlier, known.get("objective", Config.objective))
     if known["data"] not in data.BENCHMARKS:             # parse() says so
         return {}
@@ -272,11 +295,20 @@ def left_out(cfg):
     return without and f"left out, for --method {cfg.method} has no such setting: {without}"
 
 
+def of_today(config):
+    """The settings of a run, and of those that did not exist then what it had: {name: value} -> {name: value}."""
+    method = config.get("method", Config.method)
+    return {**{name: value for name, value in EARLIER.items() if has(method, name)}, **config}
+
+
 def read_config(path):
-    """config.json of a run -> dict, as it is in the file. UsageError if its settings are not those of a run."""
+    """config.json of a run -> dict, as it is in the file, and what earlier runs do not say.
+
+    UsageError if its settings are not those of a run.
+    """
     content = read_json(path, "the config.json of a run")
     recorded(Config, content, path)
-    return content
+    return of_today(content)
 
 
 def read_settings(path):
@@ -339,16 +371,40 @@ def check(cfg):
     if cfg.weights == "none" and (cfg.freeze_stage2 or cfg.method in PRETRAINED and not cfg.train_backbone):
         what = "--freeze-stage2" if cfg.freeze_stage2 else f"--method {cfg.method}"
         raise UsageError(f"{what} takes the backbone as it is, and with --weights none it is random: give --weights")
+    if cfg.probe_norm and world() * (cfg.batch // world() % (cfg.micro or cfg.batch) or cfg.micro or cfg.batch) < 2:
+        raise UsageError("--probe-norm compares the images of a step, and here is one alone: take a larger --batch, and "
+                         "a --micro of at least 2 that divides it")
     if cfg.selector_size > cfg.size:
         raise UsageError(f"--selector-size {cfg.selector_size} is larger than the image (--size {cfg.size}): there is "
                          "nothing more to see")
     if cfg.draft and data.BENCHMARKS[cfg.data].pipeline.crops_first:
         raise UsageError(f"--draft: training on {cfg.data} enlarges small parts of its pictures, which need all of "
                          "their pixels; leave it out")
+    if cfg.swap:
+        check_swap(cfg)
     if cfg.mini and cfg.data == "folder":
         data.find_root(cfg.data, cfg.root, cfg.mini)     # says why not
     if cfg.mini and cfg.root != Config.root:
         raise UsageError("--mini draws its own data: leave out --root or --mini")
+
+
+def check_swap(cfg):
+    """UsageError for a --swap that cannot happen."""
+    if cfg.swap_mask == "own" and cfg.method not in ("ifam", "pdiscoformer"):
+        raise UsageError(f"--swap-mask own: --method {cfg.method} finds no mask of its own while it trains; choose "
+                         "found or true")
+    if cfg.swap_mask == "found" and cfg.weights == "none":
+        raise UsageError("--swap-mask found looks with the backbone as it was before training, and with --weights none "
+                         "that is random: give --weights")
+    if cfg.swap_mask == "found" and cfg.find_in == "view" and has(cfg.method, "find_in"):
+        raise UsageError("--swap-mask found reads the masks that were found in the whole pictures; leave out --find-in "
+                         "view")
+    if cfg.swap_mask == "true" and cfg.draft:
+        raise UsageError("--draft: --swap-mask true reads pictures with their masks, and a mask is as large as its "
+                         "picture; leave one of them out")
+    if cfg.batch // world() < 2:
+        raise UsageError(f"--swap: with --batch {cfg.batch} a process sees one image at a time, and nobody lends it a "
+                         "background; take a larger --batch")
 
 
 def refuse_too_large(cfg):
@@ -568,7 +624,7 @@ def checked(path, state):
               ("dataset.pipeline", named, f"one of {', '.join(PIPELINES)}")]
     if state.get("dataset") and (fault := wrong_field(state, fields)):           # older checkpoints have none
         raise UsageError(f"{path}: {fault}; take a checkpoint that train.py wrote")
-    return state
+    return {**state, "config": of_today(state["config"])}
 
 
 def from_published(path, state_dict, name):

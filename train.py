@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -35,7 +35,8 @@ import ifam
 import objectives
 import settings
 import vit
-from baselines import FoundMask, RandomMask, build
+from augment import Finder, Swap
+from baselines import FoundMask, RandomMask, build, train_found_head
 from benchmarks.samples import Plan, balanced, spread_over_groups
 from measure.leakage import given
 from measure.metrics import accuracies
@@ -94,7 +95,7 @@ def parameter_groups(model, cfg, steps):
         if not p.requires_grad:
             continue
         role = role_of(name, cfg)
-        token = name.endswith(("cls_token", "register_tokens", "pos_embed"))
+        token = name.endswith(("cls_token", "register_tokens", "pos_embed", "pool.queries", "pool.0.queries"))
         decays = p.ndim > 1 and not token and role != "prototypes" and "modulation" not in name
         base = {"backbone": cfg.lr, "tokens": cfg.lr_tokens, "prototypes": cfg.lr_prototypes, "heads": cfg.lr_heads}
         lr = base[role] * scale
@@ -200,20 +201,25 @@ class Buckets:
             self.fill()
 
 
-def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype=None, scaler=None):
+def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype=None, scaler=None, swap=None):
     """Forward and backward of one step -> "loss", its terms by name and "accuracy", averaged; so is p.grad.
 
     batch: this process's share of the global batch, as the loader gives it. buckets: Buckets of the model's parameters;
-    None without other processes. "weight" and "member" of the batch: what Objective.of gives. All randomness is a function of (seed, step, position in the global batch): one
-    process, many, or accumulation compute the same step, except that under accumulation the presence loss takes its
-    maximum within each portion.
+    None without other processes. "weight" and "member" of the batch: what Objective.of gives. swap: augment.Swap, or
+    None. All randomness is a function of (seed, step, position in the global batch): one process, many, or accumulation
+    compute the same step, except that under accumulation the presence loss takes its maximum within each portion, and
+    that backgrounds are swapped within each process's share.
     """
     weights, world = loss_weights(cfg), buckets.world if buckets else 1
     share = len(batch["label"])
     affine = ifam.Affine.draw((cfg.size, cfg.size), generator(cfg.seed, step))    # one for the whole global batch
     sums = {}
+    positions = range(rank * share, (rank + 1) * share)
+    amp = torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
+    if swap:
+        with amp:
+            batch = swap(model, batch, [generator(cfg.seed, step, 4, p) for p in positions], device)
     if isinstance(model, RandomMask):                    # other masks at each step
-        positions = range(rank * share, (rank + 1) * share)
         generators = [generator(cfg.seed, step, 3, p) for p in positions]
         told = {"keep": model.draw(generators, math.prod(model.predictor.backbone.grid)).to(device)}
     else:
@@ -222,7 +228,7 @@ def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype
     for number, part in enumerate(parts, 1):
         images, labels = (batch[key][part].to(device, non_blocking=True) for key in ("image", "label"))
         noise = draw_noise(model, cfg, step, (rank * share + part).tolist())
-        with torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext():
+        with amp:
             warped = None if model.selector is None else ifam.warp(images, affine)
             out, warped_maps = model.forward_pair(images, warped, noise and noise.to(device),
                                                   **{name: x[part] for name, x in told.items()})
@@ -356,17 +362,83 @@ def open_data(cfg, rank, world):
     return splits["train"], splits.get("val")
 
 
+def readers_of_masks(cfg):
+    """What of a run reads true masks in training -> [(how to call it, what to choose instead, may they tell labels?)].
+
+    A mask that tells the label may supervise: nobody is given it at a test.
+    """
+    found = [(f"--method {cfg.method}", "another --method", False)] * cfg.method.endswith("-truth")
+    found += [("--trim truth", "--trim found or none", False)] * (cfg.trim == "truth")
+    found += [("--swap-mask true", "--swap-mask found", False)] * (cfg.swap > 0 and cfg.swap_mask == "true")
+    return found
+
+
 def give_truth(samples, cfg):
-    """Training samples come with their true masks; UsageError where there are none, or where they give labels away."""
-    what = f"--method {cfg.method}" if cfg.trim == "none" else f"--trim {cfg.trim}"
-    other = "another --method" if cfg.trim == "none" else "--trim found or none"
-    if samples.masks is None:
-        raise UsageError(f"{what} needs true masks, and {samples.name} has none here; unpack its segmentations, or "
-                         f"choose {other}")
-    if samples.masks_tell:
-        raise UsageError(f"{what}: the masks of {samples.name} mark the {samples.classes[1]} and are empty "
-                         f"without one, which gives the label away; choose {other}")
-    samples.train_masks = True
+    """Training samples come with their true masks where these are read.
+
+    UsageError where there are none, where they give labels away to what must not know them, or nobody lends a
+    background.
+    """
+    if cfg.swap and len(samples.labels.unique()) < 2:
+        raise UsageError(f"--swap takes backgrounds from other classes, and {samples.name} has one class here; leave it "
+                         "out")
+    for what, other, may_tell in readers_of_masks(cfg):
+        if samples.masks is None:
+            raise UsageError(f"{what} needs true masks, and {samples.name} has none here; unpack its segmentations, or "
+                             f"choose {other}")
+        if samples.masks_tell and not may_tell:
+            raise UsageError(f"{what}: the masks of {samples.name} mark the {samples.classes[1]} and are empty "
+                             f"without one, which gives the label away; choose {other}")
+        samples.train_masks = True
+
+
+FOUND_STEPS, FOUND_BATCH = 500, 50                       # of FOUND's head, as published
+ROOM = 1 << 28                                           # bytes: keys of all pictures that take less are computed once
+
+
+def teach_finder(model, samples, cfg, rank, world, device):
+    """Train FOUND's head of a model on whole training pictures; rank 0 does, and the others get it from there."""
+    if rank == 0:
+        few = 4 * len(samples) * math.prod(model.finder.grid) * model.finder.width <= ROOM
+        plan = Plan(len(samples), min(FOUND_BATCH, len(samples)), 0, FOUND_STEPS, cfg.seed)
+        batches = [[i for _, i in batch] for batch in plan]
+        order = [batch.tolist() for batch in torch.arange(len(samples)).split(FOUND_BATCH)] if few else batches
+        seen = (model.look(images.to(device)) for images in whole_pictures(samples, order, cfg, "FOUND's head"))
+        if few:
+            keys, keep = map(torch.cat, zip(*seen))
+            seen = ((keys[batch], keep[batch]) for batch in batches)
+        train_found_head(model.finder_head, seen)
+    for p in model.finder_head.parameters() if world > 1 else ():
+        dist.broadcast(p.data, 0)
+
+
+def find_masks(find, grid, samples, cfg, rank, world, device):
+    """Training samples come with the masks that are found in the whole pictures -> the share of patches they keep.
+
+    find: images (B, 3, S, S) -> keep (B, N), the N patches of a grid (h, w).
+
+    Each process looks at a share of the batches, which are the same however many share them. The masks are a function
+    of the weights and the pictures: --resume finds the same ones.
+    """
+    batches = torch.arange(len(samples)).split(cfg.micro or 16)
+    mine = [batch.tolist() for batch in batches[rank::world]]
+    found = [torch.from_numpy(np.packbits(find(images.to(device)).bool().cpu().numpy(), axis=1))
+             for images in whole_pictures(samples, mine, cfg, "masks of training")]
+    pieces = [found]
+    if world > 1:
+        pieces = [None] * world
+        dist.all_gather_object(pieces, found)
+    samples.found = torch.cat([pieces[n % world][n // world] for n in range(len(batches))])
+    samples.found_grid = grid
+    patches = math.prod(samples.found_grid)
+    return np.unpackbits(samples.found.numpy(), axis=1, count=patches).mean().item()
+
+
+def whole_pictures(samples, batches, cfg, title):
+    """Images (B, 3, S, S) of batches of indices, each of a whole picture."""
+    loader = torch.utils.data.DataLoader(samples.whole(), batch_sampler=batches, num_workers=cfg.workers,
+                                         worker_init_fn=leave_signals)
+    return (part["image"] for part in progress(loader, title))
 
 
 class Trainer:
@@ -381,6 +453,9 @@ class Trainer:
         self.model, self.optimizer, self.scaler, self.skipped = model, optimizer, scaler, 0
         self.averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
         self.buckets, self.objective = Buckets(self.trained, world), objective
+        self.swap = Swap(cfg) if cfg.swap else None
+        # for --swap-mask found: in no checkpoint, for the weights before training are known
+        self.finder = Finder(model) if cfg.swap and cfg.swap_mask == "found" and not isinstance(model, FoundMask) else None
 
     @property
     def weights(self):
@@ -420,7 +495,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_at(step, self.steps, group["warmup"])
         terms = gradients(self.model, self.cfg, batch, step, self.rank, self.buckets, self.device, self.dtype,
-                          self.scaler)
+                          self.scaler, self.swap)
         refuse_non_finite({f"the loss term {name!r}": value for name, value in terms.items()}, step)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained, self.cfg.clip or math.inf)
@@ -606,6 +681,21 @@ def check_select(cfg, val):
                          "take --select worst_class")
 
 
+def prepare_masks(cfg, trainer, samples, log, start, resumed):
+    """What comes before the first step where masks are found: the finder is trained, and looks."""
+    how, model = (samples, cfg, trainer.rank, trainer.world, trainer.device), trainer.model
+    if cfg.finder == "head" and not resumed:
+        teach_finder(model, *how)
+        if trainer.averaged:
+            trainer.averaged.finder_head.load_state_dict(model.finder_head.state_dict())
+    if trainer.finder or isinstance(model, FoundMask) and cfg.find_in == "picture":
+        find, grid = (trainer.finder.find, trainer.finder.grid) if trainer.finder else (model.find, model.finder.grid)
+        share = find_masks(find, grid, *how)
+        trainer.finder = None                            # it has done its work
+        log({"step": start, "found_share": share},
+            f"masks found in {len(samples)} training pictures, once: they keep {share:.0%} of the patches")
+
+
 def train(cfg):
     """Train as the settings say, from the start or from last.pt, and write the run's folder."""
     check(cfg)
@@ -626,8 +716,7 @@ def train(cfg):
             images |= {"groups": objective.digest()} if cfg.groups else {}
         trainer = Trainer(cfg, steps, rank, world, device, len(samples.classes), read, objective)
         del read                                         # the weights are in the model now
-        if trainer.model.needs_truth:
-            give_truth(samples, cfg)
+        give_truth(samples, cfg)
         if state:
             refuse_other_images(state, images, steps, folder)
             trainer.load(state, folder / "last.pt")
@@ -641,6 +730,8 @@ def train(cfg):
              **({"objective": objective.described()} if objective else {})},
             f"{objective}\n" * bool(objective) + f"{cfg.method}: {sum(p.numel() for p in trainer.trained):,} trained parameters, steps {start} to "
             f"{steps} ({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
+        if isinstance(trainer.model, FoundMask) or trainer.finder:
+            prepare_masks(cfg, trainer, samples, log, start, resumed=bool(state))
         loop(cfg, trainer, samples, val, log, start, best, images)
         average = {"ema_decay": trainer.decay(steps - 1)} if cfg.ema else {}
         log({"step": steps, "finished": True, **average},            # sweep.py looks for it

@@ -8,25 +8,31 @@ Floor: data. Read this first of the data, then transforms.py.
 import copy
 import functools
 import hashlib
+import math
 import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks.files import exists, read_image
-from benchmarks.transforms import FINE_GRAINED, View, to_tensor
+from benchmarks.transforms import FINE_GRAINED, View, squash, to_tensor
 from settings import UsageError
 
 
-def patch_keep(masks, patch, share=0.5):
-    """True masks (B, S, S) in {0, 1} -> keep (B, N): 1 where more than `share` of a patch is object.
+def patch_keep(masks, patch, rule="half"):
+    """Masks (B, S, S) in {0, 1} -> keep (B, N), by one of two rules.
 
-    An object that no patch holds enough of keeps its best patch. A mask without any object keeps nothing.
+    half: 1 where more than half of a patch is object; an object that no patch holds enough of keeps its best patch.
+    centre: 1 where the pixel at a patch's centre is object, which is how iFAM's code reads a mask ("nearest-exact"); a
+    small object may keep nothing. A mask without any object keeps nothing.
     """
+    if rule == "centre":
+        return masks[:, patch // 2::patch, patch // 2::patch].flatten(1).float()
     cover = torch.nn.functional.avg_pool2d(masks[:, None].float(), patch).flatten(1)
-    keep = cover > share
+    keep = cover > 0.5
     small = (~keep.any(1) & (cover > 0).any(1)).nonzero()[:, 0]
     keep[small, cover.argmax(1)[small]] = True
     return keep.float()
@@ -66,10 +72,12 @@ class Samples(torch.utils.data.Dataset):
 
     samples[epoch, i] is sample i as augmented in that epoch; samples[i] the evaluation view, with
     "mask" (S, S) uint8, "points" (P, 3) and "box" (4,) where the benchmark has them. train_masks: True adds the mask
-    to augmented samples too. merge (outputs,): the class that each output of the model stands for, -1 for none, where
+    to augmented samples too. found: masks that were found in the whole pictures, which augmented samples have as
+    "found" (S, S), augmented alike: (n, bytes), a bit for each of the found_grid patches of a picture. merge (outputs,): the class that each output of the model stands for, -1 for none, where
     a model of another benchmark is evaluated. Raises UsageError for an unreadable file.
     """
     train_masks = False
+    found = found_grid = None
     masks_tell = False          # True: masks mark what makes the label, so that no model may be given them
     partial = False             # True: some of the classes are not there on purpose
     checked = False             # True: every file was looked at (folder.survey)
@@ -118,7 +126,7 @@ class Samples(torch.utils.data.Dataset):
 
     def keep(self, indices):
         """These samples only, in this order."""
-        for key in ("ids", "paths", "labels", "groups", "masks", "points", "boxes", "attributes"):
+        for key in ("ids", "paths", "labels", "groups", "masks", "found", "points", "boxes", "attributes"):
             setattr(self, key, pick(getattr(self, key), indices))
         return self
 
@@ -131,6 +139,19 @@ class Samples(torch.utils.data.Dataset):
     def first(self, n):
         """Keep n samples only, spread evenly: files are often sorted by class. All of them if n is 0."""
         return self.keep([i * len(self) // n for i in range(n)]) if 0 < n < len(self) else self
+
+    def whole(self):
+        """The same pictures without annotations, each squashed whole into the square that a model sees."""
+        other = copy.copy(self)
+        other.pipeline = self.pipeline._replace(evaluate=squash)
+        other.masks = other.points = other.boxes = other.found = None
+        return other
+
+    def with_found(self, i, view):
+        """The mask found in picture i, as large as the picture: 2 where it keeps, and 1 more where view.mask does."""
+        keep = np.unpackbits(self.found[i].numpy(), count=math.prod(self.found_grid)).reshape(self.found_grid)
+        keep = Image.fromarray(2 * keep).resize(view.image.size, Image.Resampling.NEAREST)
+        return Image.fromarray(np.asarray(keep) + (np.asarray(view.mask) > 0)) if view.mask else keep
 
     def on_disk(self):
         """Are all images there? Names come from listing the folder, so they are."""
@@ -169,6 +190,9 @@ class Samples(torch.utils.data.Dataset):
         if view.mask and view.mask.size != view.image.size:
             raise UsageError(f"mask {self.masks[i]} is {view.mask.size}, its image {view.image.size}; unpack both "
                              "again")
+        found = self.found is not None and epoch is not None
+        if found:
+            view.mask = self.with_found(i, view)
         if epoch is not None:
             rng = np.random.default_rng([self.seed, epoch, zlib.crc32(os.fsencode(self.ids[i]))])
             self.pipeline.train(view, self.size, rng)
@@ -179,6 +203,9 @@ class Samples(torch.utils.data.Dataset):
                 raise UsageError(f"cannot use image {self.paths[i]}: {error}") from None
         sample = {"label": int(self.labels[i]), "group": int(self.groups[i]), "id": self.ids[i],
                   "image": to_tensor(view.image, self.normalisation)}
+        if found:
+            sample["found"] = torch.from_numpy(np.asarray(view.mask) >> 1)
+            view.mask = view.mask.point([0, 1, 0, 1] + [0] * 252) if mask else None
         if view.mask:
             # CUB's masks are soft (how many annotators agree): any agreement is object, as published
             sample["mask"] = torch.from_numpy((np.asarray(view.mask) > 0).astype(np.uint8))

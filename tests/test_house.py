@@ -17,6 +17,7 @@ notebooks
 sweep
 evaluate intervene groups speed compose miniature.pretrain
 train
+augment
 predict
 measure
 interventions

@@ -51,6 +51,9 @@ PROMISE = [
     (train, ("--data", "folder"), 2, "--root"), (train, ("--data", "folder", "--root", FILE), 2, "not a folder"), (train, ("--data", "folder", "--root", "."), 2, "expected"),
     (train, ("--data", "folder", "--mini"), 2, "--recipe mini"), (train, ("--recipe", "papr"), 2, "did you mean paper"), (train, ("--arch", "mini", "--size", 96), 2, "--weights mini"),
     (train, (*MINI, "--method", "erm", "--recipe", "mini", "--k", 3), 2, "means nothing to"), (train, (*MINI, "--arch", "s", "--size", 98), 2, "--arch mini"),
+    (train, (*MINI, "--swap", 1.5), 2, "at most 1"), (train, (*MINI, "--swap-mask", "own"), 2, "without --swap"), (train, (*MINI, "--swap", 0.5, "--swap-mask", "owm"), 2, "did you mean own"),
+    (train, (*MINI, "--method", "erm", "--swap", 0.5, "--swap-mask", "own"), 2, "finds no mask of its own"), (train, (*MINI, "--method", "early-random", "--swap", 1), 2, "means nothing to"),
+    (train, (*MINI, "--swap", 0.5, "--swap-mask", "found", "--weights", "none"), 2, "give --weights"), (train, (*MINI, "--swap", 0.5, "--batch", 1), 2, "larger --batch"),
     # data.py
     (data, (), 2, "--root"), (data, ("--root", FILE), 2, "not a folder"), (data, ("--mini",), 2, "leave out one"), (data, ("--data", "mars"), 2, "unknown --data"),
     (data, ("--sheet", FILE), 2, "--force"), (data, ("--sheet", "nowhere/x.png"), 2, "no folder"), (data, ("--sheet", "x.docx"), 2, ".png"),
