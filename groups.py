@@ -148,7 +148,7 @@ def backgrounds(model, samples, device="cpu", batch=32, workers=0):
 
     def measure(part):
         images = part["image"].to(device)
-        kept = model.mask(model(images, **given(model, part, device)))
+        kept = model.mask(selector(images))
         own = F.interpolate(kept.unflatten(1, model.grid)[:, None], selector.backbone.grid, mode="nearest-exact")
         refused = 1 - own.flatten(1)
         patches = selector.backbone(selector.shrink(images), refused)[:, selector.backbone.prefix:]

@@ -1,5 +1,6 @@
 """Groups that nobody labelled: errors, clusters and backgrounds, against slower ways and planted ones; no label of a place is read."""
 import copy
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -8,7 +9,9 @@ import torch
 
 import groups
 import runs
+from baselines import build
 from benchmarks.files import read_groups
+from measure.leakage import given
 from measure.metrics import ari
 from models import pictures, tiny
 from settings import UsageError
@@ -167,7 +170,7 @@ def test_backgrounds_are_read_from_refused_patches_alone():
         keep = torch.zeros(4, 25)
         keep[:, 6:9] = keep[:, 11:14] = keep[:, 16:19] = 1
         keep[3] = 1                                      # nothing is refused
-        model.mask = lambda out: keep
+        model.mask = lambda first: keep
         samples = lambda x: [{"image": image} for image in x]
         measure = lambda x: groups.backgrounds(model, type("S", (list,), dict(name="s", split="train"))(samples(x)))
         features, share = measure(images)
@@ -219,13 +222,14 @@ def test_files_of_others_are_not_replaced_and_flags_that_mean_nothing_are_refuse
     assert "leave it out" in ask("--by", "errors", "--data", "waterbird200")
 
 
-def test_every_method_that_learns_a_mask_has_backgrounds_and_every_method_has_errors(tmp_path):
-    for method in ("pdiscoformer", "early-truth", "early-found"):
-        trained = train(tmp_path / method, "--method", method, "--limit", 32)
-        for by in ("errors", *["background"] * (method == "pdiscoformer")):
-            try:
-                out, _ = written(trained, by=by)
-            except UsageError as error:                  # so short a training may have all or nothing wrong
-                assert "epochs" in str(error) or "clusters" in str(error) or "every patch" in str(error)
-                continue
-            assert len(out.read_text().splitlines()) == 33
+@pytest.mark.parametrize("method", ["ifam", "pdiscoformer", "erm", "ep", "early-truth", "late-found"])
+def test_what_the_head_reads_gives_the_logits_of_the_model(method):
+    cfg = runs.Config(**{**runs.preset({"mini": True, "method": method}), "mini": True, "method": method})
+    model = build(dataclasses.asdict(cfg), 3).eval()
+    split = type("S", (list,), dict(name="s", split="train"))
+    samples = split({"image": x, "mask": torch.ones(96, 96).long(), "id": "a"} for x in pictures(3, 96))
+    x = groups.read_by_head(model, samples, batch=2)
+    head = model.predictor.head if model.predictor else model.selector.classifier
+    with torch.no_grad():
+        told = given(model, next(iter(torch.utils.data.DataLoader(samples, 3))), "cpu")
+        assert torch.allclose(head(x.to(head.weight.dtype)), model(pictures(3, 96), **told).logits, atol=1e-4)
