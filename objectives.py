@@ -156,9 +156,9 @@ class Objective:
 
     def described(self):
         """For the first line of log.jsonl -> dict."""
-        moves = {"step": self.step, "adjustment": self.adjustment.tolist()} if self.robust else {}
         drawn = "with equal shares of the groups" if self.shares is not None else "each once an epoch"
-        return {"name": self.name, "of": self.what, "groups": dict(zip(self.names, self.counts)), "draws": drawn, **moves}
+        moves = {"step": self.step, "adjustment": self.adjustment.tolist()} if self.robust else {}
+        return {"of": self.what, "groups": dict(zip(self.names, self.counts)), "draws": drawn, **moves}
 
     def digest(self):
         """What tells these groups from others, for --resume and for sweep.py."""
@@ -172,7 +172,7 @@ class Objective:
         if self.name == "jtt":
             text += f": images of wrong weigh {self.weights.max():.3g}, others {self.weights.min():.3g}"
         if self.robust:
-            scaled = f", which is {STEP} * {STEPS:,} / {self.steps} steps: as published, scaled to the length of the run"
+            scaled = f" = {STEP} * {STEPS:,} / {self.steps} steps: the published one, scaled to the length of the run"
             text += f": --dro-step {self.step:.4g}" + scaled * self.scaled
         return text + "; groups are drawn in equal shares" * (self.shares is not None)
 
