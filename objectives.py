@@ -78,7 +78,7 @@ def grouping(cfg, samples):
 
 def start(cfg, samples, steps):
     """The Objective of a run over so many steps on these training images; None for erm."""
-    return None if cfg.objective == "erm" else Objective(cfg, samples, steps)
+    return None if cfg.objective == "erm" else Objective(cfg, *grouping(cfg, samples), steps)
 
 
 class Objective:
@@ -93,17 +93,16 @@ class Objective:
     after the last portion and the last process; and a group that is absent does not move.
     """
 
-    def __init__(self, cfg, samples, steps):
-        self.names, self.groups, self.what = grouping(cfg, samples)
-        self.name, self.robust, self.file = cfg.objective, cfg.objective in ROBUST, cfg.groups
-        counts = torch.bincount(self.groups)
+    def __init__(self, cfg, names, groups, what, steps):
+        self.name, self.robust = cfg.objective, cfg.objective in ROBUST
+        self.names, self.groups, self.what, counts = names, groups, what, torch.bincount(groups)
         self.counts, each = counts.tolist(), 1 / (len(counts) * counts.double())             # (G,)
         draws = cfg.objective == "balanced" or self.robust and cfg.dro_draw == "balanced"
         self.shares = each[self.groups].numpy() if draws else None
-        weights = {"reweight": len(samples) * each}
+        weights = {"reweight": len(groups) * each}
         if self.name == "jtt":
             up = torch.tensor([cfg.upweight if name == "wrong" else 1.0 for name in self.names]).double()
-            weights["jtt"] = up / (up @ counts.double() / len(samples))
+            weights["jtt"] = up / (up @ counts.double() / len(groups))
         self.weights = weights[self.name][self.groups].float() if self.name in weights else None     # (n,)
         self.step, self.scaled = cfg.dro_step or STEP * STEPS / steps, not cfg.dro_step
         self.steps, self.adjustment = steps, cfg.dro_adjustment / counts.double().sqrt()
