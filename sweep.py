@@ -47,12 +47,12 @@ class Config:
 METHODS = {     # in the order of the paper's table; early and late masks pool alike, so that one thing differs
     name: ["--method", name] for name in ("early-truth", "late-truth", "frozen", "erm", "late-found", "ep", "aim",
                                           "pdiscoformer", "early-found", "ifam")}
-FIFTH = "a fifth"                                        # of --epochs: the first pass of JTT, as published for Waterbirds
+FIFTH = "a fifth"                                        # of --epochs: of JTT's first model, as published for Waterbirds
 WORST = ["--select", "worst_group"]                      # as published, where groups are known anyway
 
 
 def objectives(method):
-    """{name of a run: flags of train.py}: a method with each objective.
+    """{name of a run: flags of train.py}: a method with each objective, and with other backgrounds in its images.
 
     --groups RUN:BY is what groups.py --by BY writes of the run of that name and seed, which comes first.
     """
@@ -61,7 +61,9 @@ def objectives(method):
                "-jtt": ["--objective", "jtt", "--groups", "erm-first:errors", *WORST],
                "-george": ["--objective", "george", "--groups", f"{method}:clusters"],
                "-background-dro": ["--objective", "group-dro", "--groups", "ifam:background"]}
-    return {method + name: [*METHODS[method], *flags] for name, flags in weighed.items()}
+    masks = ("true", "found", *["own"] * (method == "ifam"))
+    swapped = {f"-swap-{mask}": ["--swap", "0.5", "--swap-mask", mask] for mask in masks}
+    return {method + name: [*METHODS[method], *flags] for name, flags in {**weighed, **swapped}.items()}
 
 
 SETS = {        # {name of a set: {name of a run: flags of train.py}}
@@ -344,8 +346,8 @@ def main(argv=None):
         raise UsageError(f"{min(refused)} is decided by the sweep: leave it out")
     runs, failed = plan(given.what, given.seeds, flags), []
     for name in given.also:
-        if (trained := data.BENCHMARKS[name].trained_on) != runs[0][0].data:
-            raise UsageError(f"--also {name} evaluates models of {trained}, not of {runs[0][0].data}: leave it out")
+        if (of := data.BENCHMARKS[name].trained_on) != runs[0][0].data:
+            raise UsageError(f"--also {name} evaluates models of {of}, not of {runs[0][0].data}: leave it out")
     left = lambda cfg, typed: commands(cfg, typed, given.processes, ["--leakage", str(given.leakage)], given.also)
     for number, (cfg, typed) in enumerate(runs, 1):
         todo, first = left(cfg, typed), first_pass(cfg)

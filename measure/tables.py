@@ -183,19 +183,24 @@ def crossed(name, split):
     return not benchmark.classes or sum(n > 0 for n in counts) > benchmark.classes
 
 
+MADE = r"groups-(errors|clusters|background)\.csv"        # what groups.py calls its files
+
+
 def supervision(config, report):
     """What a row was given beside images and classes, from the config.json of its run and its report -> dict.
 
     {"groups", "masks": the splits whose groups or masks it was given, "passes": trainings over the data}. Groups of
-    --groups count as groups of training, but for those that a first model made (jtt, george).
+    --groups count as groups of training, but for those that a first model made (jtt, george, a file of groups.py).
     """
     objective, name = config.get("objective", RunConfig.objective), config["data"]
-    weighed = objective in ("balanced", "reweight", "group-dro") and (config.get("groups") or crossed(name, "train"))
+    made = objective in MAKES or re.fullmatch(MADE, Path(config.get("groups") or "").name)
+    weighed = objective in ("balanced", "reweight", "group-dro") and not made and (config.get("groups") or
+                                                                                   crossed(name, "train"))
     decision = report.get("intervention", {}).get("decision")
     selected = config.get("select") == "worst_group" or decision and chosen_on(decision) == "val"
     told = config["method"].endswith("-truth") or config.get("trim") == "truth"
     return {"groups": ["training"] * bool(weighed) + ["validation"] * bool(selected and crossed(name, "val")),
-            "masks": ["training", "test"] * told, "passes": 1 + (objective in MAKES)}
+            "masks": ["training", "test"] * told, "passes": 1 + bool(made)}
 
 
 def supervision_text(found):

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import data
 import groups
 import runs
+import train as training
 from baselines import build
 from benchmarks.files import read_groups
+from measure import tables
 from measure.leakage import given
 from measure.metrics import ari
 from models import pictures, tiny
@@ -91,7 +94,16 @@ def test_large_clusters_are_compared_by_a_fixed_number_of_rows(monkeypatch):
 # ---------------------------------------------------------------- of a model
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("groups") / "run")
+    """An untrained ifam on 64 images of the miniature, whose parts and background differ: it is wrong about half."""
+    folder = tmp_path_factory.mktemp("groups")
+    cfg = runs.Config(**{**runs.preset({"mini": True}), "mini": True, "limit": 64})
+    torch.manual_seed(0)
+    model = training.start_model(cfg, 2).eval()
+    image = data.load("waterbirds", data.find_root("waterbirds", "data", True), 96, limit=1, splits=("train",))["train"][0]["image"]
+    with torch.no_grad():                                # a patch in the corner is background
+        model.selector.prototypes.copy_(model.selector.features(image[None])[0, [54, 66, 78, 90, 0]])
+    runs.save(folder / "best.pt", 0, cfg, 0, {"split": "val", "epoch": 0, "accuracy": None}, {"model": model})
+    return folder
 
 
 def written(run, *flags, by, name="g"):
@@ -205,11 +217,18 @@ def test_backgrounds_are_crossed_with_the_class_and_images_without_one_go_with_t
 
 def test_a_run_trains_with_the_groups_and_a_model_without_a_mask_has_no_background(run, tmp_path, capsys):
     out, said = written(run, "--clusters", 2, by="background")
-    trained = train(tmp_path / "second", "--method", "erm", "--objective", "group-dro", "--groups", out)
+    trained = train(tmp_path / "second", "--limit", 64, "--method", "erm", "--objective", "group-dro", "--groups", out)
     first = json.loads((trained / "log.jsonl").read_text().splitlines()[0])
     assert first["images"]["groups"] == said["digest"] and first["objective"]["groups"] == said["groups"]
     line = fails(groups.main, "--ckpt", trained / "best.pt", "--by", "background")(capsys)
     assert "method erm, which learns no mask" in line and not (trained / "groups-background.csv").exists()
+
+
+def test_groups_that_a_model_made_are_no_labels_and_cost_a_pass():
+    report, config = {}, {**vars(runs.Config()), "objective": "group-dro"}
+    said = lambda **more: tables.supervision({**config, **more}, report)
+    assert said() == {"groups": ["training"], "masks": [], "passes": 1} == said(groups="runs/mine.csv")
+    assert said(groups="runs/ifam-0/groups-background.csv") == {"groups": [], "masks": [], "passes": 2}
 
 
 def test_files_of_others_are_not_replaced_and_flags_that_mean_nothing_are_refused(run, tmp_path, capsys):
