@@ -38,6 +38,19 @@ def patch_keep(masks, patch, rule="half"):
     return keep.float()
 
 
+def patch_share(masks, grid):
+    """Masks (B, S, S) in {0, 1} -> how much of each patch of a grid (h, w) is object (B, h*w), in [0, 1]."""
+    return torch.nn.functional.adaptive_avg_pool2d(masks[:, None].float(), grid).flatten(1)
+
+
+def boxes_of(masks):
+    """Masks (B, S, S) in {0, 1} -> the smallest box around each, filled, of the same kind; an empty one stays empty."""
+    def span(some):                                      # (B, S): from the first to the last
+        return some.cummax(1).values * some.flip(1).cummax(1).values.flip(1)
+    rows, columns = (span((masks > 0).any(axis).long()) for axis in (2, 1))
+    return (rows[:, :, None] * columns[:, None]).to(masks.dtype)
+
+
 class Names:
     """File names in one block of bytes: ImageNet's 1.28 million are one object, not a million.
 
