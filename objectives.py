@@ -80,7 +80,7 @@ def grouping(cfg, samples):
 
 def start(cfg, samples, steps):
     """The Objective of a run over so many steps on these training images; None for erm."""
-    return None if cfg.objective == "erm" else Objective(cfg, samples, steps)
+    return None if cfg.objective == "erm" else Objective(cfg, *grouping(cfg, samples), steps)
 
 
 class Objective:
@@ -95,17 +95,16 @@ class Objective:
     after the last portion and the last process; and a group that is absent does not move.
     """
 
-    def __init__(self, cfg, samples, steps):
-        self.names, self.groups, self.what = grouping(cfg, samples)
-        self.name, self.robust, self.file = cfg.objective, cfg.objective in ROBUST, cfg.groups
-        counts = torch.bincount(self.groups)
+    def __init__(self, cfg, names, groups, what, steps):
+        self.name, self.robust = cfg.objective, cfg.objective in ROBUST
+        self.names, self.groups, self.what, counts = names, groups, what, torch.bincount(groups)
         self.counts, each = counts.tolist(), 1 / (len(counts) * counts.double())             # (G,)
         draws = cfg.objective == "balanced" or self.robust and cfg.dro_draw == "balanced"
         self.shares = each[self.groups].numpy() if draws else None
-        weights = {"reweight": len(samples) * each}
+        weights = {"reweight": len(groups) * each}
         if self.name == "jtt":
             up = torch.tensor([cfg.upweight if name == "wrong" else 1.0 for name in self.names]).double()
-            weights["jtt"] = up / (up @ counts.double() / len(samples))
+            weights["jtt"] = up / (up @ counts.double() / len(groups))
         self.weights = weights[self.name][self.groups].float() if self.name in weights else None     # (n,)
         self.step, self.scaled = cfg.dro_step or STEP * STEPS / steps, not cfg.dro_step
         self.steps, self.adjustment = steps, cfg.dro_adjustment / counts.double().sqrt()
@@ -158,9 +157,9 @@ class Objective:
 
     def described(self):
         """For the first line of log.jsonl -> dict."""
-        moves = {"step": self.step, "adjustment": self.adjustment.tolist()} if self.robust else {}
         drawn = "with equal shares of the groups" if self.shares is not None else "each once an epoch"
-        return {"name": self.name, "of": self.what, "groups": dict(zip(self.names, self.counts)), "draws": drawn, **moves}
+        moves = {"step": self.step, "adjustment": self.adjustment.tolist()} if self.robust else {}
+        return {"of": self.what, "groups": dict(zip(self.names, self.counts)), "draws": drawn, **moves}
 
     def digest(self):
         """What tells these groups from others, for --resume: their number, and a SHA-256 of each image's, in order."""
@@ -175,7 +174,7 @@ class Objective:
         if self.name == "jtt":
             text += f": images of wrong weigh {self.weights.max():.3g}, others {self.weights.min():.3g}"
         if self.robust:
-            scaled = f", which is {STEP} * {STEPS:,} / {self.steps} steps: as published, scaled to the length of the run"
+            scaled = f" = {STEP} * {STEPS:,} / {self.steps} steps: the published one, scaled to the length of the run"
             text += f": --dro-step {self.step:.4g}" + scaled * self.scaled
         return text + "; groups are drawn in equal shares" * (self.shares is not None)
 

@@ -136,14 +136,14 @@ class Config:
                                                          "all others, by a margin (COMET, where it is 4)")
 
     objective: str = opt("erm", "what each training image counts in the class losses, see docs/methods.md: all alike; "
-                                "groups drawn in equal shares, or weighed by 1 over their size; errors of a first model "
-                                "more; groups, or clusters, by weights that move with their losses",
+                                "groups drawn in equal shares, or weighed by 1 over their size; errors of a first "
+                                "model more; groups, or clusters, by weights that move with their losses",
                          choices=objectives.OBJECTIVES, group="objective")
     groups: str = opt("", "groups that are not class and place: a csv of id and group, with a line for each training "
                           "image; jtt and george need one, and groups.py writes it")
     upweight: float = opt(100.0, "jtt: how often an error counts, as published for Waterbirds", above=0)
-    dro_step: float = opt(0.0, "group-dro and george: step size eta of the weights of groups (0: the published 0.01 for "
-                               "11,100 steps, scaled to the length of the run)", at_least=0)
+    dro_step: float = opt(0.0, "group-dro and george: step size eta of the weights of groups (0: the published 0.01 "
+                               "for 11,100 steps, scaled to the length of the run)", at_least=0)
     dro_adjustment: float = opt(0.0, "the same: C, which adds C / sqrt(images of a group) to its loss where weights "
                                      "move; george has 2 if not given, as published", at_least=0)
     dro_draw: str = opt("balanced", "the same: groups are drawn in equal shares, as published, or each image once an "

@@ -699,8 +699,8 @@ def merit(best):
 def check_select(cfg, val):
     """UsageError where there is nothing to choose the best epoch by."""
     if cfg.select != "accuracy" and not val:
-        raise UsageError(f"--select {cfg.select} chooses on validation images, and {cfg.data} has none: --val-share 0.1 "
-                         "holds out a tenth of the training images; or leave it out")
+        raise UsageError(f"--select {cfg.select} chooses on validation images, and {cfg.data} has none: hold some out "
+                         "with --val-share 0.1, or leave it out")
     if cfg.select == "worst_group" and not val.places:
         raise UsageError(f"--select worst_group needs groups in validation, and {val.title} {val.split} has no places: "
                          "take --select worst_class")
@@ -754,7 +754,8 @@ def train(cfg):
         log({"step": start, "command": sys.argv, "config": asdict(cfg), "torch": torch.__version__, "processes": world,
              "images": images, **({"data_differs": samples.differs} if samples.differs else {}),
              **({"objective": objective.described()} if objective else {})},
-            f"{objective}\n" * bool(objective) + f"{cfg.method}: {sum(p.numel() for p in trainer.trained):,} trained parameters, steps {start} to "
+            f"{objective}\n" * bool(objective)
+            + f"{cfg.method}: {sum(p.numel() for p in trainer.trained):,} trained parameters, steps {start} to "
             f"{steps} ({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
         if isinstance(trainer.model, FoundMask) or trainer.finder:
             prepare_masks(cfg, trainer, samples, log, start, resumed=bool(state))

@@ -67,9 +67,9 @@ def accuracies(result, samples, key="logits", rare=(), train_groups=None):
 
     aa: share of images that are right. aa_train_weighted: group accuracies weighted by their share in training,
     which is the "average" of many Waterbirds papers. worst_group: least over all groups; worst_group_rare: over
-    `rare` only, the paper's definition; worst_class: over classes. Groups without images have accuracy None and count nowhere. auroc: times 100,
-    of the softmax probability of class 1, where there are two classes. aa_interval, worst_group_interval: [low, high]
-    over images, Wilson's; of several worst groups that of the smallest.
+    `rare` only, the paper's definition; worst_class: over classes. Groups without images have accuracy None and count
+    nowhere. auroc: times 100, of the softmax probability of class 1, where there are two classes. aa_interval,
+    worst_group_interval: [low, high] over images, Wilson's; of several worst groups that of the smallest.
     """
     right = (samples.answers(result[key]) == samples.labels).double()
     groups = [share_of(right[samples.groups == g]) for g in range(len(samples.group_names))]

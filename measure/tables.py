@@ -19,6 +19,7 @@ from pathlib import Path
 import data
 from baselines import GIVEN
 from interventions import chosen_on
+from objectives import MAKES
 from runs import Config as RunConfig
 from runs import differences, of_best, preset, read_config, usual_recipe
 from settings import (UsageError, flag, may_write, opt, parse, read_json, run_script, write_csv, write_json,
@@ -162,14 +163,45 @@ def row_name(config):
     """What a run is, from its config.json: its method, and as flags the settings that are not its defaults."""
     usual = usual_recipe(config["mini"])
     recipe = config.get("recipe", usual)                 # earlier runs do not say
-    given = {key: config[key] for key in ("data", "mini", "method")} | {"recipe": recipe}
+    objective, file = config.get("objective", RunConfig.objective), config.get("groups")
+    given = {key: config[key] for key in ("data", "mini", "method")} | {"recipe": recipe, "objective": objective}
     default = RunConfig(**{**preset(given), **given, "seed": config["seed"]})
     changed = differences({**asdict(default), **config}, default)
-    words = [config["method"], *[f"--recipe {recipe}"] * (recipe != usual)]
+    words = [config["method"], *[f"--recipe {recipe}"] * (recipe != usual),
+             *[f"--objective {objective}"] * (objective != RunConfig.objective),
+             *[f"--groups {Path(file or '').name}"] * bool(file)]
     for name, (value, _) in changed.items():
         typed = flag(name)
         words.append(typed if value is True else f"--no-{typed[2:]}" if value is False else f"{typed} {value}")
     return " ".join(words)
+
+
+def crossed(name, split):
+    """Do the groups of a benchmark's split tell more than its classes? Those of a folder of one's own may."""
+    benchmark = data.BENCHMARKS[name]
+    counts = benchmark.counts.get(split, ((),))[0]
+    return not benchmark.classes or sum(n > 0 for n in counts) > benchmark.classes
+
+
+def supervision(config, report):
+    """What a row was given beside images and classes, from the config.json of its run and its report -> dict.
+
+    {"groups", "masks": the splits whose groups or masks it was given, "passes": trainings over the data}. Groups of
+    --groups count as groups of training, but for those that a first model made (jtt, george).
+    """
+    objective, name = config.get("objective", RunConfig.objective), config["data"]
+    weighed = objective in ("balanced", "reweight", "group-dro") and (config.get("groups") or crossed(name, "train"))
+    decision = report.get("intervention", {}).get("decision")
+    selected = config.get("select") == "worst_group" or decision and chosen_on(decision) == "val"
+    told = config["method"].endswith("-truth") or config.get("trim") == "truth"
+    return {"groups": ["training"] * bool(weighed) + ["validation"] * bool(selected and crossed(name, "val")),
+            "masks": ["training", "test"] * told, "passes": 1 + (objective in MAKES)}
+
+
+def supervision_text(found):
+    """The cell of it: "groups: training, validation; masks: training; 2 passes"; "none" for classes and one pass."""
+    given = [f"{what}: {', '.join(found[what])}" for what in ("groups", "masks") if found[what]]
+    return "; ".join(given + [f"{found['passes']} passes"] * (found["passes"] > 1)) or "none"
 
 
 ON_TEST = " (chosen on test)"
@@ -205,6 +237,7 @@ def read_run(folder):
             for title, value in COLUMNS.items():
                 if (x := value(report)) is not None and not math.isfinite(x):
                     raise ValueError(f"{title} is {x}")
+            report["supervision"] = supervision(config, report)
             row = row_name(config) + correction(report), config["seed"], config["k"], report
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is not as evaluate.py writes it ({type(error).__name__}: {error}); write it "
@@ -252,7 +285,8 @@ def summarise(data, name, runs):
             numbers[title] = {"mean": mean, "half_interval": half, "values": values}
     worst = numbers.get("worst group")
     paper = from_paper(data, name, next(iter(runs.values()))[1])
-    return {"row": name, "seeds": list(runs), "reports": [str(path) for path, _, _ in runs.values()],
+    return {"row": name, "supervision": next(iter(runs.values()))[2]["supervision"], "seeds": list(runs),
+            "reports": [str(path) for path, _, _ in runs.values()],
             "leakage_images": sorted({r["leakage"]["images"] for _, _, r in runs.values() if r["leakage"]}),
             "numbers": numbers, "least_worst_group": min(worst["values"]) if worst else None,
             "paper": {title: {"value": value, "parts": parts} for title, (value, parts) in paper.items()}}
@@ -262,20 +296,22 @@ def summarise(data, name, runs):
 def layout(rows):
     """-> (titles, rows of cells as text, notes): columns that some row has, the paper's beside ours where it has one.
 
-    The first column is the row's name, the second its number of seeds. A cell without a number is DASH.
+    The first columns are the row's name, its number of seeds, and its supervision. A cell without a number is DASH.
     """
     titles = [t for t in COLUMNS if any(t in r["numbers"] for r in rows)]
     papers = [t for t in titles if any(t in r["paper"] for r in rows)]
     least = lambda r: DASH if r["least_worst_group"] is None else f"{r['least_worst_group']:.3f}"
     some_least = any(least(r) != DASH for r in rows)
     both = lambda t, mine, paper: (mine, paper)[:1 + (t in papers)]
-    head = ["", "n", *(h for t in titles for h in both(t, t, "paper")), *["least worst group"] * some_least]
+    head = ["", "n", "supervision", *(h for t in titles for h in both(t, t, "paper")),
+            *["least worst group"] * some_least]
     body = []
     for r in rows:
         n = len(r["seeds"])
         cells = (c for t in titles for c in both(t, ours(r["numbers"].get(t), n), theirs(r["paper"].get(t))))
-        body.append([r["row"], str(n), *cells, *[least(r)] * some_least])
-    notes = []
+        body.append([r["row"], str(n), supervision_text(r["supervision"]), *cells, *[least(r)] * some_least])
+    notes = ["supervision: what a row was given beside images and their classes, and trainings over the data if more "
+             "than one."]
     if some := sorted({n for r in rows for n in r["leakage_images"]}):
         count = f"{some[0]}" + f" to {some[-1]}, by run: of more it is larger" * (len(some) > 1)
         notes.append(f"repaint, logits: the largest change of an image, of {count}.")

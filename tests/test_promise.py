@@ -57,6 +57,16 @@ PROMISE = [
     (train, (*MINI, "--weight-mask", 1), 2, "without --supervise"), (train, (*MINI, "--method", "erm", "--supervise", "masks"), 2, "means nothing to"), (train, (*MINI, "--supervise", "mask"), 2, "did you mean masks"),
     (train, (*MINI, "--method", "pdiscoformer", "--weight-complement", 1), 2, "means nothing to"), (train, (*MINI, "--weight-complement", -1), 2, "at least 0"),
     (train, (*MINI, "--method", "seg-erm", "--k", 3), 2, "means nothing to"), (train, (*MINI, "--method", "seg-erm", "--draft"), 2, "means nothing to"), (train, (*MINI, "--method", "box-erm"), 2, "did you mean bbox-erm"),
+    (train, (*MINI, "--objective", "grop-dro"), 2, "did you mean group-dro"), (train, (*MINI, "--groups", FILE), 2, "means nothing with --objective erm"),
+    *((train, (*MINI, "--objective", name), 2, f"groups.py --ckpt runs/<name>/best.pt --by {by}") for name, by in (("jtt", "errors"), ("george", "clusters"))),
+    (train, (*MINI, "--objective", "jtt", "--groups", FILE), 2, "has no column id"), (train, (*MINI, "--objective", "balanced", "--groups", "nowhere.csv"), 2, "no such file"),
+    (train, (*MINI, "--objective", "reweight", "--upweight", 3), 2, "only with jtt"), (train, (*MINI, "--objective", "balanced", "--dro-step", 1), 2, "only with group-dro, george"),
+    (train, (*MINI, "--objective", "jtt", "--upweight", 0), 2, "above 0"), (train, (*MINI, "--objective", "group-dro", "--dro-adjustment", -1), 2, "at least 0"),
+    (train, (*MINI, "--method", "early-random", "--objective", "balanced"), 2, "means nothing to"), (train, (*MINI, "--select", "worst"), 2, "did you mean worst_"),
+    *((train, ("--data", name, "--mini", "--objective", "group-dro"), 2, why) for name, why in (
+        ("cub", "there are no places"), ("siim", "there are no places"), ("metashift", "each class is in one place only"))),
+    (train, ("--data", "cub", "--mini", "--select", "worst_class"), 2, "--val-share 0.1"),
+    (train, ("--data", "cub", "--mini", "--val-share", 0.1, "--select", "worst_group"), 2, "take --select worst_class"),
     # data.py
     (data, (), 2, "--root"), (data, ("--root", FILE), 2, "not a folder"), (data, ("--mini",), 2, "leave out one"), (data, ("--data", "mars"), 2, "unknown --data"),
     (data, ("--sheet", FILE), 2, "--force"), (data, ("--sheet", "nowhere/x.png"), 2, "no folder"), (data, ("--sheet", "x.docx"), 2, ".png"),
