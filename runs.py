@@ -95,9 +95,9 @@ class Config:
     pooling: str = opt("cls", "what stage 2 classifies from: class token, mean of the kept patches (the default of "
                               "early-* and late-*), or their sum over the number of all patches (late-*, as published)",
                        choices=("cls", "mean", "mean-all"))
-    mask_rule: str = opt("half", "early-* and late-*: the patches that a given mask keeps: those of which it covers more "
-                                 "than half (a small object keeps its best one), or those whose centre it covers, as "
-                                 "published", choices=("half", "centre"))
+    mask_rule: str = opt("half", "early-* and late-*: the patches that a given mask keeps: those of which it covers "
+                                 "more than half (a small object keeps its best one), or those whose centre it covers, "
+                                 "as published", choices=("half", "centre"))
     mask_with: str = opt("patches", "early-truth and early-found: what an early mask takes away: patches, which no "
                                     "other token sees, or their pixels, which become 0 (the mean colour) while their "
                                     "tokens stay", choices=("patches", "pixels"))
@@ -383,8 +383,8 @@ def check(cfg):
         what = "--freeze-stage2" if cfg.freeze_stage2 else f"--method {cfg.method}"
         raise UsageError(f"{what} takes the backbone as it is, and with --weights none it is random: give --weights")
     if cfg.probe_norm and world() * (cfg.batch // world() % (cfg.micro or cfg.batch) or cfg.micro or cfg.batch) < 2:
-        raise UsageError("--probe-norm compares the images of a step, and here is one alone: take a larger --batch, and "
-                         "a --micro of at least 2 that divides it")
+        raise UsageError("--probe-norm compares the images of a step, and here is one alone: take a larger --batch, or "
+                         "a --micro that leaves no single image")
     if cfg.selector_size > cfg.size:
         raise UsageError(f"--selector-size {cfg.selector_size} is larger than the image (--size {cfg.size}): there is "
                          "nothing more to see")

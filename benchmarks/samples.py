@@ -85,9 +85,10 @@ class Samples(torch.utils.data.Dataset):
 
     samples[epoch, i] is sample i as augmented in that epoch; samples[i] the evaluation view, with
     "mask" (S, S) uint8, "points" (P, 3) and "box" (4,) where the benchmark has them. train_masks: True adds the mask
-    to augmented samples too. found: masks that were found in the whole pictures, which augmented samples have as
-    "found" (S, S), augmented alike: (n, bytes), a bit for each of the found_grid patches of a picture. merge (outputs,): the class that each output of the model stands for, -1 for none, where
-    a model of another benchmark is evaluated. Raises UsageError for an unreadable file.
+    to augmented samples too. found (n, bytes): masks that a model found in the whole pictures, a bit for each of the
+    found_grid patches; augmented samples have theirs as "found" (S, S), augmented alike. merge (outputs,): the class
+    that each output of the model stands for, -1 for none, where a model of another benchmark is evaluated. Raises
+    UsageError for an unreadable file.
     """
     train_masks = False
     found = found_grid = None
