@@ -8,6 +8,7 @@ Floor: the lesson, its last chapter. Read ifam.py first; its letters are used he
 """
 import os
 import zlib
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -184,6 +185,50 @@ class AttentionProbe(ERM):
         return Probe(backbone, classes, AttentionPooling(backbone.width, backbone.blocks[0].attn.heads), bias=False)
 
 
+# ---------------------------------------------------------------- patches that answer
+class PatchProbe(Probe):
+    """A linear head with bias on every patch, whose logits are averaged: C classes, and `none` for patches without any.
+
+    Heads are linear, so that the mean of the patches' logits is the logit of their mean.
+    """
+
+    def __init__(self, backbone, classes):
+        super().__init__(backbone, classes, partial(torch.mean, dim=1), bias=True)
+        self.none = nn.Linear(backbone.width, 1)
+
+    def of_patches(self, images):
+        """images (B, 3, S, S) -> logits (B, N, C+1), none last."""
+        patches = self.backbone(images)[:, self.backbone.prefix:]
+        return torch.cat([self.head(patches), self.none(patches)], 2)
+
+
+class Segmenter(ERM):
+    """`seg-erm`, `bbox-erm` (Saab et al., MLHC 2022): patches learn where the object is, their mean answers.
+
+    In training forward_pair is told targets (B, N, C+1), see patch_targets: masks or boxes are read there, and nowhere
+    else. outside: the class of a patch without object, None for `none`; where masks mark what makes class 1 and are
+    empty without it, it is class 0, as published. differs from published: a ViT's patches instead of a U-Net's pixels,
+    more than two classes, chosen on validation accuracy.
+    """
+    make_predictor, outside = PatchProbe, None
+
+    def forward(self, images, keep=None, noise=None, targets=None):
+        if targets is None:
+            return super().forward(images, keep)
+        logits = self.predictor.of_patches(images)
+        return Output(logits.mean(1)[:, :-1], patch_logits=logits, targets=targets)
+
+
+def patch_targets(shares, labels, classes, outside=None):
+    """What patches are to answer: shares of object (B, N), labels (B,) -> (B, N, C+1), sums to 1 for each patch.
+
+    The share goes to the image's class, the rest to `outside`, by default the last, `none`.
+    """
+    inside = F.one_hot(labels, classes + 1)[:, None] * shares[..., None]
+    outside = torch.tensor(classes if outside is None else outside, device=labels.device)
+    return inside + F.one_hot(outside, classes + 1) * (1 - shares[..., None])
+
+
 # ---------------------------------------------------------------- masks that are not learned
 class TrueMask(ERM):
     """iFAM's second stage under the true mask, in training and in evaluation: what a perfect first stage would give.
@@ -330,17 +375,18 @@ class PDiscoFormer(IFAM):
 # ---------------------------------------------------------------- settings -> model
 GIVEN = ("early-truth", "late-truth", "early-found", "late-found")               # methods whose mask is not learned
 PRETRAINED = ("frozen", "ep", "aim", "early-found", "late-found")                # a random backbone cannot serve these
-METHODS = ("ifam", "pdiscoformer", "erm", "frozen", "ep", "aim", *GIVEN, "early-random")
+SEGMENT = ("seg-erm", "bbox-erm")                        # methods whose patches answer, taught by masks
+METHODS = ("ifam", "pdiscoformer", "erm", "frozen", "ep", "aim", *SEGMENT, *GIVEN, "early-random")
 TAKES = {   # settings that only these methods have; all others have no such thing, and refuse the flag
     **dict.fromkeys(("k", "tau", "part_dropout1", "train_tokens", "shaping", "lr_prototypes", "lr_tokens", "film",
-                     *(f"weight_{loss}" for loss in WEIGHTS if loss != "class2")),
+                     "supervise", *(f"weight_{loss}" for loss in WEIGHTS if loss not in ("class2", "complement"))),
                     ("ifam", "pdiscoformer")),
     **dict.fromkeys(("weight_class2", "warmup"), tuple(m for m in METHODS if m != "pdiscoformer")),
     **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "selector_size", "selector_arch",
-                     "selector_weights", "mask_largest", "mask_dilate"), ("ifam",)),
+                     "selector_weights", "mask_largest", "mask_dilate", "weight_complement"), ("ifam",)),
     "freeze_stage2": ("ifam", "early-random"), "trim": ("ifam", "early-truth"),
     **dict.fromkeys(("swap", "swap_mask"), tuple(m for m in METHODS if m != "early-random")),    # it judges masks
-    "draft": tuple(m for m in METHODS if not m.endswith("-truth")),              # a mask is as large as its picture
+    "draft": tuple(m for m in METHODS if not m.endswith(("-truth", "-erm"))),    # a mask is as large as its picture
     "pooling": ("ifam", *GIVEN, "early-random"), "train_backbone": ("ep", "aim"), "probe_norm": ("ep",),
     "head": ("erm", "frozen", *GIVEN), "mask_rule": GIVEN, "mask_with": ("early-truth", "early-found"),
     **dict.fromkeys(("finder", "find_in"), ("early-found", "late-found")),
@@ -363,6 +409,8 @@ def build(settings, classes):
         return EfficientProbe(**shared, frozen=not settings["train_backbone"], norm=settings.get("probe_norm", False))
     if method == "aim":
         return AttentionProbe(**shared, frozen=not settings["train_backbone"])
+    if method in SEGMENT:
+        return Segmenter(**shared)
     if method == "early-random":
         return RandomMask(**shared, pooling=settings["pooling"])
     if method in GIVEN:

@@ -297,6 +297,10 @@ class Output(NamedTuple):
     shown: torch.Tensor | None = None            # (B, 1, S, S)    1 = stage 2 may see this pixel; None: any
     keep_parts: torch.Tensor | None = None       # (B, K, N)       keep, by part; None unless asked for, as the next one
     logits_parts: torch.Tensor | None = None     # (B, K, C)       stage 2 on one part alone; NaN where it has no patch
+    objects: torch.Tensor | None = None          # (B, N of stage 1)  told in training: how much of a patch is object
+    contrast: torch.Tensor | None = None         # (B, 2, C)       what `complement` says of kept and of other patches
+    patch_logits: torch.Tensor | None = None     # (B, N, C+1)     of a model whose patches answer, in training
+    targets: torch.Tensor | None = None          # (B, N, C+1)     what they are to answer: sums to 1 for each patch
 
 
 class IFAM(nn.Module):
@@ -310,6 +314,7 @@ class IFAM(nn.Module):
     """
 
     largest, dilate, trim = False, "none", "none"
+    prior = None        # (C,): how frequent the classes are in training, which training knows (see `complement`)
     needs_truth = property(lambda self: self.trim == "truth")        # is the model told where the object is?
 
     def __init__(self, classes, k=8, arch="b", size=518, registers=4, masking="early", hardness="hard", pooling="cls",
@@ -341,16 +346,16 @@ class IFAM(nn.Module):
         out = self.second_stage(images, self.selector(images, noise), noise, keep, shown)
         return self.each_part(images, out, noise) if per_part else out
 
-    def forward_pair(self, images, warped, noise, keep=None, shown=None):
+    def forward_pair(self, images, warped, noise, keep=None, shown=None, objects=None):
         """Training: (Output of images, part maps of the warped images), stage 1 on both in one doubled batch.
 
-        noise holds 2B samples. Stage 2 never runs on warped images (the published code runs it there and throws the
-        result away).
+        noise holds 2B samples. objects (B, N of stage 1): how much of each patch is object, for the loss term "mask".
+        Stage 2 never runs on warped images (the published code runs it there and throws the result away).
         """
         B = len(images)
         both = self.selector(torch.cat([images, warped]), noise)
         first, noise = Selection(*(x[:B] for x in both)), noise.of(slice(B))
-        return self.second_stage(images, first, noise, keep, shown), both.maps[B:]
+        return self.second_stage(images, first, noise, keep, shown)._replace(objects=objects), both.maps[B:]
 
     def second_stage(self, images, first, noise=Noise(), keep=None, shown=None):
         """Mask (discovered from the stage-1 Selection, or given) and prediction -> Output."""
@@ -378,6 +383,19 @@ class IFAM(nn.Module):
         alone = self.predictor(paint(images, out.shown)[there.nonzero()[:, 0]], keep)
         logits = alone.new_full((*there.shape, alone.shape[1]), math.nan)
         return out._replace(keep_parts=parts, logits_parts=logits.index_put((there,), alone))
+
+    def complement(self, images, out, prior=None):
+        """An Output with contrast: what stage 2 says under its mask, and what it says of all that the mask hides.
+
+        Its weights count as constants here, so that a loss of the two moves the mask alone. Where nothing is hidden,
+        the rest answers with prior (C,), how frequent the classes are; None: all alike. For the loss term "complement".
+        """
+        keep = torch.cat([out.keep, 1 - out.keep])
+        both = constant(self.predictor)(torch.cat([paint(images, out.shown), images]), keep)
+        kept, rest = both.chunk(2)
+        prior = torch.ones_like(rest[0]) if prior is None else prior.to(rest)
+        rest = torch.where((out.keep.detach() < 1).any(1, keepdim=True), rest, prior.log())
+        return out._replace(contrast=torch.stack([kept, rest], 1))
 
     def split(self, first, keep, noise=Noise()):
         """keep (B, N) by part -> (B, K, N): parts are disjoint and their sum is keep. first: all that has part_logits.
@@ -451,6 +469,12 @@ class IFAM(nn.Module):
         return noise.to(self.selector.prototypes.device)
 
 
+def constant(module):
+    """A copy of a module with the same tensors, none of which takes a gradient."""
+    tensors = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+    return copy.deepcopy(module, tensors | {id(b): b for b in module.buffers()})     # modules are copied, no tensor
+
+
 # ---------------------------------------------------------------- for export
 class Static(nn.Module):
     """A trained model of the project with fixed shapes, for torch.export, torch.compile(fullgraph=True) and ONNX.
@@ -468,9 +492,7 @@ class Static(nn.Module):
         super().__init__()
         if not all(vit.grid_is_known for vit in model.modules() if isinstance(vit, ViT)):
             raise ValueError("the shape of the patch grid is not known yet: run the model on images first")
-        tensors = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-        tensors |= {id(b): b for b in model.buffers()}
-        self.model = copy.deepcopy(model, tensors).eval()            # every module is copied, no tensor
+        self.model = constant(model).eval()
         for module in self.modules():
             if isinstance(module, ViT):
                 module.packed = False
@@ -481,9 +503,10 @@ class Static(nn.Module):
 
 
 # ---------------------------------------------------------------- the loss of a step
-# Terms and their weights in the paper (appendix A.1). class1 and class2 are the cross entropies of the two stages.
+# Terms and their weights in the paper (appendix A.1). class1 and class2 are the cross entropies of the two stages. The
+# last two are not of the paper: mask is of a model that is told true masks in training, complement is COMET's.
 WEIGHTS = {"class1": 1.0, "class2": 1.0, "presence": 1.0, "background": 2.0, "orthogonality": 1.0, "equivariance": 1.0,
-           "variation": 1.0, "entropy": 1.0, "concentration": 0.0}
+           "variation": 1.0, "entropy": 1.0, "concentration": 0.0, "mask": 1.0, "complement": 0.0}
 
 
 def loss(out, warped_maps, labels, affine, weights=WEIGHTS, gather=None, terms=None, each=None):
@@ -495,14 +518,15 @@ def loss(out, warped_maps, labels, affine, weights=WEIGHTS, gather=None, terms=N
     gather: as in `presence`. terms: a dict that gets each computed term by name, unweighted and with its graph.
     each (B,): how much each image counts in the class losses; None: all alike.
     A model without stage 1 (out.maps is None) has class2 alone; one without stage 2 (out.logits is its
-    out.logits_stage1) has all but class2. ValueError for an unknown name, if no term is left, and if equivariance is
-    weighted without warped_maps and affine.
+    out.logits_stage1) has all but class2. mask needs out.objects, complement out.contrast. ValueError for an unknown
+    name, if no term is left, and if equivariance is weighted without warped_maps and affine.
     """
     if unknown := weights.keys() - WEIGHTS.keys():
         raise ValueError(f"no loss term is called {min(unknown)!r}: one of {', '.join(WEIGHTS)}")
     known = {}
     if out.logits is not out.logits_stage1:
-        known["class2"] = lambda: class_loss(out.logits, labels, each)
+        known["class2"] = lambda: class_loss(out.logits, labels, each) if out.patch_logits is None else mean_of(
+            class_losses(out, labels), each)
     if out.maps is not None:
         if weights.get("equivariance") and (warped_maps is None or affine is None):
             raise ValueError("equivariance compares with warped images: pass warped_maps and affine, or give it "
@@ -515,6 +539,10 @@ def loss(out, warped_maps, labels, affine, weights=WEIGHTS, gather=None, terms=N
         known["variation"] = lambda: total_variation(out.maps)
         known["entropy"] = lambda: entropy(out.maps)
         known["concentration"] = lambda: concentration(out.maps)
+    if out.objects is not None:
+        known["mask"] = lambda: mask_loss(out.part_logits, out.objects)
+    if out.contrast is not None:
+        known["complement"] = lambda: complement_loss(out.contrast, labels)
     found = {name: term() for name, term in known.items() if weights.get(name)}
     if not found:
         raise ValueError(f"no term of this model has a weight: it has {', '.join(known)}")
@@ -527,7 +555,42 @@ def class_loss(logits, labels, each=None):
     """Mean cross-entropy of logits (B, C) for labels (B,); each (B,): what every image's is multiplied by before."""
     if each is None:
         return F.cross_entropy(logits.float(), labels)
-    return (each * F.cross_entropy(logits.float(), labels, reduction="none")).mean()
+    return mean_of(F.cross_entropy(logits.float(), labels, reduction="none"), each)
+
+
+def mean_of(losses, each=None):
+    """Mean of losses (B,), each (B,) times."""
+    return losses.mean() if each is None else (each * losses).mean()
+
+
+def class_losses(out, labels):
+    """The class loss of each image, of the stage that answers -> (B,). out: an Output, labels (B,).
+
+    Where patches answer it is the mean of their cross-entropies to out.targets.
+    """
+    if out.patch_logits is None:
+        return F.cross_entropy(out.logits.float(), labels, reduction="none")
+    return -(out.targets * out.patch_logits.float().log_softmax(2)).sum(2).mean(1)
+
+
+def mask_loss(part_logits, objects):
+    """Foreground is where the object is: mean cross-entropy of part logits (B, K+1, N), parts against background.
+
+    objects (B, N): the share of each patch that is object, the target of the probability of all parts together. No
+    Gumbel noise, temperature 1.
+    """
+    log_p = part_logits.float().log_softmax(1)
+    return -(objects * log_p[:, :-1].logsumexp(1) + (1 - objects) * log_p[:, -1]).mean()
+
+
+def complement_loss(contrast, labels, margin=2.0):
+    """What is hidden must not suffice: mean over images of max(CE of kept - CE of hidden + margin, 0).
+
+    contrast (B, 2, C): see IFAM.complement; labels (B,). COMET's term (ECCV 2024), and its margin; there its weight is
+    4. The maximum is taken for each image, so that a batch may be split.
+    """
+    kept, rest = (F.cross_entropy(x.float(), labels, reduction="none") for x in contrast.unbind(1))
+    return (kept - rest + margin).clamp_min(0).mean()
 
 
 # ---------------------------------------------------------------- part losses

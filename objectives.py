@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.files import digest_of_groups, read_groups
+from ifam import class_losses
 from settings import UsageError, flag
 
 ROBUST = ("group-dro", "george")                         # weights of groups that move with their losses
@@ -182,5 +183,5 @@ def group_losses(out, labels, member):
     out: an ifam.Output; labels (b,); member (b, G) as Objective.of has it. Averaged over portions and processes it is
     the mean over the images of the group in the whole batch, and 0 for a group that is absent. No gradient.
     """
-    losses = F.cross_entropy(out.logits.detach().float(), labels, reduction="none")
+    losses = class_losses(out, labels).detach()
     return {f"group {g}": loss for g, loss in enumerate(losses @ member / len(losses))}

@@ -95,9 +95,9 @@ class Config:
     pooling: str = opt("cls", "what stage 2 classifies from: class token, mean of the kept patches (the default of "
                               "early-* and late-*), or their sum over the number of all patches (late-*, as published)",
                        choices=("cls", "mean", "mean-all"))
-    mask_rule: str = opt("half", "early-* and late-*: the patches that a given mask keeps: those of which it covers more "
-                                 "than half (a small object keeps its best one), or those whose centre it covers, as "
-                                 "published", choices=("half", "centre"))
+    mask_rule: str = opt("half", "early-* and late-*: the patches that a given mask keeps: those of which it covers "
+                                 "more than half (a small object keeps its best one), or those whose centre it covers, "
+                                 "as published", choices=("half", "centre"))
     mask_with: str = opt("patches", "early-truth and early-found: what an early mask takes away: patches, which no "
                                     "other token sees, or their pixels, which become 0 (the mean colour) while their "
                                     "tokens stay", choices=("patches", "pixels"))
@@ -113,6 +113,8 @@ class Config:
     mask_dilate: str = opt("none", "also keep the neighbours of kept patches: always, or for half of the images in "
                                    "training, so that the border tells less", choices=("none", "always", "random"))
     joint: bool = opt(True, "let the stage-2 loss reach stage 1 through the mask, as in the paper")
+    supervise: str = opt("none", "also teach stage 1 where the object is, in training alone: by true masks, or by the "
+                                 "smallest boxes around them", choices=("none", "masks", "boxes"))
     tau: float = opt(1.0, "temperature of the part assignment", above=0)
     part_dropout1: float = opt(0.3, "share of parts dropped before the stage-1 classifier", at_least=0, below=1)
     part_dropout2: float = opt(0.3, "share of parts dropped in the mask of stage 2", at_least=0, below=1)
@@ -129,6 +131,9 @@ class Config:
     weight_variation: float = loss_weight("variation", "neighbouring patches agree")
     weight_entropy: float = loss_weight("entropy", "patches are sure of their part")
     weight_concentration: float = loss_weight("concentration", "parts are compact (PDiscoNet)")
+    weight_mask: float = loss_weight("mask", "parts are where --supervise has the object")
+    weight_complement: float = loss_weight("complement", "stage 2 knows the class better from kept patches than from "
+                                                         "all others, by a margin (COMET, where it is 4)")
 
     objective: str = opt("erm", "what each training image counts in the class losses, see docs/methods.md: all alike; "
                                 "groups drawn in equal shares, or weighed by 1 over their size; errors of a first "
@@ -203,7 +208,10 @@ SMALLER = ("selector_size", "selector_arch")
 SMALL = {"fast": (Fraction(3, 4), Fraction(1, 2)), "faster": (Fraction(2, 3), Fraction(1, 3))}
 # A setting, and what switches it off: --no-shaping every loss but those of the classes.
 SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class",
-            **{name: "shaping" for name in TAKES if name.startswith("weight_") and "class" not in name}}
+            **{f"weight_{name}": "shaping" for name in WEIGHTS
+               if name not in ("class1", "class2", "mask", "complement")}}
+# A setting, and the one without which it means nothing, with an example.
+NEEDS = {"swap_mask": ("swap", "--swap 0.5"), "weight_mask": ("supervise", "--supervise masks")}
 EARLIER = {"head": "norm", "find_in": "view"}            # settings that runs from before them had, where no default
 # What may change on --resume, for it changes no result; of groups the path, what is in the file is compared.
 FREE = {"root", "groups", "strict_data", "recipe", "device", "workers", "out", "resume", "save_every", "log_every",
@@ -223,8 +231,11 @@ def preset(typed, earlier=None):
         if name in typed and known["method"] in METHODS and known["method"] not in methods:
             raise UsageError(f"{flag(name)} means nothing to --method {known['method']}, only to {', '.join(methods)}; "
                              "leave it out")
-    if "swap_mask" in typed and not known.get("swap"):
-        raise UsageError("--swap-mask means nothing without --swap: add --swap 0.5, or leave it out")
+    for name, (other, example) in NEEDS.items():
+        if name in typed and known.get(other, "none") in (0, "none"):
+            raise UsageError(f"{flag(name)} means nothing without {flag(other)}: add {example}, or leave it out")
+    for name in [name for name in earlier or {} if not has(known["method"], name)]:
+        del earlier[name]                                # of another method than that of --config
     own = objectives.defaults(typed, {} if earlier is None else earlier, known.get("objective", Config.objective))
     if known["data"] not in data.BENCHMARKS:             # parse() says so
         return {}
@@ -372,8 +383,8 @@ def check(cfg):
         what = "--freeze-stage2" if cfg.freeze_stage2 else f"--method {cfg.method}"
         raise UsageError(f"{what} takes the backbone as it is, and with --weights none it is random: give --weights")
     if cfg.probe_norm and world() * (cfg.batch // world() % (cfg.micro or cfg.batch) or cfg.micro or cfg.batch) < 2:
-        raise UsageError("--probe-norm compares the images of a step, and here is one alone: take a larger --batch, and "
-                         "a --micro of at least 2 that divides it")
+        raise UsageError("--probe-norm compares the images of a step, and here is one alone: take a larger --batch, or "
+                         "a --micro that leaves no single image")
     if cfg.selector_size > cfg.size:
         raise UsageError(f"--selector-size {cfg.selector_size} is larger than the image (--size {cfg.size}): there is "
                          "nothing more to see")
@@ -382,6 +393,12 @@ def check(cfg):
                          "their pixels; leave it out")
     if cfg.swap:
         check_swap(cfg)
+    if cfg.supervise != "none":
+        if not cfg.weight_mask:
+            raise UsageError(f"--supervise {cfg.supervise} with --weight-mask 0 teaches nothing: leave one of them out")
+        if cfg.draft:
+            raise UsageError("--draft: --supervise reads pictures with their masks, and a mask is as large as its "
+                             "picture; leave one of them out")
     if cfg.mini and cfg.data == "folder":
         data.find_root(cfg.data, cfg.root, cfg.mini)     # says why not
     if cfg.mini and cfg.root != Config.root:
@@ -430,7 +447,8 @@ def refuse_too_large(cfg):
 def loss_weights(cfg):
     """-> {name of a loss term: its weight}; 0 for what --no-shaping and --no-stage1-class switch off."""
     names = [f.name for f in fields(Config) if f.name.startswith("weight_") and f.name != "weight_decay"]
-    on = lambda name: getattr(cfg, SWITCHES[name]) if name in SWITCHES else True
+    on = lambda name: getattr(cfg, SWITCHES[name]) if name in SWITCHES else \
+        name != "weight_mask" or cfg.supervise != "none"
     return {name.removeprefix("weight_"): getattr(cfg, name) * on(name) for name in names}
 
 

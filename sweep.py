@@ -88,6 +88,16 @@ SETS = {        # {name of a set: {name of a run: flags of train.py}}
         "late-truth-all": [*METHODS["late-truth"], "--pooling", "mean-all"],
         "early-found-cls": [*METHODS["early-found"], "--pooling", "cls"],
         "late-found-all": [*METHODS["late-found"], "--pooling", "mean-all"]},
+    "sources": {                                         # choices where the literature, or its code, does otherwise
+        **{f"{name}-norm": [*METHODS[name], "--head", "norm"] for name in ("erm", "frozen", "early-truth",
+                                                                           "late-truth")},
+        "late-truth-all": [*METHODS["late-truth"], "--pooling", "mean-all"],
+        "late-truth-all-norm": [*METHODS["late-truth"], "--pooling", "mean-all", "--head", "norm"],
+        "early-truth-centre": [*METHODS["early-truth"], "--mask-rule", "centre"],
+        "early-truth-pixels": [*METHODS["early-truth"], "--mask-with", "pixels"],
+        "early-found-view": [*METHODS["early-found"], "--find-in", "view"],
+        **{f"{name}-head": [*METHODS[name], "--finder", "head"] for name in ("early-found", "late-found")},
+        "ep-norm": [*METHODS["ep"], "--probe-norm"]},
     "selectors": {                                       # a smaller stage 1
         "ifam": METHODS["ifam"], "fast": ["--recipe", "fast"], "faster": ["--recipe", "faster"]},
     "masks": {                                           # what is done against what a mask still tells

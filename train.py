@@ -36,8 +36,8 @@ import objectives
 import settings
 import vit
 from augment import Finder, Swap
-from baselines import FoundMask, RandomMask, build, train_found_head
-from benchmarks.samples import Plan, balanced, spread_over_groups
+from baselines import SEGMENT, FoundMask, RandomMask, Segmenter, build, patch_targets, train_found_head
+from benchmarks.samples import Plan, balanced, boxes_of, patch_share, spread_over_groups
 from measure.leakage import given
 from measure.metrics import accuracies
 from predict import predict
@@ -201,6 +201,19 @@ class Buckets:
             self.fill()
 
 
+def taught(model, cfg, batch, device):
+    """What a model is taught by true masks in training -> more arguments of forward_pair, {} for most."""
+    by = {"seg-erm": "masks", "bbox-erm": "boxes"}.get(cfg.method, cfg.supervise)
+    if by == "none":
+        return {}
+    masks = batch["mask"].to(device)
+    shares = patch_share(boxes_of(masks) if by == "boxes" else masks, (model.selector or model.predictor).backbone.grid)
+    if model.selector:
+        return {"objects": shares}
+    classes = model.predictor.head.out_features
+    return {"targets": patch_targets(shares, batch["label"].to(device), classes, model.outside)}
+
+
 def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype=None, scaler=None, swap=None):
     """Forward and backward of one step -> "loss", its terms by name and "accuracy", averaged; so is p.grad.
 
@@ -223,7 +236,7 @@ def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype
         generators = [generator(cfg.seed, step, 3, p) for p in positions]
         told = {"keep": model.draw(generators, math.prod(model.predictor.backbone.grid)).to(device)}
     else:
-        told = given(model, batch, device)
+        told = {**given(model, batch, device), **taught(model, cfg, batch, device)}
     parts = torch.arange(share).split(cfg.micro or share)
     for number, part in enumerate(parts, 1):
         images, labels = (batch[key][part].to(device, non_blocking=True) for key in ("image", "label"))
@@ -232,6 +245,8 @@ def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype
             warped = None if model.selector is None else ifam.warp(images, affine)
             out, warped_maps = model.forward_pair(images, warped, noise and noise.to(device),
                                                   **{name: x[part] for name, x in told.items()})
+            if weights["complement"]:
+                out = model.complement(images, out, model.prior)
         terms, weight = {}, len(part) / share
         own = {name: batch[name][part].to(device) for name in ("weight", "member") if name in batch}
         loss = ifam.loss(out, warped_maps, labels, affine, weights,
@@ -369,6 +384,8 @@ def readers_of_masks(cfg):
     """
     found = [(f"--method {cfg.method}", "another --method", False)] * cfg.method.endswith("-truth")
     found += [("--trim truth", "--trim found or none", False)] * (cfg.trim == "truth")
+    found += [(f"--method {cfg.method}", "another --method", True)] * (cfg.method in SEGMENT)
+    found += [(f"--supervise {cfg.supervise}", "--supervise none", True)] * (cfg.supervise != "none")
     found += [("--swap-mask true", "--swap-mask found", False)] * (cfg.swap > 0 and cfg.swap_mask == "true")
     return found
 
@@ -390,6 +407,14 @@ def give_truth(samples, cfg):
             raise UsageError(f"{what}: the masks of {samples.name} mark the {samples.classes[1]} and are empty "
                              f"without one, which gives the label away; choose {other}")
         samples.train_masks = True
+
+
+def tell_classes(model, samples):
+    """What a model has to know of the classes before it trains."""
+    if isinstance(model, Segmenter) and samples.masks_tell:
+        model.outside = 0                                # a patch without what makes class 1 is as in class 0
+    if model.selector and model.predictor:
+        model.prior = torch.bincount(samples.labels, minlength=len(samples.classes)) / len(samples)
 
 
 FOUND_STEPS, FOUND_BATCH = 500, 50                       # of FOUND's head, as published
@@ -454,8 +479,8 @@ class Trainer:
         self.averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
         self.buckets, self.objective = Buckets(self.trained, world), objective
         self.swap = Swap(cfg) if cfg.swap else None
-        # for --swap-mask found: in no checkpoint, for the weights before training are known
-        self.finder = Finder(model) if cfg.swap and cfg.swap_mask == "found" and not isinstance(model, FoundMask) else None
+        finds = cfg.swap and cfg.swap_mask == "found" and not isinstance(model, FoundMask)
+        self.finder = Finder(model) if finds else None   # in no checkpoint: the weights before training are known
 
     @property
     def weights(self):
@@ -717,6 +742,7 @@ def train(cfg):
         trainer = Trainer(cfg, steps, rank, world, device, len(samples.classes), read, objective)
         del read                                         # the weights are in the model now
         give_truth(samples, cfg)
+        tell_classes(trainer.model, samples)
         if state:
             refuse_other_images(state, images, steps, folder)
             trainer.load(state, folder / "last.pt")

@@ -38,6 +38,19 @@ def patch_keep(masks, patch, rule="half"):
     return keep.float()
 
 
+def patch_share(masks, grid):
+    """Masks (B, S, S) in {0, 1} -> how much of each patch of a grid (h, w) is object (B, h*w), in [0, 1]."""
+    return torch.nn.functional.adaptive_avg_pool2d(masks[:, None].float(), grid).flatten(1)
+
+
+def boxes_of(masks):
+    """Masks (B, S, S) in {0, 1} -> the smallest box around each, filled, of the same kind; an empty one stays empty."""
+    def span(some):                                      # (B, S): from the first to the last
+        return some.cummax(1).values * some.flip(1).cummax(1).values.flip(1)
+    rows, columns = (span((masks > 0).any(axis).long()) for axis in (2, 1))
+    return (rows[:, :, None] * columns[:, None]).to(masks.dtype)
+
+
 class Names:
     """File names in one block of bytes: ImageNet's 1.28 million are one object, not a million.
 
@@ -72,9 +85,10 @@ class Samples(torch.utils.data.Dataset):
 
     samples[epoch, i] is sample i as augmented in that epoch; samples[i] the evaluation view, with
     "mask" (S, S) uint8, "points" (P, 3) and "box" (4,) where the benchmark has them. train_masks: True adds the mask
-    to augmented samples too. found: masks that were found in the whole pictures, which augmented samples have as
-    "found" (S, S), augmented alike: (n, bytes), a bit for each of the found_grid patches of a picture. merge (outputs,): the class that each output of the model stands for, -1 for none, where
-    a model of another benchmark is evaluated. Raises UsageError for an unreadable file.
+    to augmented samples too. found (n, bytes): masks that a model found in the whole pictures, a bit for each of the
+    found_grid patches; augmented samples have theirs as "found" (S, S), augmented alike. merge (outputs,): the class
+    that each output of the model stands for, -1 for none, where a model of another benchmark is evaluated. Raises
+    UsageError for an unreadable file.
     """
     train_masks = False
     found = found_grid = None

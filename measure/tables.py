@@ -148,8 +148,8 @@ def from_paper(benchmark, row, k):
         titled = {METRICS[metric]: number for metric, number in found.items()}
         rows = {**rows, f"ifam@{parts}": tuple(titled[title] for title in columns)}
     row = re.sub(r" --(k|batch|micro|amp|val-share) \S+", "", row).removesuffix(ON_TEST)   # these the paper varies too
-    if row.split()[0] in GIVEN:                          # the paper pools as published, the ladder as is comparable
-        row = re.sub(r" --pooling \S+", "", row)
+    if row.split()[0] in GIVEN:                          # the paper's are all as published, the ladder is comparable
+        row = re.sub(r" --(pooling|mask-rule|finder) \S+", "", row)
     if not any(name.startswith(row + "@") for name in rows):
         row = re.sub(r" q \S+$", "", row)                # Table 4 has one quantile, which our copy does not name
     known = {int(name.split("@")[1]): numbers for name, numbers in rows.items() if name.startswith(row + "@")}

@@ -206,3 +206,28 @@ def test_what_cannot_be_put_in_a_table_is_named(tmp_path, capsys):
     for content in ("{", "{}", "[]"):
         (tmp_path / "a" / "report.json").write_text(content)
         assert "report.json" in fails(tables.main, run)(capsys)
+
+
+@pytest.mark.parametrize("flags, row, given", [
+    ((), "ifam", "none"), (("--method", "erm", "--objective", "group-dro", "--select", "worst_group"), "erm --objective group-dro --select worst_group", "groups: training, validation"),
+    (("--objective", "balanced"), "ifam --objective balanced", "groups: training"),
+    (("--objective", "balanced", "--data", "metashift"), "ifam --objective balanced", "none"), (("--select", "worst_class"), "ifam --select worst_class", "none"),
+    (("--objective", "jtt", "--groups", "a/errors.csv", "--upweight", "20"), "ifam --objective jtt --groups errors.csv --upweight 20.0", "2 passes"),
+    (("--objective", "george", "--groups", "a/clusters.csv"), "ifam --objective george --groups clusters.csv", "2 passes"),
+    (("--method", "early-truth", "--objective", "reweight"), "early-truth --objective reweight", "groups: training; masks: training, test"),
+    (("--trim", "truth"), "ifam --trim truth", "masks: training, test")])
+def test_every_row_says_what_supervision_it_had(flags, row, given, tmp_path):
+    write_run(tmp_path / "a", *flags)
+    (_, name, _, _, report), = tables.read_run(tmp_path / "a")
+    assert (name, tables.supervision_text(report["supervision"])) == (row, given)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    if not flags:                                        # a run from before there were objectives
+        write_json(tmp_path / "a" / "config.json", {key: x for key, x in config.items() if key not in ("objective", "groups", "select")})
+        assert tables.read_run(tmp_path / "a")[0][1:] == (name, 0, 4, report)
+
+
+def test_a_correction_that_was_decided_on_validation_has_seen_its_groups():
+    decided = lambda by, split: {"intervention": {"decision": {"parts_by_rule": [1] * by, "parts_by_hand": [], "q_by": None, "split": split}}}
+    config = {"data": "waterbirds", "method": "ifam"}
+    assert tables.supervision(config, decided(True, "val"))["groups"] == ["validation"]
+    assert tables.supervision(config, decided(False, "val"))["groups"] == tables.supervision(config | {"data": "cub"}, decided(True, "val"))["groups"] == []
