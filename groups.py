@@ -236,12 +236,12 @@ def check(cfg, model, samples, method):
     if cfg.by == "background" and model.selector is None:
         raise UsageError(f"--by background: {cfg.ckpt} is of the method {method}, which learns no mask; name a "
                          "checkpoint of ifam or pdiscoformer, or another --by")
-    if cfg.clusters and cfg.by == "errors":
-        raise UsageError(f"--clusters {cfg.clusters} means nothing with --by errors: leave it out")
 
 
 def outputs(cfg):
     """-> paths of the groups and of what is said of them; UsageError if they are not free."""
+    if cfg.clusters and cfg.by == "errors":
+        raise UsageError(f"--clusters {cfg.clusters} means nothing with --by errors: leave it out")
     out = Path(cfg.out)
     if out.suffix != ".csv":
         raise UsageError(f"--out {out}: name a file that ends in .csv")

@@ -11,6 +11,7 @@ from tiny import fails
 import compose
 import data
 import evaluate
+import groups
 import intervene
 import miniature.__main__ as miniature
 import predict
@@ -86,6 +87,12 @@ PROMISE = [
     (evaluate, ("--ckpt", FILE, "--per-part"), 2, FILE), (evaluate, ("--ckpt", FILE, "--per-part", 3), 2, "unknown flag 3"), (intervene, ("--ckpt", FILE, "--q", 1), 2, "below 1"),
     (intervene, ("--ckpt", FILE, "--score", "angle"), 2, "unknown --score"),
     (intervene, ("--ckpt", FILE, "--tolerance", "inf"), 2, "finite"), (intervene, ("--ckpt", FILE, "--drop", "all"), 2, "invalid int"),
+    # groups.py
+    *((groups, flags, 2, words) for flags, words in (
+        ((), "--ckpt"), (("--ckpt", FILE), "--by"), (("--ckpt", FILE, "--by", "error"), "did you mean errors"), (("--ckpt", "nowhere.pt", "--by", "errors"), "no such file"),
+        (("--ckpt", FILE, "--by", "background"), FILE), (("--ckpt", FILE, "--by", "clusters", "--clusters", 1), "take 2"),
+        (("--ckpt", FILE, "--by", "clusters", "--clusters", 1000), "at most"), (("--ckpt", FILE, "--by", "errors", "--clusters", 2), "means nothing with"),
+        (("--ckpt", FILE, "--by", "errors", "--out", FILE), ".csv"), (("--ckpt", FILE, "--by", "errors", "--out", "nowhere/g.csv"), "no folder"))),
     # predict.py
     (predict, (), 2, "images"), (predict, (FILE,), 2, "give either --ckpt"), (predict, (FILE, "--ckpt", "x.pt", "--weights", "mini"), 2, "give either --ckpt"),
     (predict, (FILE, "--weights", "mini", "--explain"), 2, "needs a trained model"), (predict, (FILE, "--ckpt", "nowhere.pt"), 2, "no such file"),
@@ -97,7 +104,7 @@ PROMISE = [
     (sweep, (), 2, "what"), (sweep, ("lader", *MINI), 2, "did you mean ladder"), (sweep, ("erm", *MINI, "--seeds", 0), 2, "at least 1"),
     (sweep, ("early-truth", "erm", "--data", "folder", "--recipe", "mini", "--k", 2), 2, "means nothing to"),
     (sweep, ("erm", *MINI, "--seed", 1), 2, "decided by the sweep"), (sweep, ("erm", *MINI, "--epochs", 0), 2, "at least 1"),
-    (sweep, ("erm", *MINI, "--also", "waterbird200"), 2, "leave it out"), (sweep, ("erm", "--data", "mars"), 2, "unknown --data"),
+    (sweep, ("erm-jt", *MINI), 2, "did you mean erm-jtt"), (sweep, ("erm", *MINI, "--also", "waterbird200"), 2, "leave it out"), (sweep, ("erm", "--data", "mars"), 2, "unknown --data"),
     # speed.py
     (speed, ("--rounds", 0), 2, "at least 1"), (speed, ("--scale", "--training"), 2, "one at a time"), (speed, ("--keep", 0.5), 2, "means nothing"),
     (speed, ("--training", "--keep", 2), 2, "at most 1"), (speed, ("--arch", "huge"), 2, "no architecture"), (speed, ("--size", 15), 2, "multiple"),
