@@ -3,6 +3,7 @@
     python evaluate.py --ckpt runs/waterbirds-mini/best.pt
     python evaluate.py --ckpt runs/waterbirds/best.pt --root /data --split val
     python evaluate.py --ckpt runs/waterbirds-mini/best.pt --encoding   # and what the selection of patches tells
+    python evaluate.py --ckpt runs/waterbirds-mini/best.pt --retrain dfr     # with a new last layer: report-dfr.json
     python evaluate.py --ckpt snapshot_best.pt --data cub               # written by the published two-stage code
 
 Writes report.json and parts.png beside the checkpoint: accuracy by group, the parts against true masks and keypoints,
@@ -24,13 +25,13 @@ import train
 from benchmarks.files import is_our_picture
 from benchmarks.transforms import normalised
 from interventions import apply_intervention, describe_intervention
-from measure import between, encoding, figures
+from measure import between, encoding, figures, retrain
 from measure.leakage import (Seen, given, has_place, measure_leakage, place_of_mask, pools_of, stage1_classifier,
                              stage2_classifier)
 from measure.metrics import (Landmarks, accuracies, ari, foreground_ious, in_unit_range, keypoint_error, landmarks,
                              landmarks_of, nmi, over)
 from measure.shape import SHAPE
-from predict import OnCheckpoint, open_split, predict, results_of
+from predict import OnCheckpoint, open_split, own_splits, predict, results_of
 from runs import Config as RunConfig
 from runs import as_published, differences, has, hash_of, load_model, pick_device, read_config, refuse_told, trained
 from settings import UsageError, may_write, opt, parse, recorded, run_script, write_json
@@ -40,6 +41,9 @@ from settings import UsageError, may_write, opt, parse, recorded, run_script, wr
 class Config(OnCheckpoint):
     split: str = opt("test", "which images to measure on", choices=data.SPLITS, group="measures")
     intervention: str = opt("", "intervention.json of intervene.py for this checkpoint, to measure the corrected model")
+    retrain: str = opt("", "measure the model with a new last layer: dfr, fitted on validation with its groups; afr, the "
+                           "same without groups; pca, a probe on principal components of training features; lle, an "
+                           "ensemble of two heads, one for swapped backgrounds", choices=("", *retrain.TITLES))
     leakage: int = opt(500, "images that leakage is measured on, spread evenly over the split (0: all)", at_least=0)
     kp_normalise: bool = opt(False, "keypoint metrics: normalise images as in training; the published ones are taken "
                              "without")
@@ -372,6 +376,9 @@ def check(cfg, model, state, samples, sets):
         if state["step"] is None:
             raise UsageError(f"--encoding trains an evaluator as the model was trained, and {cfg.ckpt}, a published "
                              "snapshot, does not say how: leave it out")
+    if cfg.retrain and cfg.encoding:
+        raise UsageError("--encoding judges a selection by the head that was trained with it: leave it out, or leave out "
+                         "--retrain")
     if cfg.adversarial and model.needs_truth:
         raise UsageError(f"--adversarial pastes objects on backgrounds, and {cfg.ckpt} is told where the object is: "
                          "leave it out")
@@ -381,13 +388,32 @@ def check(cfg, model, state, samples, sets):
         raise UsageError("--adversarial is of --data imagenet9, --split test, and needs its variant only_bg_t")
 
 
+def new_head(cfg, model, state, samples, sets, device):
+    """Give the model the head that --retrain asks for -> (what the report says of it, the sets that remain).
+
+    UsageError where the images that are measured are those that it is fitted on; other sets that have some of them are
+    left out, with a line.
+    """
+    wanted = retrain.SPLITS[cfg.retrain]
+    splits = own_splits(cfg, state, wanted)
+    retrain.check(cfg.retrain, model, splits, cfg.ckpt)
+    fitted = set().union(*(splits[split].paths for split in wanted))
+    if not fitted.isdisjoint(samples.paths):
+        raise UsageError(f"--retrain {cfg.retrain} fits on images of {' and '.join(wanted)}, and {samples.split} has "
+                         "some of them: measure on another --split")
+    if shared := [name for name, some in sets.items() if not fitted.isdisjoint(some.paths)]:
+        print(f"{samples.title}: left out, for the new head is fitted on images of theirs: {', '.join(shared)}")
+    about = retrain.retrain(cfg.retrain, model, splits, device, cfg.batch, cfg.workers, cfg.ckpt)
+    return about, {name: some for name, some in sets.items() if name not in shared}
+
+
 def outputs(cfg, name, trained_on, pictures):
     """-> paths of the report and of its pictures, which have these names. UsageError, before anything is measured, if
     they are not free: what is not a whole measurement of best.pt has a name of its own.
     """
     ckpt = Path(cfg.ckpt)
     differs = [ckpt.stem * (ckpt.stem != "best"), name * (name != trained_on), cfg.split * (cfg.split != "test"),
-               f"limit{cfg.limit}" * bool(cfg.limit), Path(cfg.intervention).stem]
+               f"limit{cfg.limit}" * bool(cfg.limit), Path(cfg.intervention).stem, cfg.retrain]
     suffix = "".join(f"-{word}" for word in differs if word)
     report = Path(cfg.out) if cfg.out else ckpt.with_name(f"report{suffix}.json")
     may_write(report, lambda path: {"split", "images"} <= json.loads(path.read_text()).keys(), cfg.force)
@@ -403,7 +429,7 @@ def epoch_of(state, path):
     return state.get("epoch", known)
 
 
-def measure(cfg, model, state, name, samples, train, sets, intervention, device):
+def measure(cfg, model, state, name, samples, train, sets, intervention, retrained, device):
     """Everything that report.json says -> dict."""
     trained, benchmark = state["config"], data.BENCHMARKS[samples.name]
     evaluator = evaluator_of(cfg, state, device) if cfg.encoding else None       # first: train.py may refuse
@@ -414,11 +440,13 @@ def measure(cfg, model, state, name, samples, train, sets, intervention, device)
                              "epoch": epoch_of(state, cfg.ckpt)},
               **evaluate(model, samples, train, benchmark.rare, device, cfg.batch, cfg.leakage, cfg.workers, sets,
                          normalise)}
-    comparable = as_published(trained) and cfg.split == "test" and not trained["mini"] and not intervention
+    comparable = as_published(trained) and cfg.split == "test" and not trained["mini"] and not (intervention or retrained)
     if comparable and trained["k"] in benchmark.paper:
         report |= {"paper": benchmark.paper[trained["k"]], "paper_split": benchmark.paper_split}
     if intervention:
         report["intervention"] = intervention
+    if retrained:
+        report["retrain"] = retrained
     if samples.differs:
         report["data_differs"] = samples.differs
     if cfg.per_part:
@@ -444,6 +472,8 @@ def text(cfg, state, report, sets):
     lines = [f"{cfg.ckpt}: {trained['method']}, {chosen}; {name} {report['split']}, {report['images']} images"]
     if "intervention" in report:
         lines.append(f"  {describe_intervention(report['intervention'], name, [report['split'], *sets])}")
+    if "retrain" in report:
+        lines.append(f"  {retrain.summary(report['retrain'])}")
     lines.append(table(report, f"{trained['masking']}, {trained['hardness']}"))
     if "paper" in report:
         lines.append(f"  the paper's iFAM with K = {trained['k']}, on {report['paper_split']}: "
@@ -473,7 +503,10 @@ def main(argv=None):
     trained_on = data.title_of(state["config"]["data"], state["config"]["root"])
     attributes = cfg.per_part and not between.missing(samples)
     written = outputs(cfg, samples.title, trained_on, ["parts"] * bool(model.selector) + ["between"] * attributes)
-    report = measure(cfg, model, state, name, samples, train, sets, intervention, device)
+    retrained = None
+    if cfg.retrain:
+        retrained, sets = new_head(cfg, model, state, samples, sets, device)
+    report = measure(cfg, model, state, name, samples, train, sets, intervention, retrained, device)
     print(text(cfg, state, report, sets))
     write_json(written[0], report)
     if model.selector:

@@ -305,6 +305,19 @@ def open_split(cfg, state, model):
     return data.report_name(samples, trained["mini"]), samples, splits.get("train"), sets
 
 
+def own_splits(cfg, state, looked):
+    """Training and validation split of the data that a checkpoint was trained on, whatever --data says -> {name: Samples}.
+
+    looked: the splits whose images must be there. Another folder of one's own than that of training is not asked.
+    """
+    trained = state["config"]
+    name, title = trained["data"], data.title_of(trained["data"], trained["root"])
+    moved = cfg.root and ((cfg.data or name) != "folder" or data.title_of("folder", cfg.root) == title)
+    root = data.find_root(name, cfg.root if moved else trained["root"], trained["mini"] and not moved)
+    return data.load(name, root, trained["size"], limit=cfg.limit or trained["limit"], splits=("train", "val"),
+                     check=looked, val_share=trained.get("val_share", 0.0), strict=cfg.strict_data)
+
+
 def refuse_other_classes(cfg, state, samples, model):
     """UsageError unless the outputs of a model are the classes of these samples."""
     outputs = outputs_of(model)

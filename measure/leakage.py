@@ -114,7 +114,10 @@ def stage1_classifier(model, seen=None):
         first = seen.known(images)
         if first is None or first.maps is not maps:
             first = model.selector(images, maps=maps)
-        return first.part_features[:, :-1].mean(1)       # logits are linear in part features, so means agree
+        parts = first.part_features[:, :-1]
+        if model.selector.classifier.in_features > parts.shape[2]:
+            return parts.flatten(1)                      # a retrained head reads them side by side
+        return parts.mean(1)                             # logits are linear in part features, so means agree
     return Classifier(find, features, model.selector.classifier, "found")
 
 
@@ -171,12 +174,12 @@ def repaint(classifier, images, held, hidden, logits, generator):
 def hidden_gradient(classifier, images, held, hidden):
     """Largest |d logit / d pixel| over all logits and masked-out pixels. -> (B,)
 
-    Heads are affine: of more logits than features, gradients are mixtures of those of the features.
+    Of more logits than features, gradients are mixtures of those of the features, where the head is affine.
     """
     images = images.detach().requires_grad_()
     values, mixture = classifier.features(images, held), None
     logits = classifier.head(values)
-    if logits.shape[1] > values.shape[1]:
+    if logits.shape[1] > values.shape[1] and getattr(classifier.head, "affine", True):
         axes = torch.eye(values.shape[1]).to(values)
         mixture = (classifier.head(axes) - classifier.head(0 * axes)).detach().T
     largest = largest_gradient(logits if mixture is None else values, images, mixture)

@@ -4,8 +4,8 @@
     python -m measure.tables runs/*-sweep/* --out tables/all               # also tables/all.md, .tex, .csv and .json
 
 Floor: measuring. Read evaluate.py before (what a report says) and runs.py (what a run's settings are). One table for
-each benchmark, split and number of images, a row for each method with what was changed in its settings and for each
-correction by intervene.py. Two or three training seeds are printed from least to best; of more, the mean and half its
+each benchmark, split and number of images, a row for each method with what was changed in its settings, for each correction
+by intervene.py and for each last layer of evaluate.py --retrain. Two or three training seeds are printed from least to best; of more, the mean and half its
 95 % interval (Student's t); a dash where a method has no such number. Each folder holds the config.json of train.py and
 the report*.json of evaluate.py; one that has none yet is named and left out.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 import data
 from baselines import GIVEN
 from interventions import chosen_on
+from measure.retrain import TITLES
 from objectives import MAKES
 from runs import Config as RunConfig
 from runs import differences, of_best, preset, read_config, usual_recipe
@@ -226,6 +227,11 @@ def correction(report):
     return (taken or " + nothing found") + ON_TEST * (chosen_on(decision) == "test")
 
 
+def new_head(report):
+    """The last layer that evaluate.py --retrain gave the model, as the end of a row's name; "" for its own."""
+    return f" + {TITLES[report['retrain']['how']]}" if "retrain" in report else ""
+
+
 def read_run(folder):
     """A run -> [(path of a report, row name, seed, K, report)], empty if it has none. UsageError for a damaged file.
 
@@ -243,7 +249,7 @@ def read_run(folder):
                 if (x := value(report)) is not None and not math.isfinite(x):
                     raise ValueError(f"{title} is {x}")
             report["supervision"] = supervision(config, report)
-            row = row_name(config) + correction(report), config["seed"], config["k"], report
+            row = row_name(config) + correction(report) + new_head(report), config["seed"], config["k"], report
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is not as evaluate.py writes it ({type(error).__name__}: {error}); write it "
                              "again, or leave the folder out") from None
