@@ -1,7 +1,8 @@
-"""augment.py: training images that a mask has changed: other backgrounds.
+"""augment.py: training images that a mask has changed: other backgrounds, and what a model looks at most hidden.
 
-    swap = Swap(cfg, model)                              # --swap 0.5 --swap-mask own
+    swap = Swap(cfg)                                     # --swap 0.5 --swap-mask own
     batch = swap(model, batch, generators)               # half of the images stand before another class's background
+    most_attributed(attribution(model, images))          # (B, N): the patches that MaskTune hides
 
 Floor: commands, below train.py, which calls it. Read ifam.py and measure/leakage.py (swap_backgrounds, which also
 measures) before. Letters: ifam.py.
@@ -11,7 +12,7 @@ import copy
 import torch
 
 from baselines import background_seed
-from ifam import pixels
+from ifam import constant, paint, pixels
 from measure.leakage import DONORS, swap_backgrounds
 
 
@@ -72,3 +73,36 @@ class Swap:
         images = batch["image"].to(device, non_blocking=True)
         donors = draw_donors(batch["label"], self.share, generators)
         return {**batch, "image": swap_backgrounds(images, self.objects(model, images, batch), donors)}
+
+
+# ---------------------------------------------------------------- what a model looks at most, hidden
+def attribution(model, images):
+    """How much each patch speaks for the model's answer: images (B, 3, S, S) -> (B, N), 0 or more; 0 if it is hidden.
+
+    <gradient of the predicted logit, token> of each patch before the last block of the stage that answers, clipped at
+    0: on a ViT what XGradCAM is before the last block of a ResNet. No label enters.
+    """
+    with torch.no_grad():
+        out = model(images)
+    stage, held = constant(model.predictor).eval(), []
+    stage.backbone.packed = stage.backbone.checkpoint = False
+
+    def hold(block, inputs):
+        held.append(inputs[0].detach().requires_grad_())
+        return *held, *inputs[1:]
+    stage.backbone.blocks[-1].register_forward_pre_hook(hold)
+    with torch.enable_grad():
+        answer = stage(paint(images, out.shown), out.keep).amax(1)
+        gradient, = torch.autograd.grad(answer.sum(), held)
+    heat = (gradient * held[0].detach()).sum(2)[:, stage.backbone.prefix:].clamp_min(0)
+    return heat if out.keep is None else heat * out.keep
+
+
+def most_attributed(heat):
+    """heat (B, N) -> the patches above the mean + 2 deviations of the positive ones (B, N), True. MaskTune's rule."""
+    heat = heat.double()
+    positive = (heat > 0).double()
+    count = positive.sum(1, keepdim=True).clamp_min(1)
+    mean = (heat * positive).sum(1, keepdim=True) / count
+    deviation = ((heat - mean).square() * positive).sum(1, keepdim=True).div(count).sqrt()
+    return heat * positive > mean + 2 * deviation

@@ -385,6 +385,7 @@ TAKES = {   # settings that only these methods have; all others have no such thi
     **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "selector_size", "selector_arch",
                      "selector_weights", "mask_largest", "mask_dilate", "weight_complement"), ("ifam",)),
     "freeze_stage2": ("ifam", "early-random"), "trim": ("ifam", "early-truth"),
+    **dict.fromkeys(("masktune", "hide_with", "masktune_lr"), ("erm", "frozen", "ifam")),
     **dict.fromkeys(("swap", "swap_mask"), tuple(m for m in METHODS if m != "early-random")),    # it judges masks
     "draft": tuple(m for m in METHODS if not m.endswith(("-truth", "-erm"))),    # a mask is as large as its picture
     "pooling": ("ifam", *GIVEN, "early-random"), "train_backbone": ("ep", "aim"), "probe_norm": ("ep",),

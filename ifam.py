@@ -85,9 +85,12 @@ class Selector(nn.Module):
         self.register_buffer("limits", None, persistent=False)
         self.score = "distance"  # how an intervention measures that a patch is unlike its part (see `unlikeness`)
 
-    def forward(self, images, noise=Noise(), maps=None):
-        """images (B, 3, S, S) -> Selection. maps (B, K+1, h, w), if given, replace the discovered ones."""
-        return self.select(self.features(images), noise, maps)
+    def forward(self, images, noise=Noise(), maps=None, seen=None):
+        """images (B, 3, S, S) -> Selection. maps (B, K+1, h, w), if given, replace the discovered ones.
+
+        seen (B, N) in {0, 1}: patches that are 0 there are hidden from this stage, and background.
+        """
+        return self.select(self.features(images, seen), noise, maps, seen)
 
     def shrink(self, images):
         """Images or masks (B, c, S, S) as large as the backbone sees them; usually as they are."""
@@ -99,16 +102,19 @@ class Selector(nn.Module):
         size = tuple(n * self.backbone.patch for n in self.backbone.grid)
         return images if size == self.given else F.interpolate(images, size, mode="bilinear", antialias=True)
 
-    def features(self, images):
+    def features(self, images, seen=None):
         """images (B, 3, S, S) -> patch features (B, N, D), N patches of the image that the backbone sees."""
-        return self.backbone(self.shrink(images))[:, self.backbone.prefix:]
+        return self.backbone(self.shrink(images), seen)[:, self.backbone.prefix:]
 
-    def select(self, features, noise=Noise(), maps=None):
+    def select(self, features, noise=Noise(), maps=None, seen=None):
         """The head of stage 1 alone: patch features (B, N, D) -> Selection."""
         with torch.autocast(features.device.type, enabled=False):                # distances cancel: not in bf16
             features = features.to(self.prototypes.dtype)
             part_logits = 2 * self.prototypes @ features.mT - features.square().sum(-1)[:, None] \
                 - self.prototypes.square().sum(-1)[:, None]
+            if seen is not None:
+                parts = part_logits[:, :-1].masked_fill(seen[:, None] == 0, -math.inf)
+                part_logits = torch.cat([parts, part_logits[:, -1:]], 1)
             if self.limits is not None:
                 part_logits = refuse(part_logits, self.limits,
                                      unlikeness(self.score, part_logits, features, self.prototypes))
@@ -346,15 +352,22 @@ class IFAM(nn.Module):
         out = self.second_stage(images, self.selector(images, noise), noise, keep, shown)
         return self.each_part(images, out, noise) if per_part else out
 
-    def forward_pair(self, images, warped, noise, keep=None, shown=None, objects=None):
+    def forward_pair(self, images, warped, noise, keep=None, shown=None, objects=None, seen=None):
         """Training: (Output of images, part maps of the warped images), stage 1 on both in one doubled batch.
 
         noise holds 2B samples. objects (B, N of stage 1): how much of each patch is object, for the loss term "mask".
+        seen (B, N): 0 where a patch is hidden from both stages; warped images are to hide it in their pixels.
         Stage 2 never runs on warped images (the published code runs it there and throws the result away).
         """
-        B = len(images)
-        both = self.selector(torch.cat([images, warped]), noise)
+        B, there = len(images), None
+        if seen is not None:
+            own = seen.unflatten(1, self.grid)[:, None]
+            own = F.interpolate(own, self.selector.backbone.grid, mode="nearest-exact").flatten(1)
+            there = torch.cat([own, torch.ones_like(own)])
+        both = self.selector(torch.cat([images, warped]), noise, seen=there)
         first, noise = Selection(*(x[:B] for x in both)), noise.of(slice(B))
+        if seen is not None and keep is None:
+            keep = seen * self.mask(first, noise, self.predictor.hardness == "hard")
         return self.second_stage(images, first, noise, keep, shown)._replace(objects=objects), both.maps[B:]
 
     def second_stage(self, images, first, noise=Noise(), keep=None, shown=None):

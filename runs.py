@@ -56,6 +56,12 @@ class Config:
     strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones, or a folder with files "
                                    "that are odd; else a line says so")
 
+    masktune: str = opt("", "go on from this finished run, its folder, for one epoch in which the patches are hidden "
+                            "that its best.pt looks at most (MaskTune); all other settings are those of that run")
+    hide_with: str = opt("patches", "of --masktune: hidden patches are black and have no token that anybody sees, or "
+                                    "are black pixels alone, as published", choices=("patches", "pixels"))
+    masktune_lr: float = opt(0.1, "of --masktune: its learning rates, as shares of those that the run began with; its "
+                                  "schedule has ended at 0", above=0)
     swap: float = opt(0.0, "in training, give this share of the images the background of images of another class, from "
                            "the process's share of the batch (0: none)", at_least=0, at_most=1)
     swap_mask: str = opt("true", "what stays of an image whose background is swapped: the true object, what FOUND "
@@ -186,7 +192,10 @@ class Config:
                     at_least=0, at_most=64)
 
     def __post_init__(self):
-        self.out = self.out or f"runs/{self.title}" + f"-{self.method}" * (self.method != "ifam")
+        usual = f"runs/{self.title}" + f"-{self.method}" * (self.method != "ifam")
+        if self.masktune:
+            usual = f"{os.path.normpath(self.masktune)}-masktune" + "-pixels" * (self.hide_with == "pixels")
+        self.out = self.out or usual
         self.workers = bounded(self.workers)
 
     def stage1_starts_from(self):
@@ -211,7 +220,8 @@ SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class",
             **{f"weight_{name}": "shaping" for name in WEIGHTS
                if name not in ("class1", "class2", "mask", "complement")}}
 # A setting, and the one without which it means nothing, with an example.
-NEEDS = {"swap_mask": ("swap", "--swap 0.5"), "weight_mask": ("supervise", "--supervise masks")}
+NEEDS = {"swap_mask": ("swap", "--swap 0.5"), "weight_mask": ("supervise", "--supervise masks"),
+         **dict.fromkeys(("hide_with", "masktune_lr"), ("masktune", "--masktune RUN"))}
 EARLIER = {"head": "norm", "find_in": "view"}            # settings that runs from before them had, where no default
 # What may change on --resume, for it changes no result; of groups the path, what is in the file is compared.
 FREE = {"root", "groups", "strict_data", "recipe", "device", "workers", "out", "resume", "save_every", "log_every",
@@ -226,13 +236,15 @@ def preset(typed, earlier=None):
     for name, switch in SWITCHES.items():
         if name in typed and typed.get(switch) is False:
             raise UsageError(f"{flag(name)} means nothing with --no-{flag(switch)[2:]}: leave one of them out")
+    if typed.get("masktune"):
+        return of_masktune(typed, earlier)
     known = {"data": Config.data, "mini": Config.mini, "method": Config.method, **(earlier or {}), **typed}
     for name, methods in TAKES.items():
         if name in typed and known["method"] in METHODS and known["method"] not in methods:
             raise UsageError(f"{flag(name)} means nothing to --method {known['method']}, only to {', '.join(methods)}; "
                              "leave it out")
     for name, (other, example) in NEEDS.items():
-        if name in typed and known.get(other, "none") in (0, "none"):
+        if name in typed and known.get(other, "none") in (0, "", "none"):
             raise UsageError(f"{flag(name)} means nothing without {flag(other)}: add {example}, or leave it out")
     for name in [name for name in earlier or {} if not has(known["method"], name)]:
         del earlier[name]                                # of another method than that of --config
@@ -247,6 +259,24 @@ def preset(typed, earlier=None):
     if known["method"] in GIVEN:                         # early and late read the same, so that one thing differs
         settings = {**settings, "pooling": "mean"}
     return {"recipe": recipe, **{name: x for name, x in settings.items() if has(known["method"], name)}}
+
+
+def of_masktune(typed, earlier):
+    """The settings of the run that --masktune goes on from. UsageError for one of them that was typed differently."""
+    run, own = typed["masktune"], {"masktune", "hide_with", "masktune_lr"}
+    if earlier:
+        raise UsageError("--config means nothing with --masktune, which takes the settings of its run: leave it out")
+    settings = {name: value for name, value in read_settings(Path(run) / "config.json").items() if name not in own}
+    if settings["method"] not in TAKES["masktune"]:
+        raise UsageError(f"--masktune {run}: --method {settings['method']} has no stage that reads what is left of an "
+                         f"image; take a run of {', '.join(TAKES['masktune'])}")
+    if settings.get("swap"):
+        raise UsageError(f"--masktune {run}: it was trained with --swap, and a swapped background would show again "
+                         "what is hidden; take a run without")
+    for name in typed.keys() - own - FREE - {"micro", "amp"}:
+        if typed[name] != (then := settings.get(name, getattr(Config, name))):
+            raise UsageError(f"{flag(name)} {typed[name]} with --masktune {run}, where it is {then}: leave it out")
+    return settings
 
 
 def usual_recipe(mini):
@@ -528,6 +558,20 @@ def earlier_state(cfg):
     if state and not {"optimizer", "scaler"} <= state.keys():
         raise UsageError(f"--resume: {folder / 'last.pt'} has no state of the optimizer; start again, or copy the "
                          "last.pt that train.py wrote")
+    return state
+
+
+def finished_state(folder):
+    """last.pt of a run that --masktune goes on from. UsageError if it is not finished, or not whole."""
+    folder = Path(folder)
+    if not trained(folder / "log.jsonl"):
+        raise UsageError(f"--masktune {folder}: this run is not trained to its end; train it with --resume first")
+    if not (folder / "best.pt").is_file():
+        raise UsageError(f"--masktune {folder}: it has no best.pt, which says what to hide; train it again")
+    state = read_checkpoint(folder / "last.pt")
+    if not {"optimizer", "scaler"} <= state.keys():
+        raise UsageError(f"--masktune {folder}: its last.pt has no state of the optimizer; copy the last.pt that "
+                         "train.py wrote")
     return state
 
 

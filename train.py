@@ -35,16 +35,16 @@ import ifam
 import objectives
 import settings
 import vit
-from augment import Finder, Swap
+from augment import Finder, Swap, attribution, most_attributed
 from baselines import SEGMENT, FoundMask, RandomMask, Segmenter, build, patch_targets, train_found_head
 from benchmarks.samples import Plan, balanced, boxes_of, patch_share, spread_over_groups
 from measure.leakage import given
 from measure.metrics import accuracies
 from predict import predict
-from runs import (SELECT, Config, Log, check, claim, earlier_state, loss_weights, owned, pick_device, preset, read_film,
-                  read_settings, recipe_text, refuse_other_images, save)
-from settings import RunError, Stopped, UsageError, parse, progress, run_script, signals, write_json
-from weights import load_pretrained, reader
+from runs import (SELECT, Config, Log, check, claim, earlier_state, finished_state, load_model, loss_weights, owned,
+                  pick_device, preset, read_film, read_settings, recipe_text, refuse_other_images, save)
+from settings import RunError, Stopped, UsageError, parse, progress, run_script, signals, write_json, write_whole
+from weights import load_pretrained, read_file, reader
 
 
 # ---------------------------------------------------------------- functions of the step
@@ -202,16 +202,20 @@ class Buckets:
 
 
 def taught(model, cfg, batch, device):
-    """What a model is taught by true masks in training -> more arguments of forward_pair, {} for most."""
+    """What true masks teach a model, and what is hidden from it -> more arguments of forward_pair, {} for most."""
+    told, grid = {}, (model.selector or model.predictor).backbone.grid
+    covered = lambda on: patch_share(batch["hidden"].to(device), on) > 0.5
+    if cfg.masktune and cfg.hide_with == "patches":
+        told["seen" if model.selector else "keep"] = (~covered(model.predictor.backbone.grid)).float()
     by = {"seg-erm": "masks", "bbox-erm": "boxes"}.get(cfg.method, cfg.supervise)
     if by == "none":
-        return {}
+        return told
     masks = batch["mask"].to(device)
-    shares = patch_share(boxes_of(masks) if by == "boxes" else masks, (model.selector or model.predictor).backbone.grid)
-    if model.selector:
-        return {"objects": shares}
+    shares = patch_share(boxes_of(masks) if by == "boxes" else masks, grid)
+    if model.selector:                                   # a hidden patch is background
+        return {**told, "objects": shares.masked_fill(covered(grid), 0) if "seen" in told else shares}
     classes = model.predictor.head.out_features
-    return {"targets": patch_targets(shares, batch["label"].to(device), classes, model.outside)}
+    return {**told, "targets": patch_targets(shares, batch["label"].to(device), classes, model.outside)}
 
 
 def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype=None, scaler=None, swap=None):
@@ -397,8 +401,8 @@ def give_truth(samples, cfg):
     background.
     """
     if cfg.swap and len(samples.labels.unique()) < 2:
-        raise UsageError(f"--swap takes backgrounds from other classes, and {samples.name} has one class here; leave it "
-                         "out")
+        raise UsageError(f"--swap takes backgrounds from other classes, and {samples.name} has one class here; leave "
+                         "it out")
     for what, other, may_tell in readers_of_masks(cfg):
         if samples.masks is None:
             raise UsageError(f"{what} needs true masks, and {samples.name} has none here; unpack its segmentations, or "
@@ -447,16 +451,70 @@ def find_masks(find, grid, samples, cfg, rank, world, device):
     """
     batches = torch.arange(len(samples)).split(cfg.micro or 16)
     mine = [batch.tolist() for batch in batches[rank::world]]
-    found = [torch.from_numpy(np.packbits(find(images.to(device)).bool().cpu().numpy(), axis=1))
-             for images in whole_pictures(samples, mine, cfg, "masks of training")]
+    found = [bits_of(find(images.to(device))) for images in whole_pictures(samples, mine, cfg, "masks of training")]
+    samples.found = torch.cat(in_order(found, len(batches), world))
+    samples.found_grid = grid
+    patches = math.prod(samples.found_grid)
+    return np.unpackbits(samples.found.numpy(), axis=1, count=patches).mean().item()
+
+
+def bits_of(masks):
+    """masks (B, N) -> (B, bytes) uint8, a bit for each."""
+    return torch.from_numpy(np.packbits(masks.bool().cpu().numpy(), axis=1))
+
+
+def in_order(found, count, world):
+    """What each process found for batches rank, rank + world, ... -> what was found for all of them, in order."""
     pieces = [found]
     if world > 1:
         pieces = [None] * world
         dist.all_gather_object(pieces, found)
-    samples.found = torch.cat([pieces[n % world][n // world] for n in range(len(batches))])
-    samples.found_grid = grid
-    patches = math.prod(samples.found_grid)
-    return np.unpackbits(samples.found.numpy(), axis=1, count=patches).mean().item()
+    return [pieces[n % world][n // world] for n in range(count)]
+
+
+def find_hidden(model, samples, cfg, rank, world, device):
+    """What MaskTune hides of each training image, in its evaluation view -> (bits (n, bytes), what the log says of it).
+
+    hidden: share of the patches. in_object: share of the hidden area that is true object, where there are masks;
+    of_object: share of the object that is hidden.
+    """
+    grid, found = model.predictor.backbone.grid, []
+    batches = torch.arange(len(samples)).split(cfg.micro or 16)
+    loader = torch.utils.data.DataLoader(samples, batch_sampler=[batch.tolist() for batch in batches[rank::world]],
+                                         num_workers=cfg.workers, worker_init_fn=leave_signals)
+    for part in progress(loader, "what to hide"):
+        hidden = most_attributed(attribution(model, part["image"].to(device))).cpu()
+        object_ = patch_share(part["mask"], grid) if "mask" in part else torch.full(hidden.shape, math.nan)
+        sums = torch.stack([hidden.sum(), (hidden * object_).sum(), object_.sum(), torch.tensor(hidden.numel())])
+        found.append((bits_of(hidden), sums.double()))
+    bits, sums = zip(*in_order(found, len(batches), world))
+    hidden, inside, objects, patches = sum(sums).tolist()
+    said = {"hidden": hidden / patches}
+    if samples.masks is not None:
+        said |= {"in_object": inside / hidden if hidden else None, "of_object": inside / objects if objects else None}
+    return torch.cat(bits), said
+
+
+def hide(cfg, samples, log, start, rank, world, device):
+    """Training images get what MaskTune hides of them: made once by best.pt of the run that it goes on from, and kept.
+
+    hidden.pt in the folder has it, for --resume.
+    """
+    path = Path(cfg.out) / "hidden.pt"
+    if cfg.resume and path.is_file():
+        kept = read_file(path, "hidden.pt of a run with --masktune")
+        if not isinstance(kept, dict) or not {"hidden", "grid"} <= kept.keys() or len(kept["hidden"]) != len(samples):
+            raise UsageError(f"{path} is not what train.py wrote for these images: start again")
+    else:
+        model, _ = load_model(Path(cfg.masktune) / "best.pt", device)
+        hidden, said = find_hidden(model, samples, cfg, rank, world, device)
+        kept = {"hidden": hidden, "grid": list(model.predictor.backbone.grid)}
+        if rank == 0:
+            write_whole(path, lambda temporary: torch.save(kept, temporary))
+        inside = said.get("in_object")
+        log({"step": start, "masktune": said}, f"{said['hidden']:.1%} of the patches are hidden"
+            + (f", {inside:.0%} of them inside the true object" if inside is not None else ""))
+    samples.hidden, samples.hidden_grid = kept["hidden"], tuple(kept["grid"])
 
 
 def whole_pictures(samples, batches, cfg, title):
@@ -501,7 +559,7 @@ class Trainer:
                 if part is not None and (name != "scaler" or state[name]):     # {}: it began without fp16
                     part.load_state_dict(state[name])
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise UsageError(f"--resume: {path} does not fit its own settings ({name}: "
+            raise UsageError(f"{path} does not fit its own settings ({name}: "
                              f"{str(error).strip().splitlines()[0]}); start again, or restore the file") from None
 
     def rates(self):
@@ -518,7 +576,8 @@ class Trainer:
         if self.objective:
             batch = {**batch, **self.objective.of(chosen, self.rank, self.world)}
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * lr_at(step, self.steps, group["warmup"])
+            group["lr"] = group["base_lr"] * (self.cfg.masktune_lr if self.cfg.masktune else
+                                              lr_at(step, self.steps, group["warmup"]))
         terms = gradients(self.model, self.cfg, batch, step, self.rank, self.buckets, self.device, self.dtype,
                           self.scaler, self.swap)
         refuse_non_finite({f"the loss term {name!r}": value for name, value in terms.items()}, step)
@@ -648,7 +707,7 @@ def leave_signals(worker):
 def loop(cfg, trainer, samples, val, log, start, best, images):
     """Steps from `start` to the end, a line, a validation or a checkpoint where one is due. Stopped by a signal."""
     rank, world, device, steps, folder = trainer.rank, trainer.world, trainer.device, trainer.steps, Path(cfg.out)
-    per_epoch, pace = steps // cfg.epochs, Pace(start)
+    per_epoch, pace = len(samples) // cfg.batch, Pace(start)
     plan = Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world,
                 trainer.objective and trainer.objective.shares)
     batches = torch.utils.data.DataLoader(samples, batch_sampler=plan, num_workers=cfg.workers,
@@ -706,6 +765,13 @@ def check_select(cfg, val):
                          "take --select worst_class")
 
 
+def last_step(cfg, per_epoch, state, before):
+    """The step at which a run ends: of --masktune, an epoch after that of the run `before`, on which it goes on."""
+    if not cfg.masktune:
+        return per_epoch * cfg.epochs
+    return before["step"] + per_epoch if before else math.ceil(state["step"] / per_epoch) * per_epoch
+
+
 def prepare_masks(cfg, trainer, samples, log, start, resumed):
     """What comes before the first step where masks are found: the finder is trained, and looks."""
     how, model = (samples, cfg, trainer.rank, trainer.world, trainer.device), trainer.model
@@ -730,12 +796,13 @@ def train(cfg):
         if cfg.resume and rank == 0:
             held.enter_context(owned(folder, new=False))
         state = earlier_state(cfg) if cfg.resume else None
+        before = finished_state(cfg.masktune) if cfg.masktune and not state else None    # the run that it goes on from
         read = try_out(cfg)
         samples, val = open_data(cfg, rank, world)
         if cfg.method == "early-random":                 # a judge of masks must not share the shortcut
             samples.keep(balanced(samples.groups).tolist())
         images = {split.split: [len(split), split.digest()] for split in (samples, val) if split}
-        steps = len(samples) // cfg.batch * cfg.epochs
+        steps = last_step(cfg, len(samples) // cfg.batch, state, before)
         check_select(cfg, val)
         if objective := objectives.start(cfg, samples, steps):
             images |= {"groups": objective.digest()} if cfg.groups else {}
@@ -743,10 +810,12 @@ def train(cfg):
         del read                                         # the weights are in the model now
         give_truth(samples, cfg)
         tell_classes(trainer.model, samples)
-        if state:
-            refuse_other_images(state, images, steps, folder)
-            trainer.load(state, folder / "last.pt")
-        start, best = (state["step"], state["best"]) if state else (0, {**best, **({"split": "val"} if val else {})})
+        for earlier, where in ((before, cfg.masktune), (state, folder)):
+            if earlier:
+                refuse_other_images(earlier, images, steps, where)
+                trainer.load(earlier, Path(where) / "last.pt")
+        start = (state or before or {"step": 0})["step"]
+        best = state["best"] if state else {**best, **({"split": "val"} if val else {})}
         if not cfg.resume and rank == 0:
             held.enter_context(owned(folder, new=True))
             claim(cfg)
@@ -759,6 +828,8 @@ def train(cfg):
             f"{steps} ({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
         if isinstance(trainer.model, FoundMask) or trainer.finder:
             prepare_masks(cfg, trainer, samples, log, start, resumed=bool(state))
+        if cfg.masktune:
+            hide(cfg, samples, log, start, rank, world, device)
         loop(cfg, trainer, samples, val, log, start, best, images)
         average = {"ema_decay": trainer.decay(steps - 1)} if cfg.ema else {}
         log({"step": steps, "finished": True, **average},            # sweep.py looks for it

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from benchmarks.files import exists, read_image
-from benchmarks.transforms import FINE_GRAINED, View, squash, to_tensor
+from benchmarks.transforms import FINE_GRAINED, View, squash, to_tensor, window
 from settings import UsageError
 
 
@@ -86,12 +86,13 @@ class Samples(torch.utils.data.Dataset):
     samples[epoch, i] is sample i as augmented in that epoch; samples[i] the evaluation view, with
     "mask" (S, S) uint8, "points" (P, 3) and "box" (4,) where the benchmark has them. train_masks: True adds the mask
     to augmented samples too. found (n, bytes): masks that a model found in the whole pictures, a bit for each of the
-    found_grid patches; augmented samples have theirs as "found" (S, S), augmented alike. merge (outputs,): the class
-    that each output of the model stands for, -1 for none, where a model of another benchmark is evaluated. Raises
-    UsageError for an unreadable file.
+    found_grid patches; augmented samples have theirs as "found" (S, S), augmented alike. hidden (n, bytes) and
+    hidden_grid: the same of patches of the evaluation view, which are black in augmented samples and "hidden" there.
+    merge (outputs,): the class that each output of the model stands for, -1 for none, where a model of another
+    benchmark is evaluated. Raises UsageError for an unreadable file.
     """
     train_masks = False
-    found = found_grid = None
+    found = found_grid = hidden = hidden_grid = None
     masks_tell = False          # True: masks mark what makes the label, so that no model may be given them
     partial = False             # True: some of the classes are not there on purpose
     checked = False             # True: every file was looked at (folder.survey)
@@ -158,14 +159,28 @@ class Samples(torch.utils.data.Dataset):
         """The same pictures without annotations, each squashed whole into the square that a model sees."""
         other = copy.copy(self)
         other.pipeline = self.pipeline._replace(evaluate=squash)
-        other.masks = other.points = other.boxes = other.found = None
+        other.masks = other.points = other.boxes = other.found = other.hidden = None
         return other
 
-    def with_found(self, i, view):
-        """The mask found in picture i, as large as the picture: 2 where it keeps, and 1 more where view.mask does."""
-        keep = np.unpackbits(self.found[i].numpy(), count=math.prod(self.found_grid)).reshape(self.found_grid)
-        keep = Image.fromarray(2 * keep).resize(view.image.size, Image.Resampling.NEAREST)
-        return Image.fromarray(np.asarray(keep) + (np.asarray(view.mask) > 0)) if view.mask else keep
+    def marks(self, i, view):
+        """All masks of picture i in one, which is augmented with it: 1 true object, 2 found, 4 hidden, or their sum."""
+        size = view.image.size
+        marks = np.zeros(size[::-1], np.uint8) if view.mask is None else np.uint8(np.asarray(view.mask) > 0)
+        for bit, masks, grid in ((2, self.found, self.found_grid), (4, self.hidden, self.hidden_grid)):
+            if masks is not None:
+                patches = np.unpackbits(masks[i].numpy(), count=math.prod(grid)).reshape(grid)
+                place = (0, 0, *size) if bit == 2 else self.seen(size)
+                layer = Image.new("L", size)
+                layer.paste(Image.fromarray(patches).resize((place[2] - place[0], place[3] - place[1]),
+                                                            Image.Resampling.NEAREST), place[:2])
+                marks = marks + bit * np.asarray(layer)
+        return marks
+
+    def seen(self, size):
+        """What the evaluation view shows of a picture (width, height) -> left, top, right, bottom in whole pixels."""
+        view = View(Image.new("L", size), box=(0, 0, *size))
+        self.pipeline.evaluate(view, self.size)
+        return tuple(round(share * side) for share, side in zip(window(view, self.size), (*size, *size)))
 
     def on_disk(self):
         """Are all images there? Names come from listing the folder, so they are."""
@@ -204,9 +219,11 @@ class Samples(torch.utils.data.Dataset):
         if view.mask and view.mask.size != view.image.size:
             raise UsageError(f"mask {self.masks[i]} is {view.mask.size}, its image {view.image.size}; unpack both "
                              "again")
-        found = self.found is not None and epoch is not None
-        if found:
-            view.mask = self.with_found(i, view)
+        marked = epoch is not None and (self.found is not None or self.hidden is not None)
+        if marked:
+            marks = self.marks(i, view)
+            view.mask = Image.fromarray(marks)
+            view.image = Image.fromarray(np.where(marks[..., None] < 4, np.asarray(view.image), np.uint8(0)))
         if epoch is not None:
             rng = np.random.default_rng([self.seed, epoch, zlib.crc32(os.fsencode(self.ids[i]))])
             self.pipeline.train(view, self.size, rng)
@@ -217,9 +234,11 @@ class Samples(torch.utils.data.Dataset):
                 raise UsageError(f"cannot use image {self.paths[i]}: {error}") from None
         sample = {"label": int(self.labels[i]), "group": int(self.groups[i]), "id": self.ids[i],
                   "image": to_tensor(view.image, self.normalisation)}
-        if found:
-            sample["found"] = torch.from_numpy(np.asarray(view.mask) >> 1)
-            view.mask = view.mask.point([0, 1, 0, 1] + [0] * 252) if mask else None
+        if marked:
+            marks = np.asarray(view.mask)
+            sample |= {name: torch.from_numpy(marks // bit % 2) for name, bit in (("found", 2), ("hidden", 4))
+                       if getattr(self, name) is not None}
+            view.mask = Image.fromarray(marks % 2) if mask else None
         if view.mask:
             # CUB's masks are soft (how many annotators agree): any agreement is object, as published
             sample["mask"] = torch.from_numpy((np.asarray(view.mask) > 0).astype(np.uint8))
