@@ -22,9 +22,9 @@ import data
 from benchmarks.files import digest_of_groups, write_groups
 from benchmarks.samples import evenly
 from ifam import masked_mean
-from measure.leakage import given
 from measure.metrics import ari, over
-from predict import OnCheckpoint, predict
+from measure.retrain import read_by_head
+from predict import OnCheckpoint, own_splits, predict
 from runs import hash_of, load_model, pick_device
 from settings import UsageError, may_write, opt, parse, run_script, write_json
 
@@ -121,23 +121,6 @@ def cluster(x, count=0):
 
 # ---------------------------------------------------------------- what is clustered
 @torch.no_grad()
-def read_by_head(model, samples, device="cpu", batch=32, workers=0):
-    """What the head of a model reads, under its own mask -> (n, D). Of parts, the mean over them: logits are linear."""
-    seen, head = [], model.predictor.head if model.predictor else model.selector.classifier
-    hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-
-    def measure(part):
-        seen.clear()
-        model(part["image"].to(device), **given(model, part, device))
-        features, = seen
-        return {"features": (features if features.ndim == 2 else features.mean(1)).float().cpu()}
-    try:
-        return over(samples, measure, batch, workers)["features"]
-    finally:
-        hook.remove()
-
-
-@torch.no_grad()
 def backgrounds(model, samples, device="cpu", batch=32, workers=0):
     """What stage 1's backbone makes of refused patches -> (their mean feature (n, D), share that is refused (n,)).
 
@@ -219,13 +202,11 @@ BY = {"errors": by_errors, "clusters": by_clusters, "background": by_background}
 # ---------------------------------------------------------------- the command
 def training_split(cfg, state):
     """The training images of a checkpoint, as it was trained on them -> Samples."""
-    trained = state["config"]
-    if cfg.data not in ("", trained["data"]):
+    trained = state["config"]["data"]
+    if cfg.data not in ("", trained):
         raise UsageError(f"--data {cfg.data}: groups are those of the training images of {cfg.ckpt}, which are of "
-                         f"{trained['data']}; leave it out")
-    root = data.find_root(trained["data"], cfg.root or trained["root"], trained["mini"] and not cfg.root)
-    return data.load(trained["data"], root, trained["size"], limit=cfg.limit or trained["limit"], splits=("train",),
-                     check=("train",), val_share=trained.get("val_share", 0.0), strict=cfg.strict_data)["train"]
+                         f"{trained}; leave it out")
+    return own_splits(cfg, state, ("train",))["train"]
 
 
 def check(cfg, model, samples, method):

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,6 +28,7 @@ from tqdm import tqdm
 import data
 from baselines import TAKES
 from measure import tables
+from measure.retrain import TITLES
 from runs import Config as RunConfig
 from runs import check, differences, hash_of, left_out, of_best, pick_device, preset, read_config, read_log, trained
 from settings import RunError, UsageError, flag, nearest, opt, parse, read_json, run_script
@@ -41,6 +42,8 @@ class Config:
     leakage: int = opt(500, "of evaluate.py: images for leakage; finished runs stay as they are", at_least=0)
     also: list[str] = opt((), "evaluate on these as well: waterbird200 for cub, imagenet9 for imagenet",
                           choices=tuple(name for name, benchmark in data.BENCHMARKS.items() if benchmark.trained_on))
+    retrain: list[str] = opt((), "evaluate with these new last layers as well, as evaluate.py --retrain has them",
+                             choices=tuple(TITLES))
     list: bool = opt(False, "print the commands and what is finished, run nothing")
 
 
@@ -54,7 +57,8 @@ WORST = ["--select", "worst_group"]                      # as published, where g
 def objectives(method):
     """{name of a run: flags of train.py}: a method with each objective, and with other backgrounds in its images.
 
-    --groups RUN:BY is what groups.py --by BY writes of the run of that name and seed, which comes first.
+    --groups RUN:BY is what groups.py --by BY writes of the run of that name and seed, which comes first; RUN: is its
+    folder.
     """
     weighed = {"": [], "-balanced": ["--objective", "balanced", *WORST],
                "-reweight": ["--objective", "reweight", *WORST], "-group-dro": ["--objective", "group-dro", *WORST],
@@ -63,6 +67,7 @@ def objectives(method):
                "-background-dro": ["--objective", "group-dro", "--groups", "ifam:background"]}
     masks = ("true", "found", *["own"] * (method == "ifam"))
     swapped = {f"-swap-{mask}": ["--swap", "0.5", "--swap-mask", mask] for mask in masks}
+    swapped["-masktune"] = ["--masktune", f"{method}:"]
     return {method + name: [*METHODS[method], *flags] for name, flags in {**weighed, **swapped}.items()}
 
 
@@ -108,7 +113,8 @@ SETS = {        # {name of a set: {name of a run: flags of train.py}}
         "early-truth-cls": [*METHODS["early-truth"], "--pooling", "cls"],
         "early-truth-trim": [*METHODS["early-truth"], "--pooling", "cls", "--trim", "truth"],
         "early-random": ["--method", "early-random"]},   # the judge of what a selection encodes
-    "objectives": {"erm-first": [*METHODS["erm"], "--epochs", FIFTH], **objectives("erm"), **objectives("ifam")}}
+    "objectives": {"erm-first": [*METHODS["erm"], "--epochs", FIFTH], **objectives("erm"), **objectives("ifam"),
+                   "ifam-supervised": ["--supervise", "masks"], "ifam-complement": ["--weight-complement", "4"]}}
 
 
 def choose(names):
@@ -131,9 +137,9 @@ def filled_in(own, cfg, folders):
     """
     known = {FIFTH: str(max(1, cfg.epochs // 5))}
     for word in own:
-        run, _, by = word.partition(":")
-        if by:
-            known[word] = f"{folders[run]}/groups-{by}.csv"
+        run, colon, by = word.partition(":")
+        if colon:
+            known[word] = f"{folders[run]}/groups-{by}.csv" if by else folders[run]
     return [known.get(word, word) for word in own]
 
 
@@ -169,7 +175,11 @@ def plan(names, seeds, flags, folder="sweep"):
     first run. A run that equals its method as it is (--k 8 where 8 is the default) is the run of that name. UsageError
     if a folder holds a run with other settings.
     """
-    parsed = lambda typed: parse(RunConfig, __doc__, typed, preset)
+    def parsed(typed):
+        """--masktune reads the settings of a run, which need not be there yet: they are those that are typed here."""
+        at = typed.index("--masktune") if "--masktune" in typed else len(typed)
+        cfg = parse(RunConfig, __doc__, [*typed[:at], *typed[at + 2:]], preset)
+        return replace(cfg, masktune=typed[at + 1]) if at < len(typed) else cfg
     chosen, runs = choose(names), {}
     given = share_out(chosen, flags)
     for seed in map(str, range(seeds)):
@@ -198,21 +208,21 @@ def refuse_other_settings(cfg):
                          f"or move {Path(cfg.out).parent} away")
 
 
-def commands(cfg, flags, processes=1, measure=(), also=()):
+def commands(cfg, flags, processes=1, measure=(), also=(), retrain=()):
     """What is left to do for a run, as command lines: none if it is finished. A run that was begun is resumed.
 
-    measure: flags of evaluate.py; also: other benchmarks to evaluate on. Reports of a run that is not trained to its
-    end, or of another best.pt than the present one, are made again. So are groups of another run, and a run that was
+    measure: flags of evaluate.py; also: other benchmarks to evaluate on; retrain: last layers, of --retrain. Reports of
+    a run that is not trained to its end, or of another best.pt than the present one, are made again. So are groups of another run, and a run that was
     trained with others than they have now starts again: train.py moves the old one aside.
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
     folder, here = Path(cfg.out), Path(__file__).parent
     first, grouping, anew = first_pass(cfg), [], False
-    if first and not (are_current(Path(cfg.groups)) and trained(first / "log.jsonl")):
+    if first and cfg.groups and not (are_current(Path(cfg.groups)) and trained(first / "log.jsonl")):
         by = Path(cfg.groups).stem.removeprefix("groups-")
         grouping, anew = [[sys.executable, str(here / "groups.py"), "--ckpt", str(first / "best.pt"), "--by", by,
                            "--device", cfg.device]], True
-    elif first:
+    elif first and cfg.groups:
         anew = trained_with(folder) not in (None, read_json(said_of(cfg.groups), "what groups.py says")["digest"])
     training = [sys.executable, *torchrun, str(here / "train.py"), *flags,
                 *["--resume"] * ((folder / "config.json").is_file() and not anew)]
@@ -220,7 +230,8 @@ def commands(cfg, flags, processes=1, measure=(), also=()):
                *measure]
     named = lambda name: ["--out", str(folder / name)] * ("--limit" in measure)     # it is this report, whole or not
     left = {"report.json": [*measure, *named("report.json")],
-            **{f"report-{name}.json": [*measure, "--data", name, *named(f"report-{name}.json")] for name in also}}
+            **{f"report-{name}.json": [*measure, flag, name, *named(f"report-{name}.json")]
+               for flag, names in (("--data", also), ("--retrain", retrain)) for name in names}}
     if anew or not trained(folder / "log.jsonl"):
         return [*grouping, training, *left.values()]
     return [command for name, command in left.items() if not is_current(folder / name)]
@@ -240,9 +251,9 @@ def is_current(path):
 
 
 def first_pass(cfg):
-    """The folder of the run of the same sweep that the groups of a run come from, or None."""
-    path = Path(cfg.groups)
-    return path.parent if cfg.groups and path.parent.parent == Path(cfg.out).parent else None
+    """The folder of the run of the same sweep that a run goes on from, or that its groups come from; or None."""
+    first = Path(cfg.masktune) if cfg.masktune else Path(cfg.groups).parent
+    return first if (cfg.masktune or cfg.groups) and first.parent == Path(cfg.out).parent else None
 
 
 def said_of(groups):
@@ -296,15 +307,15 @@ def run(command):
     return status
 
 
-def finished(names, flags, folder="sweep", measure=("--leakage", "100"), also=()):
+def finished(names, flags, folder="sweep", measure=("--leakage", "100"), also=(), retrain=()):
     """For notebooks: runs of seed 0, trained and evaluated now unless they were before -> {name: folder of the run}.
 
-    names and flags as on the command line, measure and also as in `commands`. On CPU runs go side by side, each with
+    names and flags as on the command line, measure, also and retrain as in `commands`. On CPU runs go side by side, each with
     its share of the cores. A bar shows how far they are; what the scripts print is shown only where one fails. RunError
     then.
     """
     runs = plan(names, 1, flags, folder)
-    left = [(cfg, todo) for cfg, typed in runs if (todo := commands(cfg, typed, measure=measure, also=also))]
+    left = [(cfg, todo) for cfg, typed in runs if (todo := commands(cfg, typed, 1, measure, also, retrain))]
     if left:
         cfg = runs[0][0]
         data.find_root(cfg.data, cfg.root, cfg.mini)     # draws a miniature, before several want it
@@ -358,12 +369,13 @@ def main(argv=None):
     for name in given.also:
         if (of := data.BENCHMARKS[name].trained_on) != runs[0][0].data:
             raise UsageError(f"--also {name} evaluates models of {of}, not of {runs[0][0].data}: leave it out")
-    left = lambda cfg, typed: commands(cfg, typed, given.processes, ["--leakage", str(given.leakage)], given.also)
+    left = lambda cfg, typed: commands(cfg, typed, given.processes, ["--leakage", str(given.leakage)], given.also,
+                                       given.retrain)
     for number, (cfg, typed) in enumerate(runs, 1):
         todo, first = left(cfg, typed), first_pass(cfg)
         print(f"[{number}/{len(runs)}] {cfg.out}" + ": finished" * (not todo), flush=True)
         if todo and first and not given.list and not trained(first / "log.jsonl"):
-            print(f"left out, for its groups are those of {first}, which is not trained", file=sys.stderr)
+            print(f"left out, for it needs {first}, which is not trained", file=sys.stderr)
             failed.append(cfg.out)
             continue
         for command in todo:

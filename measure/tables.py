@@ -173,7 +173,7 @@ def row_name(config):
              *[f"--groups {Path(file or '').name}"] * bool(file)]
     for name, (value, _) in changed.items():
         typed = flag(name)
-        words.append(typed if value is True else f"--no-{typed[2:]}" if value is False else f"{typed} {value}")
+        words.append(typed if value is True or name == "masktune" else f"--no-{typed[2:]}" if value is False else f"{typed} {value}")
     return " ".join(words)
 
 

@@ -1,6 +1,5 @@
 """Groups that nobody labelled: errors, clusters and backgrounds, against slower ways and planted ones; no label of a place is read."""
 import copy
-import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -11,10 +10,8 @@ import data
 import groups
 import runs
 import train as training
-from baselines import build
 from benchmarks.files import read_groups
 from measure import tables
-from measure.leakage import given
 from measure.metrics import ari
 from models import pictures, tiny
 from settings import UsageError
@@ -239,16 +236,3 @@ def test_files_of_others_are_not_replaced_and_flags_that_mean_nothing_are_refuse
     assert "ends in .csv" in ask("--by", "errors", "--out", tmp_path / "x.json")
     assert "means nothing with --by errors" in ask("--by", "errors", "--clusters", 2, "--out", tmp_path / "x.csv")
     assert "leave it out" in ask("--by", "errors", "--data", "waterbird200")
-
-
-@pytest.mark.parametrize("method", ["ifam", "pdiscoformer", "erm", "ep", "early-truth", "late-found"])
-def test_what_the_head_reads_gives_the_logits_of_the_model(method):
-    cfg = runs.Config(**{**runs.preset({"mini": True, "method": method}), "mini": True, "method": method})
-    model = build(dataclasses.asdict(cfg), 3).eval()
-    split = type("S", (list,), dict(name="s", split="train"))
-    samples = split({"image": x, "mask": torch.ones(96, 96).long(), "id": "a"} for x in pictures(3, 96))
-    x = groups.read_by_head(model, samples, batch=2)
-    head = model.predictor.head if model.predictor else model.selector.classifier
-    with torch.no_grad():
-        told = given(model, next(iter(torch.utils.data.DataLoader(samples, 3))), "cpu")
-        assert torch.allclose(head(x.to(head.weight.dtype)), model(pictures(3, 96), **told).logits, atol=1e-4)

@@ -219,6 +219,30 @@ def test_a_chain_trains_groups_and_trains_again_and_does_nothing_the_second_time
     assert not called and capsys.readouterr().out.count(": finished") == 4
 
 
+def test_masktune_goes_on_from_the_run_of_its_method_which_comes_first(commands):
+    called, _ = commands
+    sweep.main(["ifam-masktune", *MINI, "--seeds", "2"])
+    assert [(script, Path(out).name) for script, out, _ in called] == [(s, f"{n}-{seed}") for seed in (0, 1) for n in ("ifam", "ifam-masktune")
+                                                                         for s in ("train.py", "evaluate.py")]
+    typed = called[2][2]
+    assert typed[typed.index("--masktune") + 1] == "runs/waterbirds-mini-sweep/ifam-0"
+    (one, _), (two, _) = sweep.plan(["ifam-masktune"], 1, MINI)
+    assert runs.differences(runs.plain(vars(one)), two).keys() == {"masktune"} and sweep.first_pass(two) == Path(one.out)
+
+
+def test_new_last_layers_are_measured_where_they_are_asked_for(commands):
+    cfg, flags = sweep.plan(["erm"], 1, MINI)[0]
+    measured = sweep.commands(cfg, flags, measure=["--leakage", "2"], retrain=["dfr", "afr"])[1:]
+    assert [c[c.index("--leakage") + 2:] for c in measured] == [[], ["--retrain", "dfr"], ["--retrain", "afr"]]
+    folder = Path(cfg.out)
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text('{"step": 4, "finished": true}\n')
+    for name in ("report", "report-dfr"):
+        (folder / f"{name}.json").write_text('{"split": "test"}')
+    left, = sweep.commands(cfg, flags, retrain=["dfr", "afr"])
+    assert left[-2:] == ["--retrain", "afr"]
+
+
 def test_groups_of_another_checkpoint_are_made_again_and_a_run_of_other_groups_starts_again(commands):
     called, _ = commands
     (one, _), (cfg, typed) = sweep.plan(["erm-jtt"], 1, MINI)
@@ -257,7 +281,7 @@ def test_a_run_whose_first_pass_failed_is_left_out_and_the_others_go_on(commands
     broken.add("runs/waterbirds-mini-sweep/erm-first-0")
     with pytest.raises(RunError, match="2 of 3 runs failed.*erm-first-0, .*erm-jtt-0"):
         sweep.main(["erm-jtt", "erm", *MINI])
-    assert "left out, for its groups are those of runs/waterbirds-mini-sweep/erm-first-0" in capsys.readouterr().err
+    assert "left out, for it needs runs/waterbirds-mini-sweep/erm-first-0" in capsys.readouterr().err
     assert {Path(out).name for _, out, _ in called} == {"erm-first-0", "erm-0"}
 
 
