@@ -79,18 +79,21 @@ class Swap:
 def attribution(model, images):
     """How much each patch speaks for the model's answer: images (B, 3, S, S) -> (B, N), 0 or more; 0 if it is hidden.
 
-    <gradient of the predicted logit, token> of each patch before the last block of the stage that answers, clipped at
-    0: on a ViT what XGradCAM is before the last block of a ResNet. No label enters.
+    <gradient of the predicted logit, token> of each patch, clipped at 0, on the last tokens that the answer reads: with
+    the class token what the last block's attention reads, after its LayerNorm; with a mean of patches the final tokens.
+    On a ViT this is what XGradCAM is in the last convolutions. Before a LayerNorm it would be 0 for every patch, whose
+    length the LayerNorm takes away. No label enters.
     """
     with torch.no_grad():
         out = model(images)
     stage, held = constant(model.predictor).eval(), []
     stage.backbone.packed = stage.backbone.checkpoint = False
 
-    def hold(block, inputs):
-        held.append(inputs[0].detach().requires_grad_())
-        return *held, *inputs[1:]
-    stage.backbone.blocks[-1].register_forward_pre_hook(hold)
+    def hold(norm, inputs, tokens):
+        held.append(tokens.detach().requires_grad_())
+        return held[0]
+    last = stage.backbone.blocks[-1].norm1 if stage.pooling == "cls" else stage.backbone.norm
+    last.register_forward_hook(hold)
     with torch.enable_grad():
         answer = stage(paint(images, out.shown), out.keep).amax(1)
         gradient, = torch.autograd.grad(answer.sum(), held)
