@@ -221,6 +221,7 @@ def test_settings_of_another_objective_do_not_come_with_config(tmp_path):
     earlier = lambda: {"data": "waterbirds", "mini": True, "objective": "george", "groups": "x.csv", "dro_adjustment": 2.0}
     assert runs.preset({}, kept := earlier()) and kept["groups"] == "x.csv" and kept["dro_adjustment"] == 2
     assert runs.preset({"objective": "erm"}, gone := earlier()) and not gone.keys() & objectives.TAKES.keys()
+    assert runs.preset({"method": "early-random"}, judge := earlier()) and judge.keys() == {"data", "mini"}
 
 
 # ---------------------------------------------------------------- in the loop
