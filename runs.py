@@ -198,6 +198,9 @@ def preset(typed, earlier=None):
         if name in typed and known["method"] in METHODS and known["method"] not in methods:
             raise UsageError(f"{flag(name)} means nothing to --method {known['method']}, only to {', '.join(methods)}; "
                              "leave it out")
+    if "mask_rule" in typed and known.get("find_in") == "view" and has(known["method"], "find_in"):
+        raise UsageError("--mask-rule means nothing with --find-in view, whose masks are patches from the start: leave "
+                         "one of them out")
     if known["data"] not in data.BENCHMARKS:             # parse() says so
         return {}
     recipe = known.get("recipe") or usual_recipe(known["mini"])
