@@ -243,6 +243,9 @@ def preset(typed, earlier=None):
         if name in typed and known["method"] in METHODS and known["method"] not in methods:
             raise UsageError(f"{flag(name)} means nothing to --method {known['method']}, only to {', '.join(methods)}; "
                              "leave it out")
+    if "mask_rule" in typed and known.get("find_in") == "view" and has(known["method"], "find_in"):
+        raise UsageError("--mask-rule means nothing with --find-in view, whose masks are patches from the start: leave "
+                         "one of them out")
     for name, (other, example) in NEEDS.items():
         if name in typed and known.get(other, "none") in (0, "", "none"):
             raise UsageError(f"{flag(name)} means nothing without {flag(other)}: add {example}, or leave it out")

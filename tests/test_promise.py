@@ -38,6 +38,7 @@ PROMISE = [
     (train, (*MINI, "--method", "late-truth", "--mask-with", "pixels"), 2, "means nothing to"), (train, (*MINI, "--method", "early-random", "--head", "norm"), 2, "means nothing to"),
     (train, (*MINI, "--method", "early-truth", "--finder", "head"), 2, "only to early-found, late-found"), (train, (*MINI, "--method", "erm", "--mask-rule", "centre"), 2, "means nothing to"),
     (train, (*MINI, "--method", "early-truth", "--mask-rule", "center"), 2, "did you mean centre"), (train, (*MINI, "--method", "late-truth", "--find-in", "view"), 2, "means nothing to"),
+    (train, (*MINI, "--method", "early-found", "--find-in", "view", "--mask-rule", "centre"), 2, "means nothing with --find-in view"),
     (train, (*MINI, "--method", "aim", "--probe-norm"), 2, "only to ep"), (train, (*MINI, "--method", "ep", "--probe-norm", "--batch", 1), 2, "one alone"),
     (train, (*MINI, "--method", "ep", "--probe-norm", "--batch", 9, "--micro", 4), 2, "one alone"),
     (train, ("--data", "imagenet", "--draft"), 2, "need all of their pixels"), (train, (*MINI, "--method", "early-truth", "--draft"), 2, "means nothing to"),
