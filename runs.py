@@ -269,7 +269,10 @@ def of_masktune(typed, earlier):
     run, own = typed["masktune"], {"masktune", "hide_with", "masktune_lr"}
     if earlier:
         raise UsageError("--config means nothing with --masktune, which takes the settings of its run: leave it out")
-    settings = {name: value for name, value in read_settings(Path(run) / "config.json").items() if name not in own}
+    settings = read_settings(Path(run) / "config.json")
+    if settings.get("masktune"):
+        raise UsageError(f"--masktune {run}: it is a run of --masktune already, and went on from "
+                         f"{settings['masktune']}; take that one")
     if settings["method"] not in TAKES["masktune"]:
         raise UsageError(f"--masktune {run}: --method {settings['method']} has no stage that reads what is left of an "
                          f"image; take a run of {', '.join(TAKES['masktune'])}")
@@ -279,7 +282,7 @@ def of_masktune(typed, earlier):
     for name in typed.keys() - own - FREE - {"micro", "amp"}:
         if typed[name] != (then := settings.get(name, getattr(Config, name))):
             raise UsageError(f"{flag(name)} {typed[name]} with --masktune {run}, where it is {then}: leave it out")
-    return settings
+    return {name: value for name, value in settings.items() if name not in own}
 
 
 def usual_recipe(mini):
