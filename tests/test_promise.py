@@ -62,7 +62,7 @@ PROMISE = [
     (train, (*MINI, "--method", "erm", "--swap", 0.5, "--swap-mask", "own"), 2, "finds no mask of its own"), (train, (*MINI, "--method", "early-random", "--swap", 1), 2, "means nothing to"),
     (train, (*MINI, "--swap", 0.5, "--swap-mask", "found", "--weights", "none"), 2, "give --weights"), (train, (*MINI, "--swap", 0.5, "--batch", 1), 2, "larger --batch"),
     (train, ("--masktune", "nowhere"), 2, "no such file"), (train, ("--masktune", FILE), 2, FILE), (train, ("--masktune", ""), 2, "--masktune is empty"), (train, (*MINI, "--method", "erm", "--hide-with", "pixels"), 2, "without --masktune"),
-    (train, (*MINI, "--masktune-lr", 1), 2, "without --masktune"), (train, (*MINI, "--masktune-lr", 0), 2, "above 0"), (train, (*MINI, "--hide-with", "pixel"), 2, "did you mean pixels"), (train, ("--masktun", "x"), 2, "did you mean --masktune"),
+    (train, (*MINI, "--masktune-lr", 1), 2, "without --masktune"), (train, ("--masktun", "x"), 2, "did you mean --masktune"),
     (train, (*MINI, "--weight-mask", 1), 2, "without --supervise"), (train, (*MINI, "--method", "erm", "--supervise", "masks"), 2, "means nothing to"), (train, (*MINI, "--supervise", "mask"), 2, "did you mean masks"),
     (train, (*MINI, "--method", "pdiscoformer", "--weight-complement", 1), 2, "means nothing to"), (train, (*MINI, "--weight-complement", -1), 2, "at least 0"),
     (train, (*MINI, "--method", "seg-erm", "--k", 3), 2, "means nothing to"), (train, (*MINI, "--method", "seg-erm", "--draft"), 2, "means nothing to"), (train, (*MINI, "--method", "box-erm"), 2, "did you mean bbox-erm"),
