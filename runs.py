@@ -270,6 +270,8 @@ def of_masktune(typed, earlier):
     if earlier:
         raise UsageError("--config means nothing with --masktune, which takes the settings of its run: leave it out")
     settings = read_settings(Path(run) / "config.json")
+    if Path(typed.get("out", "")).resolve() == Path(run).resolve():
+        raise UsageError(f"--out {typed['out']} is the run that --masktune goes on from: name another folder")
     if settings.get("masktune"):
         raise UsageError(f"--masktune {run}: it is a run of --masktune already, and went on from "
                          f"{settings['masktune']}; take that one")
@@ -470,7 +472,8 @@ def refuse_too_large(cfg):
     depth, D, patches = arch.get("depth", 12), arch["width"], (cfg.size // arch.get("patch", 14)) ** 2
     tokens = 1 + cfg.registers + patches
     views = 2 * (cfg.train_tokens or cfg.stage1_starts_from() == "none")         # of stage 1: the image and its warp
-    views = {"ifam": views, "pdiscoformer": views, "erm": 1, "late-truth": 1, "late-found": 1}.get(cfg.method, 0)
+    views = {"ifam": views, "pdiscoformer": views, "erm": 1, "seg-erm": 1, "bbox-erm": 1, "late-truth": 1,
+             "late-found": 1}.get(cfg.method, 0)
     images = min(cfg.batch, cfg.micro or cfg.batch)
     each = 10 * views * depth * tokens * D + 3 * cfg.size ** 2 + (cfg.k + 1) * tokens
     needed = 4 * (12 * depth * D * D + (tokens + cfg.k) * D + images * each)
