@@ -172,7 +172,9 @@ def row_name(config):
              *[f"--groups {Path(file or '').name}"] * bool(file)]
     for name, (value, _) in changed.items():
         typed = flag(name)
-        words.append(typed if value is True or name == "masktune" else f"--no-{typed[2:]}" if value is False else f"{typed} {value}")
+        if name == "masktune":                           # the folder is another for each seed
+            value = True
+        words.append(typed if value is True else f"--no-{typed[2:]}" if value is False else f"{typed} {value}")
     return " ".join(words)
 
 
