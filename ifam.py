@@ -405,7 +405,7 @@ class IFAM(nn.Module):
         """
         keep = torch.cat([out.keep, 1 - out.keep])
         both = constant(self.predictor)(torch.cat([paint(images, out.shown), images]), keep)
-        kept, rest = both.chunk(2)
+        kept, rest = both.to(torch.promote_types(both.dtype, torch.float32)).chunk(2)
         prior = torch.ones_like(rest[0]) if prior is None else prior.to(rest)
         rest = torch.where((out.keep.detach() < 1).any(1, keepdim=True), rest, prior.log())
         return out._replace(contrast=torch.stack([kept, rest], 1))

@@ -243,6 +243,9 @@ def preset(typed, earlier=None):
         if name in typed and known["method"] in METHODS and known["method"] not in methods:
             raise UsageError(f"{flag(name)} means nothing to --method {known['method']}, only to {', '.join(methods)}; "
                              "leave it out")
+    if "mask_rule" in typed and known.get("find_in") == "view" and has(known["method"], "find_in"):
+        raise UsageError("--mask-rule means nothing with --find-in view, whose masks are patches from the start: leave "
+                         "one of them out")
     for name, (other, example) in NEEDS.items():
         if name in typed and known.get(other, "none") in (0, "", "none"):
             raise UsageError(f"{flag(name)} means nothing without {flag(other)}: add {example}, or leave it out")
@@ -266,7 +269,12 @@ def of_masktune(typed, earlier):
     run, own = typed["masktune"], {"masktune", "hide_with", "masktune_lr"}
     if earlier:
         raise UsageError("--config means nothing with --masktune, which takes the settings of its run: leave it out")
-    settings = {name: value for name, value in read_settings(Path(run) / "config.json").items() if name not in own}
+    settings = read_settings(Path(run) / "config.json")
+    if Path(typed.get("out", "")).resolve() == Path(run).resolve():
+        raise UsageError(f"--out {typed['out']} is the run that --masktune goes on from: name another folder")
+    if settings.get("masktune"):
+        raise UsageError(f"--masktune {run}: it is a run of --masktune already, and went on from "
+                         f"{settings['masktune']}; take that one")
     if settings["method"] not in TAKES["masktune"]:
         raise UsageError(f"--masktune {run}: --method {settings['method']} has no stage that reads what is left of an "
                          f"image; take a run of {', '.join(TAKES['masktune'])}")
@@ -276,7 +284,7 @@ def of_masktune(typed, earlier):
     for name in typed.keys() - own - FREE - {"micro", "amp"}:
         if typed[name] != (then := settings.get(name, getattr(Config, name))):
             raise UsageError(f"{flag(name)} {typed[name]} with --masktune {run}, where it is {then}: leave it out")
-    return settings
+    return {name: value for name, value in settings.items() if name not in own}
 
 
 def usual_recipe(mini):
@@ -464,7 +472,8 @@ def refuse_too_large(cfg):
     depth, D, patches = arch.get("depth", 12), arch["width"], (cfg.size // arch.get("patch", 14)) ** 2
     tokens = 1 + cfg.registers + patches
     views = 2 * (cfg.train_tokens or cfg.stage1_starts_from() == "none")         # of stage 1: the image and its warp
-    views = {"ifam": views, "pdiscoformer": views, "erm": 1, "late-truth": 1, "late-found": 1}.get(cfg.method, 0)
+    views = {"ifam": views, "pdiscoformer": views, "erm": 1, "seg-erm": 1, "bbox-erm": 1, "late-truth": 1,
+             "late-found": 1}.get(cfg.method, 0)
     images = min(cfg.batch, cfg.micro or cfg.batch)
     each = 10 * views * depth * tokens * D + 3 * cfg.size ** 2 + (cfg.k + 1) * tokens
     needed = 4 * (12 * depth * D * D + (tokens + cfg.k) * D + images * each)

@@ -95,7 +95,7 @@ def parameter_groups(model, cfg, steps):
         if not p.requires_grad:
             continue
         role = role_of(name, cfg)
-        token = name.endswith(("cls_token", "register_tokens", "pos_embed", "pool.queries", "pool.0.queries"))
+        token = name.endswith(("cls_token", "register_tokens", "pos_embed", ".queries"))
         decays = p.ndim > 1 and not token and role != "prototypes" and "modulation" not in name
         base = {"backbone": cfg.lr, "tokens": cfg.lr_tokens, "prototypes": cfg.lr_prototypes, "heads": cfg.lr_heads}
         lr = base[role] * scale

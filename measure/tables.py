@@ -173,7 +173,9 @@ def row_name(config):
              *[f"--groups {Path(file or '').name}"] * bool(file)]
     for name, (value, _) in changed.items():
         typed = flag(name)
-        words.append(typed if value is True or name == "masktune" else f"--no-{typed[2:]}" if value is False else f"{typed} {value}")
+        if name == "masktune":                           # the folder is another for each seed
+            value = True
+        words.append(typed if value is True else f"--no-{typed[2:]}" if value is False else f"{typed} {value}")
     return " ".join(words)
 
 
@@ -190,8 +192,9 @@ MADE = r"groups-(errors|clusters|background)\.csv"        # what groups.py calls
 def supervision(config, report):
     """What a row was given beside images and classes, from the config.json of its run and its report -> dict.
 
-    {"groups", "masks": the splits whose groups or masks it was given, "passes": trainings over the data}. Groups of
-    --groups count as groups of training, but for those that a first model made (jtt, george, a file of groups.py).
+    {"groups", "masks": the splits whose groups or masks it was given, "passes": trainings over the data, "more_epochs":
+    those after the last of them (masktune)}. Groups of --groups count as groups of training, but for those that a first
+    model made (jtt, george, a file of groups.py).
     """
     objective, name = config.get("objective", RunConfig.objective), config["data"]
     made = objective in MAKES or re.fullmatch(MADE, Path(config.get("groups") or "").name)
@@ -200,14 +203,20 @@ def supervision(config, report):
     decision = report.get("intervention", {}).get("decision")
     selected = config.get("select") == "worst_group" or decision and chosen_on(decision) == "val"
     told = config["method"].endswith("-truth") or config.get("trim") == "truth"
+    boxes = config["method"] == "bbox-erm" or config.get("supervise") == "boxes"
+    taught = config["method"] == "seg-erm" or config.get("supervise") == "masks" or \
+        config.get("swap") and config.get("swap_mask") == "true"
+    masks = ["training", "test"] if told else ["training"] if taught else ["training, as boxes"] * boxes
     return {"groups": ["training"] * bool(weighed) + ["validation"] * bool(selected and crossed(name, "val")),
-            "masks": ["training", "test"] * told, "passes": 1 + bool(made)}
+            "masks": masks, "passes": 1 + bool(made), "more_epochs": int(bool(config.get("masktune")))}
 
 
 def supervision_text(found):
     """The cell of it: "groups: training, validation; masks: training; 2 passes"; "none" for classes and one pass."""
     given = [f"{what}: {', '.join(found[what])}" for what in ("groups", "masks") if found[what]]
-    return "; ".join(given + [f"{found['passes']} passes"] * (found["passes"] > 1)) or "none"
+    more = " + 1 epoch" * found["more_epochs"]
+    passes = f"{found['passes']} pass{'es' * (found['passes'] > 1)}{more}"
+    return "; ".join(given + [passes] * (found["passes"] > 1 or found["more_epochs"] > 0)) or "none"
 
 
 ON_TEST = " (chosen on test)"

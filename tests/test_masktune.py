@@ -257,9 +257,10 @@ def test_other_settings_than_those_of_the_run_are_refused(finished, flags, words
 
 
 def test_a_run_that_cannot_go_on_says_why(finished, tmp_path, capsys):
+    assert "name another folder" in fails(train.main, "--masktune", finished, "--out", finished)(capsys) and (finished / "best.pt").is_file()
     goes_on = lambda folder: fails(train.main, "--masktune", folder, "--out", tmp_path / "out")(capsys)
     assert "config.json" in goes_on(tmp_path)
-    for settings, words in (({"method": "pdiscoformer"}, "take a run of erm, frozen, ifam"), ({"swap": 0.5}, "take a run without"), ({}, "not trained to its end")):
+    for settings, words in (({"method": "pdiscoformer"}, "take a run of erm, frozen, ifam"), ({"swap": 0.5}, "take a run without"), ({"masktune": "runs/x"}, "went on from runs/x"), ({}, "not trained to its end")):
         folder = tmp_path / "other"
         folder.mkdir(exist_ok=True)
         config = json.loads((finished / "config.json").read_text())

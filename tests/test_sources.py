@@ -15,9 +15,9 @@ import train
 from baselines import BatchNorm, EfficientPooling, AttentionPooling, FoundMask, TrueMask, build, found_loss, train_found_head
 from benchmarks.samples import patch_keep
 from ifam import Selector, pixels
-from measure import leakage, tables
+from measure import encoding, leakage, tables
 from models import TINY, pictures
-from settings import parse
+from settings import UsageError, parse
 from tiny import TINY as FLAGS
 from tiny import fails, together
 from tiny import train as run
@@ -197,6 +197,13 @@ def test_a_mask_on_pixels_takes_the_content_and_leaves_the_tokens():
         torch.testing.assert_close(on_pixels.predictor.features(x, keep), on_pixels.predictor.fc_norm(pooled))
     with pytest.raises(ValueError, match="early, hard mask"):
         given(TrueMask, masking="late", pooling="mean", mask_with="pixels")
+
+
+def test_what_a_selection_encodes_is_asked_of_a_mask_that_takes_tokens_away_under_either_head():
+    for flags in ((), ("--head", "norm"), ("--mask-rule", "centre")):
+        encoding.check(built("--method", "early-truth", *flags), "it")
+    with pytest.raises(UsageError, match="--mask-with pixels"):
+        encoding.check(built("--method", "early-found", "--mask-with", "pixels"), "it")
 
 
 def test_hidden_pixels_leak_nothing_by_repainting_or_gradient_whatever_an_early_mask_takes_away():

@@ -179,7 +179,7 @@ def test_stage_1_alone_may_be_taught_too(batch):
     assert "mask" in terms and grads
 
 
-@pytest.mark.parametrize("flags", [("--method", "seg-erm"), ("--method", "bbox-erm"), ("--supervise", "masks", "--no-shaping")], ids=lambda f: f[1])
+@pytest.mark.parametrize("flags", [("--method", "seg-erm"), ("--supervise", "masks", "--no-shaping")], ids=lambda f: f[1])
 def test_what_masks_taught_is_evaluated_without_one(flags, tmp_path, monkeypatch):
     folder = run(tmp_path / "run", *flags, "--limit", 16)
     seen = []
