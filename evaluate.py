@@ -41,8 +41,8 @@ from settings import UsageError, may_write, opt, parse, recorded, run_script, wr
 class Config(OnCheckpoint):
     split: str = opt("test", "which images to measure on", choices=data.SPLITS, group="measures")
     intervention: str = opt("", "intervention.json of intervene.py for this checkpoint, to measure the corrected model")
-    retrain: str = opt("", "measure the model with a new last layer: dfr, fitted on validation with its groups; afr, the "
-                           "same without groups; pca, a probe on principal components of training features; lle, an "
+    retrain: str = opt("", "measure the model with a new last layer: dfr, fitted on validation with its groups; afr, "
+                           "the same without groups; pca, a probe on principal components of the features; lle, an "
                            "ensemble of two heads, one for swapped backgrounds", choices=("", *retrain.TITLES))
     leakage: int = opt(500, "images that leakage is measured on, spread evenly over the split (0: all)", at_least=0)
     kp_normalise: bool = opt(False, "keypoint metrics: normalise images as in training; the published ones are taken "
@@ -377,8 +377,8 @@ def check(cfg, model, state, samples, sets):
             raise UsageError(f"--encoding trains an evaluator as the model was trained, and {cfg.ckpt}, a published "
                              "snapshot, does not say how: leave it out")
     if cfg.retrain and cfg.encoding:
-        raise UsageError("--encoding judges a selection by the head that was trained with it: leave it out, or leave out "
-                         "--retrain")
+        raise UsageError("--encoding judges a selection by the head that was trained with it: leave it out, or leave "
+                         "out --retrain")
     if cfg.adversarial and model.needs_truth:
         raise UsageError(f"--adversarial pastes objects on backgrounds, and {cfg.ckpt} is told where the object is: "
                          "leave it out")
@@ -440,7 +440,8 @@ def measure(cfg, model, state, name, samples, train, sets, intervention, retrain
                              "epoch": epoch_of(state, cfg.ckpt)},
               **evaluate(model, samples, train, benchmark.rare, device, cfg.batch, cfg.leakage, cfg.workers, sets,
                          normalise)}
-    comparable = as_published(trained) and cfg.split == "test" and not trained["mini"] and not (intervention or retrained)
+    own = not (intervention or retrained)
+    comparable = as_published(trained) and cfg.split == "test" and not trained["mini"] and own
     if comparable and trained["k"] in benchmark.paper:
         report |= {"paper": benchmark.paper[trained["k"]], "paper_split": benchmark.paper_split}
     if intervention:

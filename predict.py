@@ -303,9 +303,10 @@ def open_split(cfg, state, model):
 
 
 def own_splits(cfg, state, looked):
-    """Training and validation split of the data that a checkpoint was trained on, whatever --data says -> {name: Samples}.
+    """Training and validation split of the data that a checkpoint was trained on, whatever --data says.
 
-    looked: the splits whose images must be there. Another folder of one's own than that of training is not asked.
+    -> {name: Samples}. looked: the splits whose images must be there. --root is used where it holds these data, and not
+    where it is another folder of one's own.
     """
     trained = state["config"]
     name, title = trained["data"], data.title_of(trained["data"], trained["root"])

@@ -24,7 +24,8 @@ TITLES = {"dfr": "DFR", "afr": "AFR", "pca": "PCA probe", "lle": "LLE"}         
 SPLITS = {"dfr": ("val",), "afr": ("val",), "pca": ("train", "val"), "lle": ("train",)}       # what a head is fitted on
 STRENGTHS = (1, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)         # of DFR, as published, as the number of retrains
 RETRAINS = 20
-AFR = dict(gamma=14.0, penalty=0.2, lr=0.02, steps=500)  # published for Waterbirds
+AFR = dict(penalty=0.2, lr=0.02, steps=500)              # published for Waterbirds, with gamma 14
+GAMMAS = (14.0, 7.0, 4.0, 2.0, 1.0, 0.0)
 DECAY = 1e-4               # weight decay of the probes: published of LLE
 
 
@@ -43,7 +44,7 @@ class Head(nn.Module):
             self.register_parameter(name, None if x is None else nn.Parameter(x.float(), requires_grad=False))
         self.out_features, self.in_features = self.weight.shape[1:]
 
-    affine = property(lambda self: len(self.weight) == 1)        # a sum of heads whose weights depend on the input is not
+    affine = property(lambda self: len(self.weight) == 1)        # the weights of several depend on what is read
 
     def forward(self, x):
         if x.dim() == 3:
@@ -81,8 +82,8 @@ def read_by_head(model, samples, device="cpu", batch=32, workers=0, images=None)
     finally:
         hook.remove()
     if not x.isfinite().all():
-        raise RunError(f"{samples.name} {samples.split}: the model's features are not finite; its weights overflowed in "
-                       "training")
+        raise RunError(f"{samples.name} {samples.split}: the model's features are not finite; its weights overflowed "
+                       "in training")
     return x
 
 
@@ -148,7 +149,7 @@ def as_head(v, mean=0.0, scale=1.0):
 
 def probe(x, y, classes, start=None):
     """A linear probe without randomness: logistic regression with weight decay DECAY -> v, for x - x.mean(0)."""
-    return logistic(x - x.mean(0), y, classes, 1 / (DECAY * len(x)), ridge=True, start=start)
+    return logistic(x - x.mean(0), y, classes, 1 / (DECAY * len(x)), ridge=True, start=start, tolerance=1e-6)
 
 
 def worst(head, x, y, groups):
@@ -220,6 +221,18 @@ def afr(x, y, head, gamma, penalty, lr, steps, start=None):
     for _ in range(steps):
         v = v - lr * (((a @ v.T).softmax(1) - target).mul(weights[:, None]).T @ a + 2 * penalty * (v - old))
     return v[:, :-1], v[:, -1]
+
+
+def tuned_afr(x, y, head, gammas=GAMMAS):
+    """afr on a held-out set without groups -> ((weight, bias), {"gamma", "tuning", ...}).
+
+    gamma is the one with the best worst *class* on one half, fitted on the other; of several the first. The published
+    choice, by worst group, needs groups.
+    """
+    one, other = halves(y)
+    tuning = {g: worst(afr(x[one], y[one], head, g, **AFR), x[other], y[other], y[other]) for g in gammas}
+    gamma = max(gammas, key=tuning.get)
+    return afr(x, y, head, gamma, **AFR), {"gamma": gamma, "tuning": tuning, **AFR}
 
 
 # ---------------------------------------------------------------- the PCA probe
@@ -306,11 +319,11 @@ def check(how, model, splits, what):
                          + ": train with --val-share 0.1 to have one" * (absent == "val"))
     fit = splits[SPLITS[how][0]]
     if (seen := len(fit.labels.unique())) < len(fit.classes):
-        raise UsageError(f"--retrain {how}: {title} {fit.split} has images of {seen} of {len(fit.classes)} classes here: "
-                         "take a larger --limit")
+        raise UsageError(f"--retrain {how}: {title} {fit.split} has images of {seen} of {len(fit.classes)} classes "
+                         "here: take a larger --limit")
     if how == "dfr" and (rare := [n for n, c in zip(fit.group_names, torch.bincount(fit.groups)) if c == 1]):
-        raise UsageError(f"--retrain dfr halves every group, and {title} {fit.split} has one image of {rare[0]}: take a "
-                         "larger --limit, or --retrain afr")
+        raise UsageError(f"--retrain dfr halves every group, and {title} {fit.split} has one image of {rare[0]}: "
+                         "take a larger --limit, or --retrain afr")
     if how == "lle" and not own_mask(model):
         if fit.masks is None:
             raise UsageError(f"--retrain lle swaps backgrounds, and {what} finds no mask and {title} has no true "
@@ -337,7 +350,8 @@ def fitted(how, model, splits, read):
         sizes = torch.bincount(fit.groups, minlength=len(fit.group_names)).tolist()
         return Head([head]), {"retrains": RETRAINS, "group_sizes": dict(zip(fit.group_names, sizes)), **chosen}
     if how == "afr":
-        return Head([afr(x, y, old_head(model, x.shape[1]), **AFR)]), dict(AFR)
+        head, chosen = tuned_afr(x, y, old_head(model, x.shape[1]))
+        return Head([head]), chosen
     if how == "pca":
         held = splits["val"]
         head, chosen = pca_probe(x, y, classes, (read(held), held.labels, held.groups))
@@ -364,8 +378,10 @@ def retrain(how, model, splits, device="cpu", batch=32, workers=0, what="this mo
 def summary(about):
     """One line on a head: what it was fitted on, and what was chosen."""
     where = " and ".join(f"{n} images of {split}" for split, n in about["fitted_on"].items())
-    used = {"dfr": "with their groups", "afr": "without their groups", "pca": "", "lle": ""}[about["how"]]
-    chosen = {"dfr": "C {strength}, {retrains} balanced retrains", "afr": "gamma {gamma:g}, lambda {penalty:g}",
+    there = sum(n > 0 for n in about.get("group_sizes", {}).values())
+    used = {"dfr": f" with their {there} groups", "afr": " without their groups"}.get(about["how"], "")
+    chosen = {"dfr": "C {strength}, {retrains} balanced retrains",
+              "afr": "gamma {gamma:g}, lambda {penalty:g}, {steps} steps",
               "pca": "components {components[0]} to {components[1]} of {of}, chosen on val",
               "lle": "two heads, backgrounds swapped under the {mask} mask"}[about["how"]].format(**about)
-    return f"last layer retrained, {TITLES[about['how']]}: {where}{' ' * bool(used)}{used}; {chosen}"
+    return f"last layer retrained, {TITLES[about['how']]}: {where}{used}; {chosen}"

@@ -4,10 +4,11 @@
     python -m measure.tables runs/*-sweep/* --out tables/all               # also tables/all.md, .tex, .csv and .json
 
 Floor: measuring. Read evaluate.py before (what a report says) and runs.py (what a run's settings are). One table for
-each benchmark, split and number of images, a row for each method with what was changed in its settings, for each correction
-by intervene.py and for each last layer of evaluate.py --retrain. Two or three training seeds are printed from least to best; of more, the mean and half its
-95 % interval (Student's t); a dash where a method has no such number. Each folder holds the config.json of train.py and
-the report*.json of evaluate.py; one that has none yet is named and left out.
+each benchmark, split and number of images, a row for each method with what was changed in its settings, for each
+correction by intervene.py and for each last layer of evaluate.py --retrain. Two or three training seeds are printed
+from least to best; of more, the mean and half its 95 % interval (Student's t); a dash where there is no such number.
+Each folder holds the config.json of train.py and the report*.json of evaluate.py; one that has none yet is named and
+left out.
 """
 import json
 import math
@@ -193,30 +194,35 @@ def supervision(config, report):
     """What a row was given beside images and classes, from the config.json of its run and its report -> dict.
 
     {"groups", "masks": the splits whose groups or masks it was given, "passes": trainings over the data, "more_epochs":
-    those after the last of them (masktune)}. Groups of --groups count as groups of training, but for those that a first
-    model made (jtt, george, a file of groups.py).
+    those after the last of them (masktune), "head": was the last layer fitted once more}. Groups of --groups count as
+    groups of training, but for those that a first model made (jtt, george, a file of groups.py).
     """
     objective, name = config.get("objective", RunConfig.objective), config["data"]
     made = objective in MAKES or re.fullmatch(MADE, Path(config.get("groups") or "").name)
     weighed = objective in ("balanced", "reweight", "group-dro") and not made and (config.get("groups") or
                                                                                    crossed(name, "train"))
     decision = report.get("intervention", {}).get("decision")
-    selected = config.get("select") == "worst_group" or decision and chosen_on(decision) == "val"
+    head = report.get("retrain", {})
+    selected = config.get("select") == "worst_group" or decision and chosen_on(decision) == "val" or head.get("groups")
     told = config["method"].endswith("-truth") or config.get("trim") == "truth"
     boxes = config["method"] == "bbox-erm" or config.get("supervise") == "boxes"
-    taught = config["method"] == "seg-erm" or config.get("supervise") == "masks" or \
+    taught = config["method"] == "seg-erm" or config.get("supervise") == "masks" or head.get("mask") == "true" or \
         config.get("swap") and config.get("swap_mask") == "true"
     masks = ["training", "test"] if told else ["training"] if taught else ["training, as boxes"] * boxes
     return {"groups": ["training"] * bool(weighed) + ["validation"] * bool(selected and crossed(name, "val")),
-            "masks": masks, "passes": 1 + bool(made), "more_epochs": int(bool(config.get("masktune")))}
+            "masks": masks, "passes": 1 + bool(made), "more_epochs": int(bool(config.get("masktune"))),
+            "head": bool(head)}
 
 
 def supervision_text(found):
-    """The cell of it: "groups: training, validation; masks: training; 2 passes"; "none" for classes and one pass."""
+    """The cell of it: "groups: training, validation; masks: training; 2 passes"; "none" for classes and one pass.
+
+    "1 pass + head" where the last layer was fitted once more.
+    """
     given = [f"{what}: {', '.join(found[what])}" for what in ("groups", "masks") if found[what]]
-    more = " + 1 epoch" * found["more_epochs"]
-    passes = f"{found['passes']} pass{'es' * (found['passes'] > 1)}{more}"
-    return "; ".join(given + [passes] * (found["passes"] > 1 or found["more_epochs"] > 0)) or "none"
+    passes = f"{found['passes']} pass" + "es" * (found["passes"] > 1) + " + 1 epoch" * found["more_epochs"] + \
+        " + head" * found["head"]
+    return "; ".join(given + [passes] * (passes != "1 pass")) or "none"
 
 
 ON_TEST = " (chosen on test)"

@@ -85,6 +85,7 @@ PROMISE = [
         ((), "--ckpt"), (("--ckpt", ""), "--ckpt is empty"), (("--ckpt", "nowhere.pt"), "no such file"), (("--ckpt", "."), "a folder"),
         (("--ckpt", FILE), FILE), (("--ckpt", FILE, "--batch", 0), "at least 1"), (("--ckpt", FILE, "--limit", -1), "at least 0"),
         (("--ckpt", FILE, "--split", "tests"), "did you mean test"), (("--ckpt", FILE, "--device", "abacus"), "abacus"))),
+    (evaluate, ("--ckpt", FILE, "--retrain", "drf"), 2, "did you mean dfr"), (evaluate, ("--ckpt", "nowhere.pt", "--retrain", "dfr"), 2, "no such file"),
     (evaluate, ("--ckpt", "nowhere.pt", "--encoding"), 2, "no such file"), (evaluate, ("--ckpt", FILE, "--encodings"), 2, "did you mean --encoding"),
     (evaluate, ("--ckpt", FILE, "--leakage", -1), 2, "at least 0"), (evaluate, ("--ckpt", FILE, "--per-parts"), 2, "did you mean --per-part"),
     (evaluate, ("--ckpt", FILE, "--per-part"), 2, FILE), (evaluate, ("--ckpt", FILE, "--per-part", 3), 2, "unknown flag 3"), (intervene, ("--ckpt", FILE, "--q", 1), 2, "below 1"),
