@@ -304,7 +304,7 @@ def lenders(labels):
     own = torch.arange(len(labels))[:, None]
     order = (own - torch.arange(1, len(labels))) % len(labels)
     other = labels[order] != labels[:, None]
-    return torch.where(other, order, own).gather(1, (~other).long().argsort(1, stable=True))
+    return torch.where(other, order, own).gather(1, (~other).long().argsort(dim=1, stable=True))
 
 
 # ---------------------------------------------------------------- all of them
