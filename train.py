@@ -454,7 +454,8 @@ def find_masks(model, samples, cfg, rank, world, device):
     """
     batches = torch.arange(len(samples)).split(cfg.micro or 16)
     mine = [batch.tolist() for batch in batches[rank::world]]
-    found = [bits_of(model.find(images.to(device))) for images in whole_pictures(samples, mine, cfg, "masks of training")]
+    pictures = whole_pictures(samples, mine, cfg, "masks of training")
+    found = [bits_of(model.find(images.to(device))) for images in pictures]
     samples.found = torch.cat(in_order(found, len(batches), world))
     samples.found_grid = model.finder.grid
     patches = math.prod(samples.found_grid)
