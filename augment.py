@@ -37,13 +37,12 @@ class Finder:
     """FOUND's seed step, on a copy of a model's backbone as it is now: before training, for --swap-mask found."""
 
     def __init__(self, model):
-        self.backbone = copy.deepcopy((model.predictor or model.selector).backbone).requires_grad_(False)
-        self.grid = self.backbone.grid
+        self.finder = copy.deepcopy((model.predictor or model.selector).backbone).requires_grad_(False)
 
     @torch.no_grad()
     def find(self, images):
         """images (B, 3, S, S) -> keep (B, N)."""
-        return background_seed(*self.backbone.last_attention(images))[0]
+        return background_seed(*self.finder.last_attention(images))[0]
 
 
 class Swap:

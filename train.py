@@ -254,7 +254,8 @@ def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype
         terms, weight = {}, len(part) / share
         own = {name: batch[name][part].to(device) for name in ("weight", "member") if name in batch}
         loss = ifam.loss(out, warped_maps, labels, affine, weights,
-                         lambda peaks: max_over_processes(peaks, world), terms, own.get("weight"))
+                         lambda peaks: max_over_processes(peaks, world), terms, cfg.presence_window,
+                         own.get("weight"))
         if world > 1 and number == len(parts):
             buckets.start()
         (scaler.scale(loss * weight) if scaler else loss * weight).backward()
@@ -300,6 +301,9 @@ def start_model(cfg, classes, read=None):
     if model.selector is not None and min(model.selector.backbone.grid) < 3:
         raise UsageError(f"stage 1 looks at {' x '.join(map(str, model.selector.backbone.grid))} patches, and its "
                          "losses need 3 x 3 at least: take a larger --size or --selector-size")
+    if model.selector is not None and cfg.presence_window > min(model.selector.backbone.grid):
+        raise UsageError(f"--presence-window {cfg.presence_window} is larger than the grid of stage 1, "
+                         f"{' x '.join(map(str, model.selector.backbone.grid))} patches: take a smaller one")
     load_pretrained(model, cfg.weights, cfg.arch, cfg.registers, cfg.selector_arch, cfg.selector_weights, read)
     return model
 
@@ -441,19 +445,19 @@ def teach_finder(model, samples, cfg, rank, world, device):
         dist.broadcast(p.data, 0)
 
 
-def find_masks(find, grid, samples, cfg, rank, world, device):
-    """Training samples come with the masks that are found in the whole pictures -> the share of patches they keep.
+def find_masks(model, samples, cfg, rank, world, device):
+    """Training samples come with the masks that a model finds in the whole pictures -> the share of patches they keep.
 
-    find: images (B, 3, S, S) -> keep (B, N), the N patches of a grid (h, w).
-
+    model: what has a finder and find, a FoundMask or an augment.Finder.
     Each process looks at a share of the batches, which are the same however many share them. The masks are a function
     of the weights and the pictures: --resume finds the same ones.
     """
     batches = torch.arange(len(samples)).split(cfg.micro or 16)
     mine = [batch.tolist() for batch in batches[rank::world]]
-    found = [bits_of(find(images.to(device))) for images in whole_pictures(samples, mine, cfg, "masks of training")]
+    pictures = whole_pictures(samples, mine, cfg, "masks of training")
+    found = [bits_of(model.find(images.to(device))) for images in pictures]
     samples.found = torch.cat(in_order(found, len(batches), world))
-    samples.found_grid = grid
+    samples.found_grid = model.finder.grid
     patches = math.prod(samples.found_grid)
     return np.unpackbits(samples.found.numpy(), axis=1, count=patches).mean().item()
 
@@ -780,8 +784,7 @@ def prepare_masks(cfg, trainer, samples, log, start, resumed):
         if trainer.averaged:
             trainer.averaged.finder_head.load_state_dict(model.finder_head.state_dict())
     if trainer.finder or isinstance(model, FoundMask) and cfg.find_in == "picture":
-        find, grid = (trainer.finder.find, trainer.finder.grid) if trainer.finder else (model.find, model.finder.grid)
-        share = find_masks(find, grid, *how)
+        share = find_masks(trainer.finder or model, *how)
         trainer.finder = None                            # it has done its work
         log({"step": start, "found_share": share},
             f"masks found in {len(samples)} training pictures, once: they keep {share:.0%} of the patches")

@@ -23,7 +23,7 @@ from interventions import chosen_on
 from measure.retrain import TITLES
 from objectives import MAKES
 from runs import Config as RunConfig
-from runs import differences, of_best, preset, read_config, usual_recipe
+from runs import differences, filled, of_best, preset, read_config, usual_recipe
 from settings import (UsageError, flag, may_write, opt, parse, read_json, run_script, write_csv, write_json,
                       write_whole)
 
@@ -168,7 +168,7 @@ def row_name(config):
     objective, file = config.get("objective", RunConfig.objective), config.get("groups")
     given = {key: config[key] for key in ("data", "mini", "method")} | {"recipe": recipe, "objective": objective}
     default = RunConfig(**{**preset(given), **given, "seed": config["seed"]})
-    changed = differences({**asdict(default), **config}, default)
+    changed = differences({**asdict(default), **filled(config)}, default)
     words = [config["method"], *[f"--recipe {recipe}"] * (recipe != usual),
              *[f"--objective {objective}"] * (objective != RunConfig.objective),
              *[f"--groups {Path(file or '').name}"] * bool(file)]

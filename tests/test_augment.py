@@ -126,7 +126,7 @@ def test_what_found_finds_for_swaps_is_that_of_the_backbone_before_training(monk
     cfg, seen = config("--method", "erm"), {}
     start = train.build_model(cfg, torch.device("cpu")).predictor.backbone
     real = train.find_masks
-    monkeypatch.setattr(train, "find_masks", lambda find, grid, samples, *rest: seen.update(find=find, share=real(find, grid, samples, *rest), samples=samples) or seen["share"])
+    monkeypatch.setattr(train, "find_masks", lambda finder, samples, *rest: seen.update(find=finder.find, share=real(finder, samples, *rest), samples=samples) or seen["share"])
     folder = run(tmp_path / "run", "--method", "erm", "--swap", 0.5, "--swap-mask", "found", "--limit", 16)
     x = pictures(2, 96)
     assert torch.equal(seen["find"](x), background_seed(*start.last_attention(x))[0]) and 0 < seen["share"] < 1
