@@ -317,9 +317,10 @@ class PDiscoFormer(IFAM):
     """
     predictor = None
 
-    def __init__(self, classes, k=8, arch="b", size=518, registers=4, tau=1.0, dropout1=0.3):
+    def __init__(self, classes, k=8, arch="b", size=518, registers=4, tau=1.0, dropout1=0.3, backgrounds=1):
         nn.Module.__init__(self)
-        self.selector = Selector(build_vit(arch, size, registers), classes, k, tau, dropout1)
+        self.selector = Selector(build_vit(arch, size, registers), classes, k, tau, dropout1,
+                                 backgrounds=backgrounds)
         self.dropout2 = 0.0
 
     def second_stage(self, images, first, noise=Noise(), keep=None, shown=None):
@@ -332,8 +333,8 @@ GIVEN = ("early-truth", "late-truth", "early-found", "late-found")              
 PRETRAINED = ("frozen", "ep", "aim", "early-found", "late-found")                # a random backbone cannot serve these
 METHODS = ("ifam", "pdiscoformer", "erm", "frozen", "ep", "aim", *GIVEN, "early-random")
 TAKES = {   # settings that only these methods have; all others have no such thing, and refuse the flag
-    **dict.fromkeys(("k", "tau", "part_dropout1", "train_tokens", "shaping", "lr_prototypes", "lr_tokens", "film",
-                     *(f"weight_{loss}" for loss in WEIGHTS if loss != "class2")),
+    **dict.fromkeys(("k", "backgrounds", "tau", "part_dropout1", "train_tokens", "shaping", "presence_window",
+                     "lr_prototypes", "lr_tokens", "film", *(f"weight_{loss}" for loss in WEIGHTS if loss != "class2")),
                     ("ifam", "pdiscoformer")),
     **dict.fromkeys(("weight_class2", "warmup"), tuple(m for m in METHODS if m != "pdiscoformer")),
     **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "selector_size", "selector_arch",
@@ -350,8 +351,9 @@ def build(settings, classes):
     """A model from the settings of a run, the dict that a checkpoint carries. ValueError if they do not fit."""
     method = settings["method"]
     shared = dict(classes=classes, arch=settings["arch"], size=settings["size"], registers=settings["registers"])
-    parts = dict(k=settings["k"], tau=settings["tau"], dropout1=settings["part_dropout1"])
     # checkpoints from before an option do not have it
+    parts = dict(k=settings["k"], tau=settings["tau"], dropout1=settings["part_dropout1"],
+                 backgrounds=settings.get("backgrounds", 1))
     norm = settings.get("head", "norm") == "norm"
     if method in ("erm", "frozen"):
         return ERM(**shared, frozen=method == "frozen", norm=norm, bias=not norm)

@@ -200,7 +200,7 @@ BENCHMARKS = {
         "metashifts.zip (links in github.com/Wuyxin/DISC)", "code MIT; images under Visual Genome's terms",
         ("aa", "worst_group"), {4: {"aa": 88.7, "worst_group": 88.6}, 8: {"aa": 84.5, "worst_group": 78.8}},
         {"train": [(611, 0, 0, 512)], "test_and_val": [(235, 0, 306, 0)]}, sets=("test_and_val",),
-        paper_split="test_and_val"),
+        paper_split="test_and_val", settings={"presence_window": 3}),
     "siim": Benchmark(
         load_siim, 2, 518, 8,
         "siim/dicom-images-train/<study>/<series>/<image>.dcm, train-rle.csv and cxr_tube_dict.pkl (or .csv with "
@@ -217,7 +217,7 @@ BENCHMARKS = {
         "LOC_synset_mapping.txt beside imagenet/",
         "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (image-net.org)", "registration, non-commercial research",
         ("aa",), {1: {"aa": 84.3}}, {"train": [(1281167,)], "test": [(50,) * 1000]},
-        pipeline=PHOTOGRAPHS, settings={"epochs": 120, "ema": 0.9999}),
+        pipeline=PHOTOGRAPHS, settings={"epochs": 120, "ema": 0.9999, "presence_window": 3}),
     "imagenet9": Benchmark(
         load_imagenet9, 9, 224, 1, "bg_challenge/<variant>/val/<class>/<file>.JPEG and fg_mask/val/<class>/<file>.npy",
         "backgrounds_challenge_data.tar.gz (github.com/MadryLab/backgrounds_challenge, release \"data\")",

@@ -7,7 +7,8 @@ are masked out of every attention layer, so no pixel of theirs can reach a logit
 Floor: the lesson; it needs torch and vit.py alone. Read vit.py first: how a mask enters attention.
 
 Letters: B images, N = h*w patches, R registers, T = 1+R+N tokens (class token, registers, patches), D width,
-H heads, K parts (index K is the background), C classes. keep (B, N): 1 = stage 2 may see this patch.
+H heads, K parts (index K is the background), M prototypes of the background (1 in the paper), C classes.
+keep (B, N): 1 = stage 2 may see this patch.
 
     model = IFAM(classes=2, k=8, arch="b", size=518)
     out = model.eval()(images)                    # images (B, 3, 518, 518), normalised
@@ -58,7 +59,7 @@ class Noise(NamedTuple):
 
 
 class Selection(NamedTuple):
-    part_logits: torch.Tensor    # (B, K+1, N)      minus squared distance to each prototype; -inf: refused
+    part_logits: torch.Tensor    # (B, K+1, N)      minus squared distance to the prototype of each; -inf: refused
     maps: torch.Tensor           # (B, K+1, h, w)   their softmax over parts, with Gumbel noise in training
     part_features: torch.Tensor  # (B, K+1, D)      modulated mean feature of each part
     logits: torch.Tensor         # (B, C)           average over foreground parts
@@ -67,17 +68,20 @@ class Selection(NamedTuple):
 class Selector(nn.Module):
     """Stage 1 (paper section 3.2): part discovery from class labels alone, as in PDiscoFormer (Aniraj et al., 2024).
 
-    On its own this is the late, soft mask of the comparison: its features have seen the whole image.
+    On its own this is the late, soft mask of the comparison: its features have seen the whole image. backgrounds M:
+    the background is the union of the patches that are nearest to any of its M prototypes (see `as_one_background`).
     """
 
-    def __init__(self, backbone, classes, k, tau=1.0, dropout=0.3, given=None):
+    def __init__(self, backbone, classes, k, tau=1.0, dropout=0.3, given=None, backgrounds=1):
         super().__init__()
-        if k < 1:
-            raise ValueError(f"the number of parts must be at least 1, not {k}")
+        for count, what in ((k, "parts"), (backgrounds, "background prototypes")):
+            if count < 1:
+                raise ValueError(f"the number of {what} must be at least 1, not {count}")
         self.backbone, self.k, self.tau, self.dropout = backbone, k, tau, dropout
         self.given = given       # (height, width) of the images it is given, where it looks at smaller ones
         # starts as published: that of a convolution for the prototypes, truncated normal for the classifier
-        self.prototypes = nn.Parameter(torch.empty(k + 1, backbone.width).uniform_(-1, 1) * backbone.width ** -0.5)
+        starts = torch.empty(k + backgrounds, backbone.width).uniform_(-1, 1) * backbone.width ** -0.5
+        self.prototypes = nn.Parameter(starts)                                   # background last
         self.modulation = nn.LayerNorm((k + 1, backbone.width), eps=1e-5)
         self.classifier = nn.Linear(backbone.width, classes, bias=False)
         nn.init.trunc_normal_(self.classifier.weight, std=0.02)
@@ -109,6 +113,7 @@ class Selector(nn.Module):
             features = features.to(self.prototypes.dtype)
             part_logits = 2 * self.prototypes @ features.mT - features.square().sum(-1)[:, None] \
                 - self.prototypes.square().sum(-1)[:, None]
+            part_logits = as_one_background(part_logits, self.k)
             if self.limits is not None:
                 part_logits = refuse(part_logits, self.limits,
                                      unlikeness(self.score, part_logits, features, self.prototypes))
@@ -123,6 +128,15 @@ class Selector(nn.Module):
         return Selection(part_logits, maps, part_features, logits)
 
 
+def as_one_background(logits, k):
+    """Logits of K parts and of M prototypes of the background (B, K+M, N) -> (B, K+1, N): its nearest one counts.
+
+    So a patch is background exactly when one of the M is the nearest of all K+M, and equal ones count as one: the sum
+    of their probabilities would grow with their number, and so would the background. M = 1 changes nothing.
+    """
+    return torch.cat([logits[:, :k], logits[:, k:].amax(1, keepdim=True)], 1)
+
+
 def assign(part_logits, gumbel=None, tau=1.0):
     """Soft assignment of patches to parts: softmax over parts of (logits + Gumbel noise) / tau, all (B, K+1, N)."""
     return ((part_logits if gumbel is None else part_logits + gumbel) / tau).softmax(1)
@@ -132,11 +146,11 @@ SCORES = ("distance", "margin", "cosine")                # the paper's, and two 
 
 
 def unlikeness(score, part_logits, features, prototypes):
-    """How unlike its part each patch is: part logits (B, K+1, N), features (B, N, D), prototypes (K+1, D) -> (B, N).
+    """How unlike its part each patch is: part logits (B, K+1, N), features (B, N, D), prototypes (K+M, D) -> (B, N).
 
     distance: squared distance to the prototype, 0 or more. margin: minus what the logit of the part is above that of
     the background, 0 or less. cosine: 1 - cosine with the prototype, 0 to 2. For features of one length and prototypes
-    of one length, distance and cosine put patches in the same order.
+    of one length, distance and cosine put patches in the same order. What patches of the background get, nobody reads.
     """
     nearest, part = part_logits.max(1)
     if score == "cosine":
@@ -292,7 +306,7 @@ class Output(NamedTuple):
     logits_stage1: torch.Tensor | None = None    # (B, C)          stage 1, a late-masked classifier
     maps: torch.Tensor | None = None             # (B, K+1, h, w)  part maps, background last
     keep: torch.Tensor | None = None             # (B, N)          1 = stage 2 saw this patch
-    part_logits: torch.Tensor | None = None      # (B, K+1, N)     minus squared distance to each prototype
+    part_logits: torch.Tensor | None = None      # (B, K+1, N)     minus squared distance to the prototype of each
     part_features: torch.Tensor | None = None    # (B, K+1, D)     modulated part features
     shown: torch.Tensor | None = None            # (B, 1, S, S)    1 = stage 2 may see this pixel; None: any
     keep_parts: torch.Tensor | None = None       # (B, K, N)       keep, by part; None unless asked for, as the next one
@@ -305,8 +319,8 @@ class IFAM(nn.Module):
     classes C, k parts, arch as build_vit has it, size in pixels. joint=False cuts the gradient of the stage-2 loss at
     the mask, which is what the published code does. selector_arch, selector_size: a smaller stage 1, which looks at the
     image at a smaller size; its part maps have its own grid, the mask has that of stage 2. trim, largest, dilate: what
-    is done against what a mask tells (see `shown_pixels` and `less_telling`). All of these go past the paper.
-    ValueError for settings that do not fit.
+    is done against what a mask tells (see `shown_pixels` and `less_telling`). backgrounds: how many prototypes the
+    background has (see Selector). All of these go past the paper. ValueError for settings that do not fit.
     """
 
     largest, dilate, trim = False, "none", "none"
@@ -314,7 +328,7 @@ class IFAM(nn.Module):
 
     def __init__(self, classes, k=8, arch="b", size=518, registers=4, masking="early", hardness="hard", pooling="cls",
                  joint=True, tau=1.0, dropout1=0.3, dropout2=0.3, selector_arch=None, selector_size=None,
-                 largest=False, dilate="none", trim="none"):
+                 largest=False, dilate="none", trim="none", backgrounds=1):
         super().__init__()
         if (largest or dilate != "none") and hardness != "hard":
             raise ValueError("a soft mask has no components and no border: --mask-largest and --mask-dilate are for "
@@ -324,7 +338,7 @@ class IFAM(nn.Module):
                              f"{hardness}")
         small = build_vit(selector_arch or arch, selector_size or size, registers)
         given = ((size, size) if isinstance(size, int) else tuple(size)) if selector_size or selector_arch else None
-        self.selector = Selector(small, classes, k, tau, dropout1, given)
+        self.selector = Selector(small, classes, k, tau, dropout1, given, backgrounds)
         self.predictor = Predictor(build_vit(arch, size, registers), classes, masking, hardness, pooling)
         self.joint, self.dropout2 = joint, dropout2
         self.largest, self.dilate, self.trim = largest, dilate, trim
@@ -486,13 +500,13 @@ WEIGHTS = {"class1": 1.0, "class2": 1.0, "presence": 1.0, "background": 2.0, "or
            "variation": 1.0, "entropy": 1.0, "concentration": 0.0}
 
 
-def loss(out, warped_maps, labels, affine, weights=WEIGHTS, gather=None, terms=None):
+def loss(out, warped_maps, labels, affine, weights=WEIGHTS, gather=None, terms=None, window=3):
     """The training loss of a step, a scalar: the weighted sum of the terms that the model has.
 
     out, warped_maps: what forward_pair returns, of any model of the project; labels (B,) class numbers; affine: the
     Affine that warped the images. The last two of a model without parts are read by nobody and may be None.
     weights: {term: weight}, with names of WEIGHTS; a term that is not in it, or has weight 0, is not computed.
-    gather: as in `presence`. terms: a dict that gets each computed term by name, unweighted and with its graph.
+    gather, window: as in `presence`. terms: a dict that gets each computed term by name, unweighted and with its graph.
     A model without stage 1 (out.maps is None) has class2 alone; one without stage 2 (out.logits is its
     out.logits_stage1) has all but class2. ValueError for an unknown name, if no term is left, and if equivariance is
     weighted without warped_maps and affine.
@@ -507,7 +521,7 @@ def loss(out, warped_maps, labels, affine, weights=WEIGHTS, gather=None, terms=N
             raise ValueError("equivariance compares with warped images: pass warped_maps and affine, or give it "
                              "weight 0")
         known["class1"] = lambda: F.cross_entropy(out.logits_stage1.float(), labels)
-        known["presence"] = lambda: presence(out.maps, gather)
+        known["presence"] = lambda: presence(out.maps, gather, window)
         known["background"] = lambda: background_presence(out.maps)
         known["orthogonality"] = lambda: orthogonality(out.part_features)
         known["equivariance"] = lambda: equivariance(out.maps, warped_maps, affine)
@@ -523,14 +537,21 @@ def loss(out, warped_maps, labels, affine, weights=WEIGHTS, gather=None, terms=N
 
 
 # ---------------------------------------------------------------- part losses
-def presence(maps, gather=None):
-    """Every foreground part appears somewhere in the batch: 1 - mean over parts of the largest 3x3 average of its map.
+def presence(maps, gather=None, window=3):
+    """Every foreground part appears somewhere in the batch: 1 - mean over parts of the largest average of its map.
 
-    maps (B, K+1, h, w) -> scalar. gather: peaks (K,) -> (K,), the largest over all processes, where a batch is spread
-    over them; None where it is not.
+    maps (B, K+1, h, w) -> scalar. Averages are over every window x window patches that lie inside the map; 0: the share
+    of the sides that 3 is of the paper's 37 (see `scaled_window`). gather: peaks (K,) -> (K,), the largest over all
+    processes, where a batch is spread over them; None where it is not.
     """
-    peaks = F.avg_pool2d(maps[:, :-1], 3, stride=1).amax((0, 2, 3))
+    sides = window or [*map(scaled_window, maps.shape[2:])]
+    peaks = F.avg_pool2d(maps[:, :-1], sides, stride=1).amax((0, 2, 3))
     return 1 - (gather(peaks) if gather else peaks).mean()
+
+
+def scaled_window(patches):
+    """The window of `presence` on so many patches in a row: 3 of 37 as published, 1 of 12, 2 of 28."""
+    return max(1, round(3 * patches / 37))
 
 
 def background_presence(maps):

@@ -62,7 +62,7 @@ class Prediction(NamedTuple):
     logits_stage1: torch.Tensor | None = None    # (n, C)          what stage 1 alone says
     maps: torch.Tensor | None = None             # (n, K+1, h, w)  part maps, background last
     keep: torch.Tensor | None = None             # (n, N)          1 = stage 2 saw this patch
-    part_logits: torch.Tensor | None = None      # (n, K+1, N)     minus squared distance to each prototype
+    part_logits: torch.Tensor | None = None      # (n, K+1, N)     minus squared distance to the prototype of each
     without: torch.Tensor | None = None          # (n, K, C)       logits with each part left out, if asked for
     without_keep: torch.Tensor | None = None     # (n, K, N)       what was kept then
     shown: torch.Tensor | None = None            # (n, 1, S, S)    1 = stage 2 may see this pixel (of --trim); None: any

@@ -28,7 +28,7 @@ import data
 import vit
 from baselines import GIVEN, METHODS, PRETRAINED, TAKES, build
 from benchmarks.transforms import PIPELINES
-from ifam import IFAM, WEIGHTS, Static
+from ifam import IFAM, WEIGHTS, Static, scaled_window
 from settings import (RunError, UsageError, alive, bounded, check_bounds, flag, opt, read_json, read_text, recorded,
                       world, write_json, write_whole)
 from weights import (checksum, find_published, load_strictly, read_file, refuse_by_name, rename_published,
@@ -64,8 +64,8 @@ class Config:
                     choices=tuple(vit.ARCHS), refused=vit.REFUSED)
     registers: int = opt(4, "register tokens; 0 for weights without registers", at_least=0, at_most=1024)
     weights: str = opt("dinov2", "start of all backbones: dinov2 or rad-dino (downloaded once), dinov3 (gated, put "
-                                 "there by you), mini or mini-rotary (miniature/mini.pt, for --arch mini), a file of "
-                                 "DINOv2, DINOv3, NeCo, Franca, timm or Hugging Face, or none")
+                                 "there by you), mini, mini-parts or mini-rotary (those of miniature/, for --arch "
+                                 "mini), a file of DINOv2, DINOv3, NeCo, Franca, timm or Hugging Face, or none")
     selector_weights: str = opt("", "start of stage 1, as --weights has it (if not given, that of --weights)")
     size: int = opt(518, "image side in pixels, a multiple of the patch", at_least=1)
     selector_size: int = opt(0, "side at which stage 1 looks at the image, smaller is faster (0: --size)", at_least=0)
@@ -81,6 +81,8 @@ class Config:
                                    "paper")
 
     k: int = opt(8, "foreground parts", at_least=1, at_most=4096, group="mask")
+    backgrounds: int = opt(1, "prototypes of the background, which is what any of them is nearest to; the paper has "
+                              "one", at_least=1, at_most=4096)
     masking: str = opt("early", "where the mask acts", choices=("early", "late"))
     hardness: str = opt("hard", "binary mask, or any weight in [0, 1]", choices=("hard", "soft"))
     pooling: str = opt("cls", "what stage 2 classifies from: class token, mean of the kept patches (the default of "
@@ -114,6 +116,8 @@ class Config:
     weight_class1: float = loss_weight("class1", "class, stage 1")
     weight_class2: float = loss_weight("class2", "class, stage 2")
     weight_presence: float = loss_weight("presence", "every part occurs in the batch")
+    presence_window: int = opt(0, "side of the window, in patches, in which each part must occur (0: round(3/37 of the "
+                                  "side of the grid), at least 1, which is the paper's 3 on its grid)", at_least=0)
     weight_background: float = loss_weight("background", "background in every image, at its border")
     weight_orthogonality: float = loss_weight("orthogonality", "parts have different features")
     weight_equivariance: float = loss_weight("equivariance", "parts move with the image")
@@ -173,11 +177,12 @@ class Config:
 # is this recipe on drawings. --recipe fast and faster set what SMALLER names: SMALL has the share of the side and that
 # of the blocks of stage 1.
 MINI = dict(arch="mini", size=96, weights="mini", k=4, epochs=2, batch=8, lr=7e-4, lr_tokens=1e-5, lr_prototypes=2.5e-3,
-            lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, weight_variation=0.33, workers=0, film=4)
+            lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, presence_window=3, weight_variation=0.33,
+            workers=0, film=4)
 SMALLER = ("selector_size", "selector_arch")
 SMALL = {"fast": (Fraction(3, 4), Fraction(1, 2)), "faster": (Fraction(2, 3), Fraction(1, 3))}
 # A setting, and what switches it off: --no-shaping every loss but those of the classes.
-SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class",
+SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class", "presence_window": "shaping",
             **{name: "shaping" for name in TAKES if name.startswith("weight_") and "class" not in name}}
 # What may change on --resume, for it changes no result.
 EARLIER = {"head": "norm", "find_in": "view"}            # settings that runs from before them had, where no default
@@ -288,9 +293,19 @@ def read_config(path):
 
 def read_settings(path):
     """config.json of a run -> its settings but those of the folder, for --config. UsageError if it is none."""
-    found = recorded(Config, read_config(path), path)
+    found = filled(recorded(Config, read_config(path), path))
     found.setdefault("recipe", usual_recipe(found.get("mini")))                  # earlier runs do not say
     return {name: value for name, value in found.items() if name not in ("out", "resume")}
+
+
+def filled(config):
+    """Settings of a run that was recorded, and those that it does not say and whose default is another one since.
+
+    The window of the presence loss was 3 on every grid. Where that is what the default means, it has the default.
+    """
+    arch = (config.get("selector_arch") or config.get("arch", Config.arch)).partition("/")[0]
+    side = (config.get("selector_size") or config.get("size", Config.size)) // vit.ARCHS.get(arch, {}).get("patch", 14)
+    return {"presence_window": Config.presence_window if scaled_window(side) == 3 else 3, **config}
 
 
 def read_log(path):
@@ -372,8 +387,8 @@ def refuse_too_large(cfg):
     views = 2 * (cfg.train_tokens or cfg.stage1_starts_from() == "none")         # of stage 1: the image and its warp
     views = {"ifam": views, "pdiscoformer": views, "erm": 1, "late-truth": 1, "late-found": 1}.get(cfg.method, 0)
     images = min(cfg.batch, cfg.micro or cfg.batch)
-    each = 10 * views * depth * tokens * D + 3 * cfg.size ** 2 + (cfg.k + 1) * tokens
-    needed = 4 * (12 * depth * D * D + (tokens + cfg.k) * D + images * each)
+    each = 10 * views * depth * tokens * D + 3 * cfg.size ** 2 + (cfg.k + cfg.backgrounds) * tokens
+    needed = 4 * (12 * depth * D * D + (tokens + cfg.k + cfg.backgrounds) * D + images * each)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * world()
     if needed > there and pick_device(cfg.device).type == "cpu":
         raise UsageError(f"these settings need about {needed / 2 ** 30:,.0f} GiB of memory, this machine has "
@@ -403,8 +418,10 @@ def plain(value):
 def differences(config, cfg):
     """Settings of a run that was recorded (a dict) that are not those of cfg -> {name: (then, now)}.
 
-    A setting that did not exist then had its default. One that the method does not have is the same, whatever it is.
+    A setting that did not exist then had its default, or what `filled` says. One that the method does not have is the
+    same, whatever it is.
     """
+    config = filled(config)
     both = {f.name: (config.get(f.name, f.default), plain(getattr(cfg, f.name))) for f in fields(Config)
             if f.name not in FREE and has(cfg.method, f.name)}
     return {name: (then, now) for name, (then, now) in both.items() if then != now}

@@ -227,7 +227,7 @@ def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype
                                                   **{name: x[part] for name, x in told.items()})
         terms, weight = {}, len(part) / share
         loss = ifam.loss(out, warped_maps, labels, affine, weights,
-                         lambda peaks: max_over_processes(peaks, world), terms)
+                         lambda peaks: max_over_processes(peaks, world), terms, cfg.presence_window)
         if world > 1 and number == len(parts):
             buckets.start()
         (scaler.scale(loss * weight) if scaler else loss * weight).backward()
@@ -272,6 +272,9 @@ def start_model(cfg, classes, read=None):
     if model.selector is not None and min(model.selector.backbone.grid) < 3:
         raise UsageError(f"stage 1 looks at {' x '.join(map(str, model.selector.backbone.grid))} patches, and its "
                          "losses need 3 x 3 at least: take a larger --size or --selector-size")
+    if model.selector is not None and cfg.presence_window > min(model.selector.backbone.grid):
+        raise UsageError(f"--presence-window {cfg.presence_window} is larger than the grid of stage 1, "
+                         f"{' x '.join(map(str, model.selector.backbone.grid))} patches: take a smaller one")
     load_pretrained(model, cfg.weights, cfg.arch, cfg.registers, cfg.selector_arch, cfg.selector_weights, read)
     return model
 

@@ -30,7 +30,7 @@ RAD_DINO_URL = "https://huggingface.co/microsoft/rad-dino/resolve/main/model.saf
 DINOV3 = "dinov3_vit{arch}_pretrain_lvd1689m*.pth"       # the official name ends in eight digits of a checksum
 DINOV3_URL = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
 MINI = Path(__file__).resolve().parent / "miniature" / "mini.pt"                 # by miniature/pretrain.py
-MINIATURES = {"mini": MINI, "mini-rotary": MINI.with_name("mini-rotary.pt")}
+MINIATURES = {name: MINI.with_name(f"{name}.pt") for name in ("mini", "mini-parts", "mini-rotary")}
 
 
 # ---------------------------------------------------------------- files
@@ -171,7 +171,7 @@ def fetch(url, cached):
 def load_pretrained(model, name, arch, registers=4, selector_arch="", selector_name="", read=None):
     """Start every backbone of a model from pretrained weights: all from the same, but for a stage 1 of its own.
 
-    name: "dinov2", "dinov3", "rad-dino", "mini", "mini-rotary", the path of a file, or "none"; selector_name: that of
+    name: "dinov2", "dinov3", "rad-dino", one of MINIATURES, the path of a file, or "none"; selector_name: that of
     stage 1 ("": name). arch, selector_arch ("": as arch): as build_vit has them; "b/6" takes the first 6 blocks of b's
     file. read: what reader() gave, so that no file is read again. UsageError when it is not there or does not fit.
     """
@@ -232,7 +232,7 @@ def read_weights(name, arch, registers):
         state = fetch(RAD_DINO_URL, cache / "rad-dino" / "model.safetensors")
     else:
         state = read_file(MINIATURES.get(name, name), "a file of backbone weights (or one of dinov2, dinov3, rad-dino, "
-                          "mini, mini-rotary, none)")
+                          f"{', '.join(MINIATURES)}, none)")
     if find_published(state):
         raise UsageError(f"--weights {name} is a snapshot of the published two-stage code, not a backbone; "
                          "evaluate it with evaluate.py --ckpt")

@@ -20,7 +20,7 @@ import data
 from baselines import GIVEN
 from interventions import chosen_on
 from runs import Config as RunConfig
-from runs import differences, of_best, preset, read_config, usual_recipe
+from runs import differences, filled, of_best, preset, read_config, usual_recipe
 from settings import (UsageError, flag, may_write, opt, parse, read_json, run_script, write_csv, write_json,
                       write_whole)
 
@@ -164,7 +164,7 @@ def row_name(config):
     recipe = config.get("recipe", usual)                 # earlier runs do not say
     given = {key: config[key] for key in ("data", "mini", "method")} | {"recipe": recipe}
     default = RunConfig(**{**preset(given), **given, "seed": config["seed"]})
-    changed = differences({**asdict(default), **config}, default)
+    changed = differences({**asdict(default), **filled(config)}, default)
     words = [config["method"], *[f"--recipe {recipe}"] * (recipe != usual)]
     for name, (value, _) in changed.items():
         typed = flag(name)

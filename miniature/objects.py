@@ -17,6 +17,7 @@ DARK, GREY, STEEL = (40, 40, 48), (130, 130, 135), (90, 95, 105)
 class Shape(NamedTuple):
     points: np.ndarray      # (n, 2) corners of a filled polygon, local coordinates
     colour: tuple           # three whole numbers, 0..255
+    part: int = 0           # of a creature: an index into scenes.BODY_PLAN
 
 
 class Frame(NamedTuple):
@@ -33,12 +34,12 @@ class Frame(NamedTuple):
         return np.asarray(points) @ (self.scale * np.array([(flip * c, flip * s), (-s, c)])) + self.centre
 
 
-def paint(canvas, shapes, frame, colour=None):
+def paint(canvas, shapes, frame, colour=lambda shape: shape.colour):
     """Draw shapes on a square PIL image, in order. A mask is the same polygons, all in one colour."""
     draw = ImageDraw.Draw(canvas)
     for shape in shapes:
         corners = frame.place(shape.points) * canvas.width
-        draw.polygon(corners.ravel().tolist(), shape.colour if colour is None else colour)
+        draw.polygon(corners.ravel().tolist(), colour(shape))
 
 
 def hsv(hue, saturation, value):

@@ -3,20 +3,29 @@
     OMP_NUM_THREADS=1 python -m miniature.pretrain   # 35 minutes on one core -> runs/pretrain/mini.pt and mini.json
     python -m miniature.pretrain --resume            # go on after a stop
     python -m miniature.pretrain --arch mini-rotary --out runs/pretrain-rotary     # its twin with rotary positions
+    python -m miniature.pretrain --start miniature/mini.pt --weight-pairs 1 --weight-words 0.05 --weight-pasted 1 \
+        --weight-ground 0.5 --weight-invariance 0 --lr 1e-3 --steps 5400 --out runs/pretrain-parts   # mini-parts.pt
     python -m miniature.pretrain --composites PATH   # learn from a folder that compose.py wrote, not from drawn scenes
 
 Floor: commands, though it stays beside the weights that it makes. Read vit.py and scenes.py first. The scenes show one
-creature of any kind among things of any kind, drawn independently. No class and no place is used, and no mask unless
---weight-pasted or --weight-ground is given: these are supervision of "object or not", which mini.pt did not have.
+creature of any kind among things of any kind, drawn independently. No class, no place and no part is used, and no mask
+unless --weight-pasted, --weight-ground or --weight-pairs is given: these are supervision, which mini.pt did not have.
 
 Words. A patch's texture is four numbers: how strong its grey levels vary at two fine scales, as the logarithm of a
 mean and as the mean of a logarithm (high where texture is everywhere, low where it is a few edges). k-means of many
 patches gives the words (as in MaskFeat, Wei et al. 2022, a target that needs no teacher). Task: from a view whose
 colours are changed at random, tell every patch's own word and the bag of words around it (Gidaris et al., CVPR 2020);
 and say the same of one scene point in two views that are turned, mirrored, scaled and shifted independently, which
-leaves no use for position. At the end origin and scale of the features are set, inside the last LayerNorm.
+leaves no use for position.
 
-Letters: B scenes a step, V side of a view, g = V / 8 patches a side, N = g*g, D width, W words, F = 4 texture numbers.
+Pairs (--weight-pairs). Two scenes show the same creature in other colours, in another pose and elsewhere, as two
+moments of a film would. A patch of it says where it lies in the other scene: of all patches there, the likely ones are
+those at the same place of the creature. Neither colour nor ground is the same in both, but which part it is. It needs
+the masks and where the creature lies in both. At the end origin and scale of the features are set, inside the last
+LayerNorm.
+
+Letters: B scenes (or pairs) a step, V side of a view, g = V / 8 patches a side, N = g*g, D width, W words, F = 4
+texture numbers.
 """
 import itertools
 import json
@@ -40,9 +49,10 @@ from benchmarks.files import read_image
 from benchmarks.folder import load_folder
 from benchmarks.samples import patch_keep
 from measure.leakage import linear_head
-from miniature.scenes import pretraining_scenes
+from miniature.scenes import BODY_PLAN, pretraining_pairs, pretraining_scenes
+from miniature.siim import pretraining_chests
 from runs import pick_device
-from settings import UsageError, flag, opt, parse, progress, recorded, run_script, write_json, write_whole
+from settings import UsageError, check_range, flag, opt, parse, progress, recorded, run_script, write_json, write_whole
 from train import lr_at
 from vit import attend_all, build_vit
 from weights import load_strictly, read_file
@@ -52,7 +62,10 @@ MEAN, STD = (torch.tensor(x)[:, None, None] for x in transforms.IMAGENET)
 
 @dataclass
 class Config:
-    scenes: int = opt(12000, "scenes to learn from", at_least=1, at_most=10 ** 5, group="data and model")
+    scenes: int = opt(12000, "scenes to learn from, or half as many pairs", at_least=2, at_most=10 ** 5,
+                      group="data and model")
+    subject: str = opt("creatures", "what is drawn: creatures among things, or chests with and without pneumothorax "
+                                    "and tube", choices=("creatures", "chests"))
     composites: str = opt("", "learn from the training pictures of this folder, which compose.py wrote, and measure on "
                               "its validation pictures")
     start: str = opt("", "start from these weights, such as miniature/mini.pt (default: at random)")
@@ -64,6 +77,10 @@ class Config:
     weight_words: float = opt(1.0, "loss weight: a patch tells its own word and the bag of words around it", at_least=0)
     weight_pasted: float = opt(0.0, "loss weight: a patch tells how much of it is object, by the true mask", at_least=0)
     weight_ground: float = opt(0.0, "loss weight: patches without object say the same, by the true mask", at_least=0)
+    weight_pairs: float = opt(0.0, "loss weight: a patch of a creature says where it lies in another scene of the same "
+                                   "creature, by masks and poses", at_least=0)
+    coat: tuple[float, float] = opt((0.3, 0.8), "strength of the creatures' grain in pairs, from the least to the most")
+    temperature: float = opt(0.1, "of the cosines of two patches, in pairs", above=0)
     colour: float = opt(1.0, "strength of the random changes of colours", at_least=0, at_most=1)
     weight_invariance: float = opt(0.6, "loss weight: one scene point says the same in two views", at_least=0)
     lr: float = opt(2e-3, "learning rate", at_least=0)
@@ -119,11 +136,15 @@ def recolour(x, strength=1.0):
     return (x.clamp(0, 1) - MEAN) / STD
 
 
+def view_centres(g):
+    """Centres of the patches of a view of g x g patches, (1, N, 2) in [-1, 1]: x, y."""
+    line = (torch.arange(g) + .5) / g * 2 - 1
+    return torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(1, -1, 2)
+
+
 def partners(a, b, g):
     """Patch centres of view a -> where they lie in view b (B, N, 2), and which lie inside (B, N)."""
-    line = (torch.arange(g) + .5) / g * 2 - 1
-    centres = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(1, -1, 2)
-    scene = centres @ a[:, :, :2].mT + a[:, None, :, 2]
+    scene = view_centres(g) @ a[:, :, :2].mT + a[:, None, :, 2]
     there = (scene - b[:, None, :, 2]) @ torch.linalg.inv(b[:, :, :2]).mT
     return there, (there.abs() < 1 - .5 / g).all(-1)
 
@@ -164,7 +185,7 @@ class Words:
     """Visual words found in unlabelled views, and what a view says in them."""
 
     def __init__(self, scenes, cfg):
-        batches = (draw_scenes(scenes, 2 * cfg.batch) for _ in range(15))
+        batches = (draw_scenes(scenes, 2 * cfg.batch)[0] for _ in range(15))
         views = (look(some[:, :3], draw_view(len(some), cfg.view)[0], cfg.view) for some in batches)
         x = torch.cat([texture(some) for some in views]).flatten(0, 1)
         self.mean, self.scale = x.mean(0), x.std()
@@ -214,38 +235,90 @@ class Reader(nn.Module):
         return vit._run(x, attend_all, turn=turn)[:, vit.prefix:]
 
 
-def draw_scenes(scenes, count):
-    """A random batch of scenes (n, S, S, 4) uint8 -> (count, 4, S, S) in [0, 1], the mask last."""
-    return to_images(scenes[torch.randint(len(scenes), (count,)).sort().values.numpy()])
+def draw_scenes(scenes, count, frames=None):
+    """A random batch of scenes (n, S, S, 4) uint8 -> (count, 4, S, S) in [0, 1], the mask last, and None.
+
+    With frames (n, 2, 5), of pairs (n, 2, S, S, 4) -> all first scenes and then all second ones (2 count, 4, S, S), and
+    their frames (2 count, 5).
+    """
+    chosen = torch.randint(len(scenes), (count,)).sort().values.numpy()
+    if frames is None:
+        return to_images(scenes[chosen]), None
+    both = lambda x: np.concatenate([x[chosen, 0], x[chosen, 1]])
+    return to_images(both(scenes)), torch.from_numpy(both(frames))
 
 
-def loss_terms(model, words, scenes, cfg, step, device):
-    """The terms of a step. scenes (B, 4, S, S): colours and mask. All random numbers are drawn on the CPU."""
-    a, centre = draw_view(len(scenes), cfg.view)
-    b, _ = draw_view(len(scenes), cfg.view, near=centre)
-    clean = torch.cat([look(scenes, a, cfg.view), look(scenes, b, cfg.view)])
+def on_creature(affine, frames, g):
+    """Patch centres of views -> where they lie on the creature, in its local coordinates: (B, N, 2).
+
+    affine (B, 2, 3): view -> scene in [-1, 1]; frames (B, 5): (x, y, scale, mirror, turn), see objects.Frame.place.
+    """
+    place = (view_centres(g) @ affine[:, :, :2].mT + affine[:, None, :, 2] + 1) / 2
+    x, y = ((place - frames[:, None, :2]) / frames[:, None, 2:3]).unbind(-1)
+    c, s, flip = frames[:, 4:].cos(), frames[:, 4:].sin(), 1 - 2 * frames[:, 3:4]
+    return torch.stack([flip * (c * x + s * y), c * y - s * x], -1)
+
+
+def pairs_loss(z, places, cover, temperature, reach=0.3):
+    """Cross-entropy at telling where in the other scene of its pair a patch of the creature lies.
+
+    z (2B, N, D), places (2B, N, 2) on the creature, cover (2B, N): the share of a patch that is creature. The target is
+    a Gaussian of `reach` body units around the same place, over patches that show the creature; patches of mostly
+    creature count, if the other view shows that place.
+    """
+    total = 0.0
+    (za, zb), (ua, ub), (ca, cb) = (x.chunk(2) for x in (F.normalize(z, dim=-1), places, cover))
+    for a, b, at, there, mine, others in ((za, zb, ua, ub, ca, cb), (zb, za, ub, ua, cb, ca)):
+        near = (-torch.cdist(at, there).square() / (2 * reach ** 2)).exp() * (others > .3)[:, None]
+        mass = near.sum(2)
+        counts = (mine > .5) & (mass > .5)
+        target = near / mass.clamp_min(1e-6)[..., None]
+        each = -(target * (a @ b.mT / temperature).log_softmax(2)).sum(2)
+        total = total + each[counts].sum() / counts.sum().clamp_min(1) / 2
+    return total
+
+
+def loss_terms(model, words, scenes, frames, cfg, step, device):
+    """The terms of a step. scenes (B, 4, S, S): colours and mask; with frames, both scenes of B pairs (2B, 4, S, S).
+
+    All random numbers are drawn on the CPU.
+    """
+    if frames is None:
+        scenes = torch.cat([scenes, scenes])
+        a, centre = draw_view(len(scenes) // 2, cfg.view)
+        maps = torch.cat([a, draw_view(len(a), cfg.view, near=centre)[0]])
+    else:
+        maps, _ = draw_view(len(scenes), cfg.view, near=2 * frames[:, :2] - 1)
+    clean = look(scenes, maps, cfg.view)
     clean, masks = clean[:, :3], clean[:, 3:]
-    own, bag = (target * words.weight for target in words(clean))
-    z = model.patches(recolour(clean, cfg.colour).to(device))
-    there, inside = partners(a, b, cfg.view // 8)
-    own, bag, there, inside = (x.to(device) for x in (own, bag, there, inside))
-    cross_entropy = lambda scores, target: -(target * scores.log_softmax(-1)).sum() / target.sum()
-    first, second = z.chunk(2)
-    g = math.isqrt(z.shape[1])
-    second = F.grid_sample(second.mT.unflatten(2, (g, g)), there[:, :, None], align_corners=False,
-                           padding_mode="border")[..., 0].mT
+    z, g = model.patches(recolour(clean, cfg.colour).to(device)), cfg.view // 8
     variance = (z - z.mean((0, 1))).square().mean()
-    apart = (first - second)[inside].square().mean() / variance
-    ramp = min(1, step / 200)                # constant features agree best: first there must be something to agree on
-    terms = {"invariance": cfg.weight_invariance * ramp * apart,
-             "own": cfg.weight_words * cross_entropy(model.own(z), own),
-             "bag": cfg.weight_words * cross_entropy(model.bag(z), bag)}
+    ramp, terms = min(1, step / 200), {}     # constant features agree best: first there must be something to agree on
+    if cfg.weight_invariance:
+        terms["invariance"] = cfg.weight_invariance * ramp * apart(z, *maps.chunk(2), g) / variance
+    if cfg.weight_words:
+        cross_entropy = lambda scores, target: -(target * scores.log_softmax(-1)).sum() / target.sum()
+        own, bag = ((target * words.weight).to(device) for target in words(clean))
+        terms["own"] = cfg.weight_words * cross_entropy(model.own(z), own)
+        terms["bag"] = cfg.weight_words * cross_entropy(model.bag(z), bag)
+    cover = F.avg_pool2d(masks, 8).flatten(1).to(device)
     if model.pasted:
-        cover = F.avg_pool2d(masks, 8).flatten(1).to(device)
         terms["pasted"] = cfg.weight_pasted * F.binary_cross_entropy_with_logits(model.pasted(z)[..., 0], cover)
         bare = z[cover < .05]
         terms["ground"] = cfg.weight_ground * ramp * (bare - bare.mean(0)).square().mean() / variance
+    if frames is not None:
+        places = on_creature(maps, frames, g).to(device)
+        terms["pairs"] = cfg.weight_pairs * pairs_loss(z, places, cover, cfg.temperature)
     return terms
+
+
+def apart(z, a, b, g):
+    """Mean squared difference of what two views, affine maps a and b (B, 2, 3), say of the same scene points."""
+    there, inside = (x.to(z.device) for x in partners(a, b, g))
+    first, second = z.chunk(2)
+    second = F.grid_sample(second.mT.unflatten(2, (g, g)), there[:, :, None], align_corners=False,
+                           padding_mode="border")[..., 0].mT
+    return (first - second)[inside].square().mean()
 
 
 # ---------------------------------------------------------------- measures, with true masks
@@ -265,12 +338,36 @@ def iou(a, b):
     return (a & b).sum().item() / max(1, (a | b).sum().item())
 
 
-def measures(vit, images, objects):
-    """How much of the features is position, and how well they tell objects (n, N) bool.
+def parts_of_patches(parts):
+    """Part maps (n, S, S) -> what each patch of 8 x 8 shows (n, N), an index into BODY_PLAN; -1 where it is unclear.
+
+    Background: less than a twentieth is creature. A part: at least a quarter is creature, and of it most is this part.
+    """
+    share = F.avg_pool2d(F.one_hot(parts.long(), len(BODY_PLAN)).float().permute(0, 3, 1, 2), 8).flatten(2)
+    creature, best = 1 - share[:, 0], share[:, 1:].argmax(1) + 1
+    return torch.where(creature < .05, 0, torch.where(creature >= .25, best, -1))
+
+
+def recalls(fit, fit_names, test, test_names, classes):
+    """Share of the patches of each class that a linear classifier of their features gets right: (classes,).
+
+    It is fitted on as many patches of each class as the rarest has, so that none counts more.
+    """
+    draw = torch.Generator().manual_seed(0)
+    rows = [(fit_names == c).nonzero()[:, 0] for c in range(classes)]
+    least = min(map(len, rows))
+    chosen = torch.cat([row[torch.randperm(len(row), generator=draw)[:least]] for row in rows])
+    said = linear_head(fit[chosen], fit_names[chosen], classes, penalty=1e-3)(test).argmax(1)
+    return torch.stack([(said[test_names == c] == c).float().mean() for c in range(classes)])
+
+
+def measures(vit, images, objects, parts=None):
+    """How much of the features is position, and how well they tell objects (n, N) bool and parts (n, S, S).
 
     Fitted on one half of the images, measured on the other.
     position: share of variance that the position of a patch explains. k_means: IoU of the best union of 5
-    clusters. linear: IoU of a ridge regression, cut at its best threshold.
+    clusters. linear: IoU of a ridge regression, cut at its best threshold. parts: mean recall of head, neck, body,
+    tail, leg and background, one patch alone.
     """
     x, half = features(vit, images), len(images) // 2
     fit, test = x[:half].flatten(0, 1), x[half:].flatten(0, 1)
@@ -285,7 +382,14 @@ def measures(vit, images, objects):
     cut = max(torch.linspace(.2, .7, 26).tolist(), key=lambda c: iou(objectness > c, true_fit))
     return {"position": position_share(x),
             "k_means": iou(torch.isin(cluster_test, union), true_test),
-            "linear": iou(head(test)[:, 1] > cut, true_test)}
+            "linear": iou(head(test)[:, 1] > cut, true_test),
+            **({} if parts is None else {"parts": part_recall(x, parts_of_patches(parts), half)})}
+
+
+def part_recall(x, names, half):
+    """Mean recall of BODY_PLAN: features x (n, N, D), names (n, N); fitted on the first `half` images."""
+    fit, test = ((x[some].flatten(0, 1), names[some].flatten()) for some in (slice(half), slice(half, None)))
+    return recalls(*fit, *test, len(BODY_PLAN)).mean().item()
 
 
 # ---------------------------------------------------------------- the end: origin and scale
@@ -351,20 +455,24 @@ def start_from(vit, path):
 
 
 def find_scenes(cfg):
-    """-> scenes to learn from (n, 128, 128, 4), or as large as composites are, others to measure on (m, 96, 96, 4).
+    """-> what to learn from, its frames or None, scenes to measure on (m, 96, 96, 4), their part maps or None.
 
-    uint8; the last channel is the mask, 255 = object.
+    uint8; the last channel is the mask, 255 = object. To learn from: scenes (n, 128, 128, 4), or as large as composites
+    are, or pairs (n, 2, 128, 128, 4) with frames (n, 2, 5).
     """
     if not cfg.composites:
-        return (np.concatenate([images, masks[..., None]], 3) for images, masks in (
-            pretraining_scenes(cfg.scenes, cfg.seed, size=128),
-            pretraining_scenes(min(400, cfg.scenes), cfg.seed + 1, size=96)))
+        draw = {"creatures": pretraining_scenes, "chests": pretraining_chests}[cfg.subject]
+        unseen = draw(min(400, cfg.scenes), cfg.seed + 1, size=96)
+        if cfg.weight_pairs:
+            return *pretraining_pairs(cfg.scenes // 2, cfg.seed, cfg.coat, size=128), *unseen
+        return draw(cfg.scenes, cfg.seed, size=128)[0], None, *unseen
     found = load_folder(Path(cfg.composites), 96, cfg.seed)
     if not all(split in found and found[split].masks for split in ("train", "val")):
         raise UsageError(f"--composites {cfg.composites}: training and validation pictures with masks are needed, as "
                          "compose.py writes them")
-    return (np.stack([picture_and_mask(some, i, side) for i in progress(range(len(some)), f"reading {some.split}")])
-            for some, side in ((found["train"].first(cfg.scenes), 0), (found["val"].first(400), 96)))
+    read = lambda some, side: np.stack([picture_and_mask(some, i, side) for i in
+                                        progress(range(len(some)), f"reading {some.split}")])
+    return read(found["train"].first(cfg.scenes), 0), None, read(found["val"].first(400), 96), None
 
 
 def picture_and_mask(samples, i, side):
@@ -378,17 +486,25 @@ def picture_and_mask(samples, i, side):
 def pretrain(cfg):
     if cfg.view % 8:
         raise UsageError(f"--view must be a multiple of 8, not {cfg.view}")
+    if cfg.weight_pairs and (cfg.composites or cfg.subject != "creatures"):
+        raise UsageError("--weight-pairs needs scenes that show one creature twice, and neither --composites nor "
+                         "--subject chests has them: leave one of them out")
+    if cfg.composites and cfg.subject != "creatures":
+        raise UsageError("--composites are pictures of their own: leave out --subject")
+    check_range("coat", cfg.coat)
     folder, device = Path(cfg.out), pick_device(cfg.device)
     state = earlier(cfg, folder)
-    scenes, unseen = find_scenes(cfg)
+    scenes, frames, unseen, parts = find_scenes(cfg)
     unseen = to_images(unseen)
-    test = (unseen[:, :3] - MEAN) / STD, patch_keep(unseen[:, 3] > .5, 8).bool()
+    test = ((unseen[:, :3] - MEAN) / STD, patch_keep(unseen[:, 3] > .5, 8).bool(),
+            None if parts is None else torch.from_numpy(parts))
+    single = scenes if frames is None else scenes[:, 0]
 
     torch.manual_seed(cfg.seed)
     model = Reader(cfg.words, cfg.arch, masks=bool(cfg.weight_pasted or cfg.weight_ground))
     if cfg.start:
         start_from(model.vit, cfg.start)
-    words = Words(scenes, cfg)
+    words = Words(single, cfg)
     model.to(device)
     wide, narrow = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
     optimizer = torch.optim.AdamW([dict(params=wide, weight_decay=cfg.weight_decay),
@@ -404,7 +520,7 @@ def pretrain(cfg):
     for step in progress(range(start, cfg.steps), "pretrain"):
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * lr_at(step, cfg.steps, cfg.warmup, least=.02)
-        terms = loss_terms(model, words, draw_scenes(scenes, cfg.batch), cfg, step, device)
+        terms = loss_terms(model, words, *draw_scenes(scenes, cfg.batch, frames), cfg, step, device)
         optimizer.zero_grad()
         sum(terms.values()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -416,7 +532,7 @@ def pretrain(cfg):
             save_state(folder, record | measures(model.vit, *test), config=asdict(cfg), step=done, seconds=seconds,
                        model=model.state_dict(), optimizer=optimizer.state_dict(), random=torch.get_rng_state())
             clock = time.perf_counter()
-    centre_features(model.vit, to_images(scenes[:512, ..., :3]), cfg.spread, cfg.seed)
+    centre_features(model.vit, to_images(single[:512, ..., :3]), cfg.spread, cfg.seed)
     write_backbone(folder, model.vit, cfg, seconds, measures(model.vit, *test))
 
 

@@ -73,6 +73,7 @@ TAILS = {       # polygons from the root along x; turned, stretched and moved to
     "whip": [poly((0, -.07), (.6, -.12), (1.1, -.4), (1.2, -.34), (.7, .04), (0, .07))],
     "fan": [poly((0, 0), *ellipse(0, 0, .95, .95, a - 13, a + 13)) for a in (-40, -13, 13, 40)]}
 PATTERNS = ("wing", "plain", "stripes", "spots")
+BODY_PLAN = ("background", "tail", "leg", "body", "head", "neck")        # of every creature: Shape.part
 
 
 def colours(rng):
@@ -168,7 +169,7 @@ def head_shapes(look):
         face = [Shape(bill, look.horn), Shape(gape, shade(look.horn, .65))]
     eye = at + (.28 * r, -.2 * r)
     neck = poly(root + (-.27, .08), (x - .2, y), (x + .2, y), root + (.2, .22))
-    shapes = [*face, Shape(neck, look.head_skin), Shape(ellipse(x, y, r, r), look.head_skin),
+    shapes = [*face, Shape(neck, look.head_skin, BODY_PLAN.index("neck")), Shape(ellipse(x, y, r, r), look.head_skin),
               Shape(ellipse(*eye, .17, .17), WHITE), Shape(ellipse(*eye, .11, .11), BLACK)]
     parts = {"crown": (-.1, -.85), "forehead": (.65, -.55), "nape": (-.8, .1), "throat": (.3, .8)}
     return shapes, {"beak": at + (r + .4 * length, .12 * r), "near eye": eye,
@@ -181,12 +182,12 @@ def creature(look):
     Parts are CUB's, but of the near or far side: which of them is left is known once it is mirrored or not.
     """
     shapes, parts = [], {}
-    for draw in (tail_shapes, leg_shapes, body_shapes, head_shapes):
+    for part, draw in enumerate((tail_shapes, leg_shapes, body_shapes, head_shapes), 1):
         more, named = draw(look)
-        shapes, parts = shapes + more, parts | named
+        shapes, parts = shapes + [s._replace(part=s.part or part) for s in more], parts | named
     corners = np.concatenate([s.points for s in shapes])
     middle = (corners.min(0) + corners.max(0)) / 2
-    shapes = [Shape(s.points - middle, s.colour) for s in shapes]
+    shapes = [s._replace(points=s.points - middle) for s in shapes]
     return shapes, {name: xy - middle for name, xy in parts.items()}
 
 
@@ -261,7 +262,7 @@ def compose(rng, size, body=((), {}), frame=Frame((0, 0), 1, False), coat=0, dra
     ground = Image.fromarray(backdrop(rng, size)).resize((SUPERSAMPLE * size,) * 2, Image.NEAREST)
     shapes, parts = body
     canvas = Image.new("L", ground.size)
-    paint(canvas, shapes, frame, colour=255)
+    paint(canvas, shapes, frame, lambda shape: 255)
     mask = np.asarray(canvas.reduce(SUPERSAMPLE)) / 255
     noise = rng.normal(0, 255 * PIXEL_NOISE, (size, size, 3))
     noise = noise + mask[..., None] * 255 * coat * smooth_noise(rng, COAT_CELLS, size)
@@ -276,24 +277,65 @@ def compose(rng, size, body=((), {}), frame=Frame((0, 0), 1, False), coat=0, dra
     return Scene(pictures[1], pictures[0], mask, parts, frame.mirror)
 
 
-def pretraining_scene(index, seed, size):
-    """One creature of any kind, things independent of it -> image (S, S, 3), mask (S, S), both uint8."""
-    rng = np.random.default_rng([seed, PRETRAIN, index])
-    look = bird_look(rng, rng.integers(2)) if rng.uniform() < 1 / 3 else any_look(rng)
+def part_map(shapes, frame, size):
+    """Which part of a creature each pixel shows -> (S, S) uint8, an index into BODY_PLAN, 0 where there is none."""
+    canvas = Image.new("L", (SUPERSAMPLE * size,) * 2)
+    paint(canvas, shapes, frame, lambda shape: shape.part)
+    return np.asarray(canvas)[::SUPERSAMPLE, ::SUPERSAMPLE]
+
+
+def any_creature(rng):
+    return bird_look(rng, rng.integers(2)) if rng.uniform() < 1 / 3 else any_look(rng)
+
+
+def anywhere(rng, look, size, coat):
+    """A creature in a pose, on a backdrop, among things that are independent of it -> Scene, the creature's Frame."""
     frame = pose(rng, unit=(.13, .24), shift=.14)
     kinds = (*PLACE_KINDS, rng.choice([*SCENERY], 3, replace=False))[rng.choice(3, p=(.225, .225, .55))]
-    scene = compose(rng, size, creature(look), frame, COAT,
-                    partial(scatter, kinds=kinds, count=(3, 10), radius=(.055, .095)))
-    return scene.image, (255 * scene.mask).astype(np.uint8)
+    return compose(rng, size, creature(look), frame, coat,
+                   partial(scatter, kinds=kinds, count=(3, 10), radius=(.055, .095))), frame
+
+
+def pretraining_scene(index, seed, size):
+    """One creature of any kind -> image (S, S, 3), mask (S, S), part map (S, S), all uint8."""
+    rng = np.random.default_rng([seed, PRETRAIN, index])
+    look = any_creature(rng)
+    scene, frame = anywhere(rng, look, size, COAT)
+    return scene.image, (255 * scene.mask).astype(np.uint8), part_map(creature(look)[0], frame, size)
+
+
+def pretraining_pair(index, seed, size, coat):
+    """One creature in two scenes, as in two moments of a film -> images (2, S, S, 3), masks (2, S, S), frames (2, 5).
+
+    Its shape is the same; its colours, its pattern, the strength of its grain (from the range `coat`), its pose, the
+    ground and the things are each scene's own. A frame is (x, y, scale, mirror, turn) of Frame.
+    """
+    rng = np.random.default_rng([seed, PRETRAIN, index])
+    look, drawn = any_creature(rng), []
+    for _ in range(2):
+        skins = colours(rng) | {"head_skin": hsv(rng.uniform(0, 1), rng.uniform(.3, .9), rng.uniform(.4, .95))}
+        mine = look._replace(pattern=str(rng.choice(PATTERNS)), **skins)
+        scene, frame = anywhere(rng, mine, size, rng.uniform(*coat))
+        drawn.append((scene.image, (255 * scene.mask).astype(np.uint8), (*frame.centre, *frame[1:])))
+    return tuple(np.stack(x) for x in zip(*drawn))
 
 
 def pretraining_scenes(n, seed, size=96):
-    """n scenes for self-supervision -> images (n, S, S, 3) uint8, masks (n, S, S) uint8, 255 = creature."""
-    images, masks = np.empty((n, size, size, 3), np.uint8), np.empty((n, size, size), np.uint8)
+    """n scenes for self-supervision -> (n, S, S, 4) uint8, colours and mask, 255 = creature; part maps (n, S, S)."""
+    scenes, parts = np.empty((n, size, size, 4), np.uint8), np.empty((n, size, size), np.uint8)
     draw = partial(pretraining_scene, seed=seed, size=size)
-    for i, drawn in enumerate(in_parallel(draw, range(n), "pretraining scenes")):
-        images[i], masks[i] = drawn
-    return images, masks
+    for i, (image, mask, part) in enumerate(in_parallel(draw, range(n), "pretraining scenes")):
+        scenes[i], parts[i] = np.dstack([image, mask]), part
+    return scenes, parts
+
+
+def pretraining_pairs(n, seed, coat, size=96):
+    """n pairs of scenes that show the same creature -> (n, 2, S, S, 4) uint8, frames (n, 2, 5) float32."""
+    scenes, frames = np.empty((n, 2, size, size, 4), np.uint8), np.empty((n, 2, 5), np.float32)
+    draw = partial(pretraining_pair, seed=seed, size=size, coat=coat)
+    for i, (images, masks, where) in enumerate(in_parallel(draw, range(n), "pretraining pairs")):
+        scenes[i], frames[i] = np.concatenate([images, masks[..., None]], 3), where
+    return scenes, frames
 
 
 def in_parallel(function, jobs, title, workers=None):

@@ -4,6 +4,7 @@ Floor: data. Read scenes.py first: what all miniatures share. A chest is not a s
 """
 import csv
 import io
+from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ from PIL import Image, ImageFilter
 
 from benchmarks.siim import PREPARED, SIDE
 from miniature.objects import Frame, Shape, bar, box, ellipse, paint, poly
-from miniature.scenes import COAT_CELLS, PIXEL_NOISE, SUPERSAMPLE, Miniature, Row, save, smooth_noise, with_knobs
+from miniature.scenes import (COAT_CELLS, PIXEL_NOISE, PRETRAIN, SUPERSAMPLE, Miniature, Row, in_parallel, save,
+                              smooth_noise, with_knobs)
 from settings import UsageError
 
 UID = "1.2.276.0.7230010.3.1"           # .2 study, .3 series, .4 image
@@ -79,6 +81,19 @@ def ribs_of(stretch, flip):
             for y in np.linspace(-.75, .45, 8)]
     collar_bone = np.array([(-.1, -.6), (-.75, -.78)]) * flip
     return [*(bar(a, b, .05) for bow in bows for a, b in zip(bow, bow[1:])), bar(*collar_bone, .07)]
+
+
+def pretraining_chest(index, seed, size):
+    """A chest in which pneumothorax and tube are two throws of a coin -> (S, S, 4) uint8: grey levels, lungs."""
+    rng = np.random.default_rng([seed, PRETRAIN, index])
+    found = chest(rng, size, rng.integers(2), rng.integers(2), Siim.depth, Siim.coat)
+    return np.dstack([found.image] * 3 + [(255 * found.lungs).astype(np.uint8)])
+
+
+def pretraining_chests(n, seed, size=96):
+    """n chests for self-supervision -> (n, S, S, 4) uint8, the last channel the lungs; no part maps."""
+    draw = partial(pretraining_chest, seed=seed, size=size)
+    return np.stack([*in_parallel(draw, range(n), "pretraining chests")]), None
 
 
 # ---------------------------------------------------------------- the folders

@@ -18,7 +18,8 @@ from settings import UsageError, parse
 
 CASES = {**{method: (method,) for method in METHODS}, "soft": ("ifam", "--hardness", "soft"),
          "late": ("ifam", "--masking", "late", "--pooling", "mean"), "mean": ("ifam", "--pooling", "mean"),
-         "small selector": ("ifam", "--selector-size", "48", "--selector-arch", "mini/2")}
+         "small selector": ("ifam", "--selector-size", "48", "--selector-arch", "mini/2"),
+         "three backgrounds": ("ifam", "--backgrounds", "3")}
 
 
 def model_of(case):
@@ -89,7 +90,7 @@ def test_one_graph_holds_the_whole_model(case):
 
 
 # ---------------------------------------------------------------- files of programs
-@pytest.mark.parametrize("case", ["ifam", "small selector", "early-truth", "late-found", "pdiscoformer", "aim"])
+@pytest.mark.parametrize("case", ["ifam", "small selector", "three backgrounds", "early-truth", "late-found", "pdiscoformer", "aim"])
 def test_an_exported_program_gives_the_models_outputs(case, tmp_path):
     model, inputs = model_of(case)
     runs.export(model, tmp_path / "model.pt2", batch=2)

@@ -146,12 +146,23 @@ def test_without_the_cue_both_classes_are_the_same_bird():
 
 
 def test_pretraining_scenes_repeat_and_hold_one_creature_each():
-    images, masks = scenes.pretraining_scenes(12, seed=3, size=48)
+    drawn, parts = scenes.pretraining_scenes(12, seed=3, size=48)
     again, _ = scenes.pretraining_scenes(5, seed=3, size=48)
-    assert images.shape == (12, 48, 48, 3) and masks.shape == (12, 48, 48)
-    assert images.dtype == masks.dtype == np.uint8
-    assert (images[:5] == again).all()
-    assert ((masks > 0).mean((1, 2)) > 0.02).all() and not (images[0] == images[1]).all()
+    assert drawn.shape == (12, 48, 48, 4) and parts.shape == (12, 48, 48)
+    assert drawn.dtype == parts.dtype == np.uint8
+    assert (drawn[:5] == again).all()
+    assert ((drawn[..., 3] > 0).mean((1, 2)) > 0.02).all() and not (drawn[0] == drawn[1]).all()
+    assert (parts[drawn[..., 3] == 255] > 0).all() and (parts[drawn[..., 3] == 0] == 0).all()
+    assert {scenes.BODY_PLAN[i] for i in np.unique(parts)} == set(scenes.BODY_PLAN)
+
+
+def test_a_pair_shows_the_same_creature_twice_in_other_colours_and_poses():
+    pictures, frames = scenes.pretraining_pairs(6, seed=3, coat=(.3, .8), size=48)
+    assert pictures.shape == (6, 2, 48, 48, 4) and frames.shape == (6, 2, 5)
+    for pair, both in zip(pictures, frames):
+        areas = [(one[..., 3] / 255).sum() / scale ** 2 for one, scale in zip(pair, both[:, 2])]
+        assert areas[0] == pytest.approx(areas[1], rel=.06) and (both[0] != both[1]).any()       # one shape, to its edge
+        assert not (pair[0] == pair[1]).all()
 
 
 # ---------------------------------------------------------------- the cache

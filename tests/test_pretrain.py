@@ -13,10 +13,11 @@ from vit import build_vit
 from miniature import pretrain
 from benchmarks import transforms
 from benchmarks.samples import patch_keep
+from miniature.objects import Frame
 from miniature.scenes import pretraining_scenes
 from settings import parse
 from tiny import ROOT, fails
-from weights import load_backbone, read_file
+from weights import MINIATURES, load_backbone, read_file
 
 TINY = ["--scenes", "40", "--steps", "4", "--batch", "4", "--words", "6", "--every", "2", "--device", "cpu"]
 
@@ -83,7 +84,7 @@ def test_the_measures_are_1_for_features_that_are_only_position_or_only_the_mask
 
 
 def test_afterwards_the_mean_of_five_clusters_of_patches_is_the_origin():
-    scenes, _ = pretraining_scenes(6, 0, size=96)
+    scenes = pretraining_scenes(6, 0, size=96)[0][..., :3]
     vit = build_vit("mini", 96)
     pretrain.centre_features(vit, pretrain.to_images(scenes), 0.32, 5)
     views = [transforms.View(Image.fromarray(s)) for s in scenes]
@@ -137,20 +138,20 @@ def test_it_learns_from_composed_pictures_from_given_weights_with_masks_as_a_tar
     assert moved(still) == {"norm.weight", "norm.bias"}                 # the scaling at the end
     assert len(moved(masks)) > 10
     log = [json.loads(line) for line in (tmp_path / "masks/log.jsonl").read_text().splitlines()]
-    assert 0.5 < log[0]["pasted"] < 4 and log[0]["own"] == log[0]["bag"] == 0 and 0 <= log[0]["ground"] < 0.5
+    assert 0.5 < log[0]["pasted"] < 4 and "own" not in log[0] and 0 <= log[0]["ground"] < 0.5
     assert "pasted" not in json.loads((tmp_path / "still/log.jsonl").read_text().splitlines()[0])
 
 
 def test_the_mask_terms_are_those_of_a_loop_over_patches(composites):
     cfg = parse(pretrain.Config, "", ["--composites", str(composites), "--view", "96", "--weight-pasted", "2", "--weight-ground", "0.5", "--colour", "0"])
-    scenes, _ = pretrain.find_scenes(cfg)
+    scenes = pretrain.find_scenes(cfg)[0]
     model, scenes = pretrain.Reader(4, masks=True), pretrain.to_images(scenes[:3])
     words = lambda views: (torch.ones(6, 144, 4), torch.ones(6, 144, 4))
     words.weight, seen = 1, []
     reading = model.patches
     model.patches = lambda views: seen.append(reading(views)) or seen[-1]
     torch.manual_seed(5)
-    terms = pretrain.loss_terms(model, words, scenes, cfg, 1000, "cpu")
+    terms = pretrain.loss_terms(model, words, scenes, None, cfg, 1000, "cpu")
     torch.manual_seed(5)
     a, centre = pretrain.draw_view(3, 96)
     b, _ = pretrain.draw_view(3, 96, near=centre)
@@ -171,6 +172,7 @@ def test_the_mask_terms_are_those_of_a_loop_over_patches(composites):
 def test_what_is_no_composite_and_no_start_is_refused_in_one_line(composites, tmp_path, capsys):
     assert "masks are needed" in fails(pretrain.main, "--composites", without_masks(composites, tmp_path / "bare"), "--out", tmp_path / "x")(capsys)
     assert "looked for" in fails(pretrain.main, "--composites", tmp_path / "nowhere", "--out", tmp_path / "x")(capsys)
+    assert "--weight-pairs" in fails(pretrain.main, "--composites", composites, "--weight-pairs", 1, "--out", tmp_path / "x")(capsys)
     torch.save({"a": torch.ones(2)}, tmp_path / "odd.pt")
     assert "--start" in fails(pretrain.main, *TINY, "--start", tmp_path / "odd.pt", "--out", tmp_path / "x")(capsys)
     assert not (tmp_path / "x").exists()
@@ -195,16 +197,82 @@ def test_a_view_as_large_as_an_image_is_read_as_the_vit_reads_it_and_a_smaller_o
     assert not torch.allclose(seen[0], seen[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ["mini", "mini-rotary"])
-def test_the_committed_file_is_small_and_measures_as_written_beside_it(arch):
-    path = ROOT / "miniature" / f"{arch}.pt"
-    made = json.loads((ROOT / "miniature" / f"{arch}.json").read_text())
+@pytest.mark.parametrize("name", MINIATURES)
+def test_the_committed_file_is_small_and_measures_as_written_beside_it(name):
+    path = MINIATURES[name]
+    made = json.loads(path.with_suffix(".json").read_text())
     assert path.stat().st_size < 4e6 and "pretrain" in made["command"] and made["seed"] == 0
-    vit = build_vit(arch, 96)
+    vit = build_vit("mini-rotary" if "rotary" in name else "mini", 96)
     load_backbone(vit, read_file(path, "weights"))
     cfg = parse(pretrain.Config, "", [])
-    images, masks = pretraining_scenes(400, cfg.seed + 1, size=96)
-    images = (pretrain.to_images(images) - pretrain.MEAN) / pretrain.STD
-    found = pretrain.measures(vit, images, patch_keep(torch.from_numpy(masks > 127), 8).bool())
+    scenes, parts = pretraining_scenes(400, cfg.seed + 1, size=96)
+    images = (pretrain.to_images(scenes[..., :3]) - pretrain.MEAN) / pretrain.STD
+    objects = patch_keep(torch.from_numpy(scenes[..., 3] > 127), 8).bool()
+    found = pretrain.measures(vit, images, objects, torch.from_numpy(parts))
     for name, value in found.items():
         assert value == pytest.approx(made[name], abs=0.02), name
+
+
+# ---------------------------------------------------------------- pairs and parts
+def test_a_point_of_a_creature_is_found_where_its_frame_puts_it():
+    draw = np.random.default_rng(0)
+    frames = [Frame(draw.uniform(.3, .7, 2), draw.uniform(.1, .3), bool(i % 2), draw.uniform(-1, 1)) for i in range(4)]
+    rows = torch.tensor([(*f.centre, *f[1:]) for f in frames]).float()
+    affine, _ = pretrain.draw_view(4, 64)
+    places = pretrain.on_creature(affine, rows, 8)
+    for frame, view, local in zip(frames, affine, places):
+        scene = (pretrain.view_centres(8)[0] @ view[:, :2].T + view[:, 2] + 1) / 2
+        torch.testing.assert_close(torch.from_numpy(frame.place(local.double().numpy())).float(), scene, atol=1e-5, rtol=0)
+
+
+def test_the_loss_of_pairs_is_that_of_a_loop_over_patches():
+    draw = torch.Generator().manual_seed(0)
+    z, places, cover = torch.randn(4, 9, 5, generator=draw), torch.randn(4, 9, 2, generator=draw), torch.rand(4, 9, generator=draw)
+    terms = []
+    for first in (0, 2):
+        each = []
+        for pair in range(2):
+            a, b = (first + pair) % 4, (first + pair + 2) % 4
+            for i in range(9):
+                near = [math.exp(-((places[a, i] - places[b, j]) ** 2).sum().item() / .18) * (cover[b, j].item() > .3) for j in range(9)]
+                if cover[a, i] > .5 and sum(near) > .5:
+                    score = [torch.cosine_similarity(z[a, i], z[b, j], dim=0).item() / .1 for j in range(9)]
+                    total = math.log(sum(map(math.exp, score)))
+                    each.append(sum(n / sum(near) * (total - s) for n, s in zip(near, score)))
+        terms.append(sum(each) / len(each))
+    assert pretrain.pairs_loss(z, places, cover, .1).item() == pytest.approx(sum(terms) / 2, rel=1e-4)
+
+
+def test_without_a_creature_in_sight_the_loss_of_pairs_is_0():
+    z = torch.randn(4, 9, 5, requires_grad=True)
+    loss = pretrain.pairs_loss(z, torch.randn(4, 9, 2), torch.zeros(4, 9), .1)
+    loss.backward()
+    assert loss == 0 and (z.grad == 0).all()
+
+
+def test_pairs_are_learned_from_and_resume(tmp_path):
+    flags = [*TINY, "--weight-pairs", "1", "--weight-pasted", "1", "--weight-words", "0", "--weight-invariance", "0"]
+    pretrain.main([*flags, "--out", str(tmp_path / "run")])
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert 0 < log[-1]["pairs"] < 10 and 0 <= log[-1]["parts"] <= 1 and "invariance" not in log[-1]
+
+
+def test_a_patch_is_named_after_the_part_that_covers_most_of_it():
+    draw = torch.Generator().manual_seed(0)
+    parts = torch.randint(6, (2, 16, 16), generator=draw) * (torch.rand(2, 16, 16, generator=draw) < torch.rand(2, 1, 1, generator=draw))
+    parts[0, :8, :8], parts[1, 8:, 8:] = 0, 4
+    for i, named in enumerate(pretrain.parts_of_patches(parts)):
+        for n, name in enumerate(named.tolist()):
+            y, x = divmod(n, 2)
+            pixels = parts[i, 8 * y:8 * y + 8, 8 * x:8 * x + 8].flatten().tolist()
+            counts = [pixels.count(c) for c in range(1, 6)]
+            creature = sum(counts) / 64
+            assert name == (0 if creature < .05 else -1 if creature < .25 else counts.index(max(counts)) + 1)
+
+
+def test_features_that_are_the_part_have_recall_1_and_features_that_are_noise_a_sixth():
+    names = torch.arange(1200) % 6
+    given = torch.eye(6)[names]
+    assert pretrain.recalls(given, names, given, names, 6).tolist() == [1] * 6
+    noise = torch.randn(1200, 4, generator=torch.Generator().manual_seed(0))
+    assert pretrain.recalls(noise[:600], names[:600], noise[600:], names[600:], 6).mean() == pytest.approx(1 / 6, abs=.05)
