@@ -48,8 +48,8 @@ class Config:
 
 
 METHODS = {     # in the order of the paper's table; early and late masks pool alike, so that one thing differs
-    name: ["--method", name] for name in ("early-truth", "late-truth", "frozen", "erm", "late-found", "ep", "aim",
-                                          "pdiscoformer", "early-found", "ifam")}
+    name: ["--method", name] for name in ("early-truth", "late-truth", "bbox-erm", "seg-erm", "frozen", "erm",
+                                          "late-found", "ep", "aim", "pdiscoformer", "early-found", "ifam")}
 FIFTH = "a fifth"                                        # of --epochs: of JTT's first model, as published for Waterbirds
 WORST = ["--select", "worst_group"]                      # as published, where groups are known anyway
 
