@@ -76,7 +76,7 @@ def read_by_head(model, samples, device="cpu", batch=32, workers=0, images=None)
             shown = images(model, part, shown)
         read.clear()
         model(shown, **given(model, part, device))
-        return {"x": read[-1].double().cpu()}
+        return {"x": read[-1].cpu().double()}
     try:
         x = over(samples, measure, batch, workers)["x"]
     finally:
