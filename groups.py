@@ -233,13 +233,13 @@ def outputs(cfg):
 
 
 def agreement(names, samples):
-    """Adjusted Rand index of groups with the true places within each class -> {class: it}; {} where none are known."""
+    """Adjusted Rand index of groups with the true places within each class that has several -> {class: it}."""
     if len(samples.places) < 2:
         return {}
     number = {name: g for g, name in enumerate(dict.fromkeys(names))}
     groups = torch.tensor([number[name] for name in names])
     return {name: ari(groups[mine], samples.groups[mine]) for label, name in enumerate(samples.classes)
-            if (mine := samples.labels == label).any()}
+            if len(samples.groups[mine := samples.labels == label].unique()) > 1}
 
 
 def table(names, samples, agree):
