@@ -271,7 +271,8 @@ def main(argv=None):
     print(table(names, samples, agree))
     write_groups(out, samples.ids, names)
     write_json(about, {"checkpoint": {"file": Path(cfg.ckpt).name, "sha256": hash_of(cfg.ckpt)}, "by": cfg.by,
-                       "clusters": cfg.clusters, "data": name, "sha256": hash_of(out), "digest": digest_of_groups(names), "silhouettes": scores,
+                       "clusters": cfg.clusters, "data": name, "sha256": hash_of(out), "silhouettes": scores,
+                       "digest": digest_of_groups(names),
                        "groups": {group: names.count(group) for group in sorted(set(names))},
                        "adjusted_rand_index_measured": agree})
     print(f"  wrote {out}; train with: python train.py ... --groups {out}")

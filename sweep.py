@@ -50,7 +50,7 @@ class Config:
 METHODS = {     # in the order of the paper's table; early and late masks pool alike, so that one thing differs
     name: ["--method", name] for name in ("early-truth", "late-truth", "bbox-erm", "seg-erm", "frozen", "erm",
                                           "late-found", "ep", "aim", "pdiscoformer", "early-found", "ifam")}
-FIFTH = "a fifth"                                        # of --epochs: of JTT's first model, as published for Waterbirds
+FIFTH = "a fifth"                                        # of --epochs: JTT's first model, as published for Waterbirds
 WORST = ["--select", "worst_group"]                      # as published, where groups are known anyway
 
 
@@ -212,8 +212,8 @@ def commands(cfg, flags, processes=1, measure=(), also=(), retrain=()):
     """What is left to do for a run, as command lines: none if it is finished. A run that was begun is resumed.
 
     measure: flags of evaluate.py; also: other benchmarks to evaluate on; retrain: last layers, of --retrain. Reports of
-    a run that is not trained to its end, or of another best.pt than the present one, are made again. So are groups of another run, and a run that was
-    trained with others than they have now starts again: train.py moves the old one aside.
+    a run that is not trained to its end, or of another best.pt than the present one, are made again. So are groups of
+    another run, and a run that was trained with other groups than these starts again: train.py moves the old one aside.
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
     folder, here = Path(cfg.out), Path(__file__).parent
