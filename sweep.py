@@ -310,9 +310,9 @@ def run(command):
 def finished(names, flags, folder="sweep", measure=("--leakage", "100"), also=(), retrain=()):
     """For notebooks: runs of seed 0, trained and evaluated now unless they were before -> {name: folder of the run}.
 
-    names and flags as on the command line, measure, also and retrain as in `commands`. On CPU runs go side by side, each with
-    its share of the cores. A bar shows how far they are; what the scripts print is shown only where one fails. RunError
-    then.
+    names and flags as on the command line, measure, also and retrain as in `commands`. On CPU runs go side by side,
+    each with its share of the cores; one that needs another waits for it. A bar shows how far they are; what the
+    scripts print is shown only where one fails. RunError then.
     """
     runs = plan(names, 1, flags, folder)
     left = [(cfg, todo) for cfg, typed in runs if (todo := commands(cfg, typed, 1, measure, also, retrain))]
