@@ -8,6 +8,7 @@ Floor: the lesson, its last chapter. Read ifam.py first; its letters are used he
 """
 import os
 import zlib
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,10 +21,11 @@ from vit import build_vit
 
 # ---------------------------------------------------------------- a backbone and a head
 class ERM(nn.Module):
-    """Empirical risk minimisation (Vapnik, 1991): a ViT, LayerNorm and a linear head on the class token.
+    """Empirical risk minimisation (Vapnik, 1991): a ViT and a linear head on the class token.
 
-    "DinoV2" in the paper's tables; with frozen=True its frozen backbone, where only LayerNorm and head train. It is
-    iFAM's second stage without a mask. keep (B, N) hides patches from it; only measurements use that.
+    "DinoV2" in the paper's tables; with frozen=True its frozen backbone, where only the head trains. It is iFAM's
+    second stage without a mask. choices: ifam.Predictor; its norm and bias make the head that of the paper's baseline
+    or that of iFAM's second stage. keep (B, N) hides patches from it; only measurements use that.
     """
     selector = None
     needs_truth = False
@@ -45,13 +47,15 @@ class ERM(nn.Module):
 
 # ---------------------------------------------------------------- attentive probes
 class Probe(nn.Module):
-    """A backbone, learned pooling over its patch features after the final norm, and a linear head. No mask."""
+    """A backbone, learned pooling over its patch features after the final norm, and a linear head. No mask.
+
+    The head is one of torch's layers, started as torch starts it.
+    """
 
     def __init__(self, backbone, classes, pool, bias):
         super().__init__()
         self.backbone, self.pool = backbone, pool
         self.head = nn.Linear(backbone.width, classes, bias=bias)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
 
     def features(self, images, keep=None):
         """What the head reads: images (B, 3, S, S) -> (B, D). ValueError if there is a mask: a probe has none."""
@@ -68,8 +72,8 @@ class EfficientPooling(nn.Module):
     """Efficient probing (Psomas et al., ICLR 2026): learned queries, each with a slice of the values.
 
     patches (B, N, D) -> (B, D). No key projection, no bias, one head: Q queries of D channels and one D x D value
-    projection are all that it has. Q is 32 as published, which divides the width of every backbone here, mini (128)
-    included. ValueError otherwise.
+    projection, which starts as torch's layers do, are all that it has. Q is 32 as published, which divides the width of
+    every backbone here, mini (128) included. ValueError otherwise.
     """
 
     def __init__(self, width, queries=32):
@@ -78,7 +82,6 @@ class EfficientPooling(nn.Module):
             raise ValueError(f"efficient probing: width {width} is not a multiple of its {queries} queries")
         self.queries = nn.Parameter(torch.randn(queries, width) * 0.02)
         self.value = nn.Linear(width, width, bias=False)
-        nn.init.trunc_normal_(self.value.weight, std=0.02)
 
     def attention(self, patches):
         """(B, N, D) -> (B, Q, N): what each query weighs each patch; every row sums to 1."""
@@ -93,8 +96,9 @@ class EfficientPooling(nn.Module):
 class AttentionPooling(nn.Module):
     """AIM's attention pooling (El-Nouby et al., ICML 2024): batch-norm, one learned query, H heads.
 
-    patches (B, N, D) -> (B, D). Learned keys and values without bias, no projection of the output. H is that of the
-    backbone: 12 for ViT-B, as published.
+    patches (B, N, D) -> (B, D). Learned keys and values without bias, which start as torch's layers do; no projection
+    of the output. H is that of the backbone, one head for 64 channels: 12 for ViT-B, as published. differs from
+    published for the others: there H is always 12, which does not divide the width of ViT-L, 1024.
     """
 
     def __init__(self, width, heads):
@@ -102,8 +106,6 @@ class AttentionPooling(nn.Module):
         self.norm, self.heads = BatchNorm(width), heads
         self.query = nn.Parameter(torch.randn(width) * 0.02)
         self.key, self.value = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
-        for layer in (self.key, self.value):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
 
     def forward(self, patches):
         x = self.norm(patches)
@@ -113,7 +115,7 @@ class AttentionPooling(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch-norm without affine over the last dimension of (B, N, D), eps 1e-6, momentum 0.1.
+    """Batch-norm without affine over the last dimension of (B, N, D) or (B, D), eps 1e-6, momentum 0.1.
 
     In training its statistics are those of the whole batch over all processes (torch's own synchronised layer needs
     CUDA), so that two processes take the step of one. Under accumulation they are those of each portion.
@@ -130,9 +132,9 @@ class BatchNorm(nn.Module):
             x = x.to(self.mean.dtype)
             mean, variance = self.mean, self.variance
             if self.training:
-                world = dist.get_world_size() if dist.is_initialized() else 1
-                mean = AverageOverProcesses.apply(x.mean((0, 1)), world)
-                variance = AverageOverProcesses.apply((x - mean).square().mean((0, 1)), world)
+                world, others = dist.get_world_size() if dist.is_initialized() else 1, tuple(range(x.ndim - 1))
+                mean = AverageOverProcesses.apply(x.mean(others), world)
+                variance = AverageOverProcesses.apply((x - mean).square().mean(others), world)
                 with torch.no_grad():
                     count = world * x[..., 0].numel()
                     self.mean.lerp_(mean, self.momentum)
@@ -162,11 +164,17 @@ def average(x, world):
 
 
 class EfficientProbe(ERM):
-    """`ep`: efficient probing and a linear head with bias, on a frozen backbone as in the paper, or a trained one."""
+    """`ep`: efficient probing and a linear head with bias, on a frozen backbone as in the paper, or a trained one.
+
+    norm=True puts batch-norm between the two, as Psomas et al. do; iFAM's copy of their probe has left it out.
+    """
 
     @staticmethod
-    def make_predictor(backbone, classes):
-        return Probe(backbone, classes, EfficientPooling(backbone.width), bias=True)
+    def make_predictor(backbone, classes, norm=False):
+        pool = EfficientPooling(backbone.width)
+        probe = Probe(backbone, classes, nn.Sequential(pool, BatchNorm(backbone.width)) if norm else pool, bias=True)
+        nn.init.trunc_normal_(probe.head.weight, std=0.02)                       # of iFAM's copy too
+        return probe
 
 
 class AttentionProbe(ERM):
@@ -177,18 +185,63 @@ class AttentionProbe(ERM):
         return Probe(backbone, classes, AttentionPooling(backbone.width, backbone.blocks[0].attn.heads), bias=False)
 
 
+# ---------------------------------------------------------------- patches that answer
+class PatchProbe(Probe):
+    """A linear head with bias on every patch, whose logits are averaged: C classes, and `none` for patches without any.
+
+    Heads are linear, so that the mean of the patches' logits is the logit of their mean.
+    """
+
+    def __init__(self, backbone, classes):
+        super().__init__(backbone, classes, partial(torch.mean, dim=1), bias=True)
+        self.none = nn.Linear(backbone.width, 1)
+
+    def of_patches(self, images):
+        """images (B, 3, S, S) -> logits (B, N, C+1), none last."""
+        patches = self.backbone(images)[:, self.backbone.prefix:]
+        return torch.cat([self.head(patches), self.none(patches)], 2)
+
+
+class Segmenter(ERM):
+    """`seg-erm`, `bbox-erm` (Saab et al., MLHC 2022): patches learn where the object is, their mean answers.
+
+    In training forward_pair is told targets (B, N, C+1), see patch_targets: masks or boxes are read there, and nowhere
+    else. outside: the class of a patch without object, None for `none`; where masks mark what makes class 1 and are
+    empty without it, it is class 0, as published. differs from published: a ViT's patches instead of a U-Net's pixels,
+    more than two classes, chosen on validation accuracy.
+    """
+    make_predictor, outside = PatchProbe, None
+
+    def forward(self, images, keep=None, noise=None, targets=None):
+        if targets is None:
+            return super().forward(images, keep)
+        logits = self.predictor.of_patches(images)
+        return Output(logits.mean(1)[:, :-1], patch_logits=logits, targets=targets)
+
+
+def patch_targets(shares, labels, classes, outside=None):
+    """What patches are to answer: shares of object (B, N), labels (B,) -> (B, N, C+1), sums to 1 for each patch.
+
+    The share goes to the image's class, the rest to `outside`, by default the last, `none`.
+    """
+    inside = F.one_hot(labels, classes + 1)[:, None] * shares[..., None]
+    outside = torch.tensor(classes if outside is None else outside, device=labels.device)
+    return inside + F.one_hot(outside, classes + 1) * (1 - shares[..., None])
+
+
 # ---------------------------------------------------------------- masks that are not learned
 class TrueMask(ERM):
     """iFAM's second stage under the true mask, in training and in evaluation: what a perfect first stage would give.
 
     Aniraj et al., ICCV workshops 2023. masking="early": the mask comes before attention. "late": full attention, and
     only the pooling skips what is masked out. The controlled comparison has pooling="mean" in both; published are
-    "cls" for the early and "mean-all" for the late mask.
+    "cls" for the early and "mean-all" for the late mask. mask_rule: which patches a mask keeps (samples.patch_keep).
     """
     needs_truth = True
 
-    def __init__(self, *args, trim="none", **kw):
+    def __init__(self, *args, trim="none", mask_rule="half", **kw):
         super().__init__(*args, **kw)
+        self.mask_rule = mask_rule
         if trim == "found":
             raise ValueError("a model that is given the true mask finds none to trim by: --trim truth or none")
         self.trim = trim
@@ -200,15 +253,18 @@ class TrueMask(ERM):
 
 
 class FoundMask(ERM):
-    """The same under a mask found without training or labels, in the manner of FOUND (Simeoni et al., CVPR 2023).
+    """The same under a mask found without labels, in the manner of FOUND (Simeoni et al., CVPR 2023).
 
-    `finder` is a copy of the backbone as it was before training, and stays so. Only FOUND's seed step: the paper has
-    its trained head, on DINO ViT-S/8 with bilateral solving; ours is read from the same weights as all else.
+    `finder` is a copy of the backbone as it was before training, and stays so. by="seed": FOUND's step without
+    training. by="head": its trained head; train_found_head trains it before all else, and it stays as it is then.
+    differs from published: theirs is on DINO ViT-S/8, and smooths its targets by a bilateral solver; ours is on the
+    same weights as all else, without solver. Attention is the network's own, of which the registers have a share.
     """
 
-    def __init__(self, classes, arch="b", size=518, registers=4, **choices):
+    def __init__(self, classes, arch="b", size=518, registers=4, by="seed", mask_rule="half", **choices):
         super().__init__(classes, arch, size, registers, **choices)
-        self.finder = build_vit(arch, size, registers).requires_grad_(False)
+        self.finder, self.mask_rule = build_vit(arch, size, registers).requires_grad_(False), mask_rule
+        self.finder_head = nn.Linear(self.finder.width, 1).requires_grad_(False) if by == "head" else None
         self.copy_backbone()
 
     def copy_backbone(self):
@@ -216,10 +272,20 @@ class FoundMask(ERM):
         self.finder.load_state_dict(self.predictor.backbone.state_dict())
 
     @torch.no_grad()
+    def look(self, images):
+        """images (B, 3, S, S) -> keys of the finder's last block (B, N, D), and the mask of the seed step (B, N)."""
+        with torch.autocast(images.device.type, enabled=False):                  # a threshold: not in bf16
+            attention, keys = self.finder.last_attention(images)
+            return keys.transpose(1, 2).flatten(2), background_seed(attention, keys)[0]
+
+    @torch.no_grad()
     def find(self, images):
         """images (B, 3, S, S) -> keep (B, N)."""
-        with torch.autocast(images.device.type, enabled=False):                  # a threshold: not in bf16
-            return background_seed(*self.finder.last_attention(images))[0]
+        keys, keep = self.look(images)
+        if self.finder_head is None:
+            return keep
+        with torch.autocast(images.device.type, enabled=False):
+            return (self.finder_head(keys)[..., 0] > 0).to(keys.dtype)           # a sigmoid above 1/2
 
     def forward(self, images, keep=None, noise=None):
         return super().forward(images, self.find(images) if keep is None else keep)
@@ -262,6 +328,32 @@ def background_seed(attention, keys, threshold=0.3):
     return (cosine <= threshold).to(attention.dtype), seed
 
 
+def found_loss(logits, keep, step):
+    """What FOUND's head learns from at a step: its logits (B, N), the mask of the seed step (B, N) -> scalar.
+
+    BCE to the seed's mask, plus 1.5 times BCE to the head's own answer, a mask again; from step 100 on 4 times the
+    latter alone. differs from published: there the first two targets are smoothed by a bilateral solver, and the second
+    of them stays to the end.
+    """
+    own = F.binary_cross_entropy_with_logits(logits, (logits > 0).to(logits.dtype))
+    return F.binary_cross_entropy_with_logits(logits, keep) + 1.5 * own if step < 100 else 4 * own
+
+
+def train_found_head(head, seen):
+    """Train FOUND's head (Simeoni et al., CVPR 2023), a layer D -> 1, in place, and freeze it. No label enters.
+
+    seen: for each step what FoundMask.look says of some images. AdamW at 5e-2, times 0.95 every 50 steps, as published.
+    """
+    optimizer = torch.optim.AdamW(head.requires_grad_(True).parameters(), lr=5e-2)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 50, 0.95)
+    for step, (keys, keep) in enumerate(seen):
+        optimizer.zero_grad()
+        found_loss(head(keys)[..., 0], keep, step).backward()
+        optimizer.step()
+        schedule.step()
+    head.requires_grad_(False)
+
+
 # ---------------------------------------------------------------- one stage
 class PDiscoFormer(IFAM):
     """iFAM's first stage alone (Aniraj et al., ECCV 2024): soft part maps over features of the whole image.
@@ -284,17 +376,23 @@ class PDiscoFormer(IFAM):
 # ---------------------------------------------------------------- settings -> model
 GIVEN = ("early-truth", "late-truth", "early-found", "late-found")               # methods whose mask is not learned
 PRETRAINED = ("frozen", "ep", "aim", "early-found", "late-found")                # a random backbone cannot serve these
-METHODS = ("ifam", "pdiscoformer", "erm", "frozen", "ep", "aim", *GIVEN, "early-random")
+SEGMENT = ("seg-erm", "bbox-erm")                        # methods whose patches answer, taught by masks
+METHODS = ("ifam", "pdiscoformer", "erm", "frozen", "ep", "aim", *SEGMENT, *GIVEN, "early-random")
 TAKES = {   # settings that only these methods have; all others have no such thing, and refuse the flag
     **dict.fromkeys(("k", "backgrounds", "tau", "part_dropout1", "train_tokens", "shaping", "presence_window",
-                     "lr_prototypes", "lr_tokens", "film", *(f"weight_{loss}" for loss in WEIGHTS if loss != "class2")),
+                     "lr_prototypes", "lr_tokens", "film", "supervise",
+                     *(f"weight_{loss}" for loss in WEIGHTS if loss not in ("class2", "complement"))),
                     ("ifam", "pdiscoformer")),
     **dict.fromkeys(("weight_class2", "warmup"), tuple(m for m in METHODS if m != "pdiscoformer")),
     **dict.fromkeys(("part_dropout2", "joint", "masking", "hardness", "stage1_class", "selector_size", "selector_arch",
-                     "selector_weights", "mask_largest", "mask_dilate"), ("ifam",)),
+                     "selector_weights", "mask_largest", "mask_dilate", "weight_complement"), ("ifam",)),
     "freeze_stage2": ("ifam", "early-random"), "trim": ("ifam", "early-truth"),
-    "draft": tuple(m for m in METHODS if not m.endswith("-truth")),              # a mask is as large as its picture
-    "pooling": ("ifam", *GIVEN, "early-random"), "train_backbone": ("ep", "aim"),
+    **dict.fromkeys(("masktune", "hide_with", "masktune_lr"), ("erm", "frozen", "ifam")),
+    **dict.fromkeys(("swap", "swap_mask"), tuple(m for m in METHODS if m != "early-random")),    # it judges masks
+    "draft": tuple(m for m in METHODS if not m.endswith(("-truth", "-erm"))),    # a mask is as large as its picture
+    "pooling": ("ifam", *GIVEN, "early-random"), "train_backbone": ("ep", "aim"), "probe_norm": ("ep",),
+    "head": ("erm", "frozen", *GIVEN), "mask_rule": GIVEN, "mask_with": ("early-truth", "early-found"),
+    **dict.fromkeys(("finder", "find_in"), ("early-found", "late-found")),
     "checkpoint": tuple(m for m in METHODS if m != "frozen"),
     # the judge of masks is one and the same for all
     **dict.fromkeys(("objective", "groups", "upweight", "dro_step", "dro_adjustment", "dro_draw", "select"),
@@ -305,28 +403,33 @@ def build(settings, classes):
     """A model from the settings of a run, the dict that a checkpoint carries. ValueError if they do not fit."""
     method = settings["method"]
     shared = dict(classes=classes, arch=settings["arch"], size=settings["size"], registers=settings["registers"])
+    # checkpoints from before an option do not have it
     parts = dict(k=settings["k"], tau=settings["tau"], dropout1=settings["part_dropout1"],
-                 backgrounds=settings.get("backgrounds", 1))     # checkpoints from before it do not have it
+                 backgrounds=settings.get("backgrounds", 1))
+    norm = settings.get("head", "norm") == "norm"
     if method in ("erm", "frozen"):
-        return ERM(**shared, frozen=method == "frozen")
-    if method in ("ep", "aim"):
-        probe = {"ep": EfficientProbe, "aim": AttentionProbe}[method]
-        return probe(**shared, frozen=not settings["train_backbone"])
+        return ERM(**shared, frozen=method == "frozen", norm=norm, bias=not norm)
+    if method == "ep":
+        return EfficientProbe(**shared, frozen=not settings["train_backbone"], norm=settings.get("probe_norm", False))
+    if method == "aim":
+        return AttentionProbe(**shared, frozen=not settings["train_backbone"])
+    if method in SEGMENT:
+        return Segmenter(**shared)
     if method == "early-random":
         return RandomMask(**shared, pooling=settings["pooling"])
     if method in GIVEN:
         masking, source = method.split("-")
-        choices = dict(masking=masking, pooling=settings["pooling"])
+        choices = dict(masking=masking, pooling=settings["pooling"], norm=norm, bias=not norm and masking == "late",
+                       mask_rule=settings.get("mask_rule", "half"), mask_with=settings.get("mask_with", "patches"))
         if source == "truth":
             return TrueMask(**shared, **choices, trim=settings.get("trim", "none"))
-        return FoundMask(**shared, **choices)
+        return FoundMask(**shared, **choices, by=settings.get("finder", "seed"))
     if method == "pdiscoformer":
         return PDiscoFormer(**shared, **parts)
     if method != "ifam":
         raise ValueError(f"no method is called {method!r}: one of {', '.join(METHODS)}")
     return IFAM(**shared, **parts, dropout2=settings["part_dropout2"], joint=settings["joint"],
                 masking=settings["masking"], hardness=settings["hardness"], pooling=settings["pooling"],
-                # checkpoints from before these options do not have them
                 selector_arch=settings.get("selector_arch"), selector_size=settings.get("selector_size"),
                 largest=settings.get("mask_largest", False), dilate=settings.get("mask_dilate", "none"),
                 trim=settings.get("trim", "none"))

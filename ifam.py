@@ -79,16 +79,22 @@ class Selector(nn.Module):
                 raise ValueError(f"the number of {what} must be at least 1, not {count}")
         self.backbone, self.k, self.tau, self.dropout = backbone, k, tau, dropout
         self.given = given       # (height, width) of the images it is given, where it looks at smaller ones
-        self.prototypes = nn.Parameter(torch.randn(k + backgrounds, backbone.width) * 0.02)   # background last
+        # starts as published: that of a convolution for the prototypes, truncated normal for the classifier
+        start = torch.empty(k + backgrounds, backbone.width).uniform_(-1, 1) * backbone.width ** -0.5
+        self.prototypes = nn.Parameter(start)            # of the background last
         self.modulation = nn.LayerNorm((k + 1, backbone.width), eps=1e-5)
         self.classifier = nn.Linear(backbone.width, classes, bias=False)
+        nn.init.trunc_normal_(self.classifier.weight, std=0.02)
         # (K,) while an intervention is on (see `refuse`), which no checkpoint holds: it has a file of its own
         self.register_buffer("limits", None, persistent=False)
         self.score = "distance"  # how an intervention measures that a patch is unlike its part (see `unlikeness`)
 
-    def forward(self, images, noise=Noise(), maps=None):
-        """images (B, 3, S, S) -> Selection. maps (B, K+1, h, w), if given, replace the discovered ones."""
-        return self.select(self.features(images), noise, maps)
+    def forward(self, images, noise=Noise(), maps=None, seen=None):
+        """images (B, 3, S, S) -> Selection. maps (B, K+1, h, w), if given, replace the discovered ones.
+
+        seen (B, N) in {0, 1}: patches that are 0 there are hidden from this stage, and background.
+        """
+        return self.select(self.features(images, seen), noise, maps, seen)
 
     def shrink(self, images):
         """Images or masks (B, c, S, S) as large as the backbone sees them; usually as they are."""
@@ -100,17 +106,20 @@ class Selector(nn.Module):
         size = tuple(n * self.backbone.patch for n in self.backbone.grid)
         return images if size == self.given else F.interpolate(images, size, mode="bilinear", antialias=True)
 
-    def features(self, images):
+    def features(self, images, seen=None):
         """images (B, 3, S, S) -> patch features (B, N, D), N patches of the image that the backbone sees."""
-        return self.backbone(self.shrink(images))[:, self.backbone.prefix:]
+        return self.backbone(self.shrink(images), seen)[:, self.backbone.prefix:]
 
-    def select(self, features, noise=Noise(), maps=None):
+    def select(self, features, noise=Noise(), maps=None, seen=None):
         """The head of stage 1 alone: patch features (B, N, D) -> Selection."""
         with torch.autocast(features.device.type, enabled=False):                # distances cancel: not in bf16
             features = features.to(self.prototypes.dtype)
             part_logits = 2 * self.prototypes @ features.mT - features.square().sum(-1)[:, None] \
                 - self.prototypes.square().sum(-1)[:, None]
             part_logits = as_one_background(part_logits, self.k)
+            if seen is not None:
+                parts = part_logits[:, :-1].masked_fill(seen[:, None] == 0, -math.inf)
+                part_logits = torch.cat([parts, part_logits[:, -1:]], 1)
             if self.limits is not None:
                 part_logits = refuse(part_logits, self.limits,
                                      unlikeness(self.score, part_logits, features, self.prototypes))
@@ -238,6 +247,11 @@ def paint(images, shown):
     return images if shown is None else torch.where(shown > 0, images, 0.)
 
 
+def pixels(keep, grid, patch):
+    """keep (B, N) -> (B, 1, h*patch, w*patch), each patch filled with its value."""
+    return keep.unflatten(1, grid)[:, None].repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
+
 class Predictor(nn.Module):
     """Stage 2: a ViT classifier under a mask. Each choice below varies alone; the defaults are the paper's.
 
@@ -245,27 +259,41 @@ class Predictor(nn.Module):
     hardness  "hard": the mask is 0 or 1. "soft": any weight in [0, 1].
     pooling   "cls": the class token. "mean": mean of the patches weighted by the mask; zero where nothing is kept.
               "mean-all": the same sum over the number of all patches, kept or not, as late masks were published
-              (Aniraj et al., ICCV workshops 2023): its length tells how large the mask is, until fc_norm.
+              (Aniraj et al., ICCV workshops 2023): its length tells how large the mask is. Only without norm does the
+              head see it, as theirs does.
+    norm      a LayerNorm of its own before the head, which iFAM's stage 2 has and its baselines have not.
+    bias      does the head have one? Published for classifiers without a mask and under a late one.
+    mask_with "patches": an early mask takes tokens away. "pixels": they stay, and the pixels of dropped patches are 0,
+              the mean colour.
     """
 
-    def __init__(self, backbone, classes, masking="early", hardness="hard", pooling="cls"):
+    def __init__(self, backbone, classes, masking="early", hardness="hard", pooling="cls", norm=True, bias=False,
+                 mask_with="patches"):
         super().__init__()
         for value, known in ((masking, ("early", "late")), (hardness, ("hard", "soft")),
-                             (pooling, ("cls", "mean", "mean-all"))):
+                             (pooling, ("cls", "mean", "mean-all")), (mask_with, ("patches", "pixels"))):
             if value not in known:
                 raise ValueError(f"{value!r} is not one of {known}")
+        if mask_with == "pixels" and (masking, hardness) != ("early", "hard"):
+            raise ValueError(f"only an early, hard mask can be laid on pixels, and this one is {masking}, {hardness}")
         if masking == "late" and pooling == "cls":
             raise ValueError('a late mask acts on the pooling of patches: masking="late" needs pooling="mean" or '
                              '"mean-all"')
         self.backbone, self.masking, self.hardness, self.pooling = backbone, masking, hardness, pooling
-        self.fc_norm = nn.LayerNorm(backbone.width, eps=1e-5)
-        self.head = nn.Linear(backbone.width, classes, bias=False)
+        self.mask_with = mask_with
+        self.fc_norm = nn.LayerNorm(backbone.width, eps=1e-5) if norm else nn.Identity()
+        self.head = nn.Linear(backbone.width, classes, bias=bias)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
+        if bias:
+            nn.init.zeros_(self.head.bias)
 
     def features(self, images, keep=None):
         """What the head reads: images (B, 3, S, S), keep (B, N) or None for everything -> (B, D)."""
-        tokens = self.backbone(images, keep if self.masking == "early" else None, self.hardness == "hard",
-                               class_only=self.pooling == "cls")
+        on_pixels = self.mask_with == "pixels" and keep is not None
+        if on_pixels:
+            images = paint(images, pixels(keep, self.backbone.grid, self.backbone.patch))
+        tokens = self.backbone(images, keep if self.masking == "early" and not on_pixels else None,
+                               self.hardness == "hard", class_only=self.pooling == "cls")
         if self.pooling == "cls":
             return self.fc_norm(tokens[:, 0])
         patches = tokens[:, self.backbone.prefix:]
@@ -289,6 +317,10 @@ class Output(NamedTuple):
     shown: torch.Tensor | None = None            # (B, 1, S, S)    1 = stage 2 may see this pixel; None: any
     keep_parts: torch.Tensor | None = None       # (B, K, N)       keep, by part; None unless asked for, as the next one
     logits_parts: torch.Tensor | None = None     # (B, K, C)       stage 2 on one part alone; NaN where it has no patch
+    objects: torch.Tensor | None = None          # (B, N of stage 1)  told in training: how much of a patch is object
+    contrast: torch.Tensor | None = None         # (B, 2, C)       what `complement` says of kept and of other patches
+    patch_logits: torch.Tensor | None = None     # (B, N, C+1)     of a model whose patches answer, in training
+    targets: torch.Tensor | None = None          # (B, N, C+1)     what they are to answer: sums to 1 for each patch
 
 
 class IFAM(nn.Module):
@@ -302,6 +334,7 @@ class IFAM(nn.Module):
     """
 
     largest, dilate, trim = False, "none", "none"
+    prior = None        # (C,): how frequent the classes are in training, which training knows (see `complement`)
     needs_truth = property(lambda self: self.trim == "truth")        # is the model told where the object is?
 
     def __init__(self, classes, k=8, arch="b", size=518, registers=4, masking="early", hardness="hard", pooling="cls",
@@ -333,16 +366,23 @@ class IFAM(nn.Module):
         out = self.second_stage(images, self.selector(images, noise), noise, keep, shown)
         return self.each_part(images, out, noise) if per_part else out
 
-    def forward_pair(self, images, warped, noise, keep=None, shown=None):
+    def forward_pair(self, images, warped, noise, keep=None, shown=None, objects=None, seen=None):
         """Training: (Output of images, part maps of the warped images), stage 1 on both in one doubled batch.
 
-        noise holds 2B samples. Stage 2 never runs on warped images (the published code runs it there and throws the
-        result away).
+        noise holds 2B samples. objects (B, N of stage 1): how much of each patch is object, for the loss term "mask".
+        seen (B, N): 0 where a patch is hidden from both stages; warped images are to hide it in their pixels.
+        Stage 2 never runs on warped images (the published code runs it there and throws the result away).
         """
-        B = len(images)
-        both = self.selector(torch.cat([images, warped]), noise)
+        B, there = len(images), None
+        if seen is not None:
+            own = seen.unflatten(1, self.grid)[:, None]
+            own = F.interpolate(own, self.selector.backbone.grid, mode="nearest-exact").flatten(1)
+            there = torch.cat([own, torch.ones_like(own)])
+        both = self.selector(torch.cat([images, warped]), noise, seen=there)
         first, noise = Selection(*(x[:B] for x in both)), noise.of(slice(B))
-        return self.second_stage(images, first, noise, keep, shown), both.maps[B:]
+        if seen is not None and keep is None:
+            keep = seen * self.mask(first, noise, self.predictor.hardness == "hard")
+        return self.second_stage(images, first, noise, keep, shown)._replace(objects=objects), both.maps[B:]
 
     def second_stage(self, images, first, noise=Noise(), keep=None, shown=None):
         """Mask (discovered from the stage-1 Selection, or given) and prediction -> Output."""
@@ -370,6 +410,19 @@ class IFAM(nn.Module):
         alone = self.predictor(paint(images, out.shown)[there.nonzero()[:, 0]], keep)
         logits = alone.new_full((*there.shape, alone.shape[1]), math.nan)
         return out._replace(keep_parts=parts, logits_parts=logits.index_put((there,), alone))
+
+    def complement(self, images, out, prior=None):
+        """An Output with contrast: what stage 2 says under its mask, and what it says of all that the mask hides.
+
+        Its weights count as constants here, so that a loss of the two moves the mask alone. Where nothing is hidden,
+        the rest answers with prior (C,), how frequent the classes are; None: all alike. For the loss term "complement".
+        """
+        keep = torch.cat([out.keep, 1 - out.keep])
+        both = constant(self.predictor)(torch.cat([paint(images, out.shown), images]), keep)
+        kept, rest = both.to(torch.promote_types(both.dtype, torch.float32)).chunk(2)
+        prior = torch.ones_like(rest[0]) if prior is None else prior.to(rest)
+        rest = torch.where((out.keep.detach() < 1).any(1, keepdim=True), rest, prior.log())
+        return out._replace(contrast=torch.stack([kept, rest], 1))
 
     def split(self, first, keep, noise=Noise()):
         """keep (B, N) by part -> (B, K, N): parts are disjoint and their sum is keep. first: all that has part_logits.
@@ -443,6 +496,12 @@ class IFAM(nn.Module):
         return noise.to(self.selector.prototypes.device)
 
 
+def constant(module):
+    """A copy of a module with the same tensors, none of which takes a gradient."""
+    tensors = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+    return copy.deepcopy(module, tensors | {id(b): b for b in module.buffers()})     # modules are copied, no tensor
+
+
 # ---------------------------------------------------------------- for export
 class Static(nn.Module):
     """A trained model of the project with fixed shapes, for torch.export, torch.compile(fullgraph=True) and ONNX.
@@ -460,9 +519,7 @@ class Static(nn.Module):
         super().__init__()
         if not all(vit.grid_is_known for vit in model.modules() if isinstance(vit, ViT)):
             raise ValueError("the shape of the patch grid is not known yet: run the model on images first")
-        tensors = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-        tensors |= {id(b): b for b in model.buffers()}
-        self.model = copy.deepcopy(model, tensors).eval()            # every module is copied, no tensor
+        self.model = constant(model).eval()
         for module in self.modules():
             if isinstance(module, ViT):
                 module.packed = False
@@ -473,9 +530,10 @@ class Static(nn.Module):
 
 
 # ---------------------------------------------------------------- the loss of a step
-# Terms and their weights in the paper (appendix A.1). class1 and class2 are the cross entropies of the two stages.
+# Terms and their weights in the paper (appendix A.1). class1 and class2 are the cross entropies of the two stages. The
+# last two are not of the paper: mask is of a model that is told true masks in training, complement is COMET's.
 WEIGHTS = {"class1": 1.0, "class2": 1.0, "presence": 1.0, "background": 2.0, "orthogonality": 1.0, "equivariance": 1.0,
-           "variation": 1.0, "entropy": 1.0, "concentration": 0.0}
+           "variation": 1.0, "entropy": 1.0, "concentration": 0.0, "mask": 1.0, "complement": 0.0}
 
 
 def loss(out, warped_maps, labels, affine, weights=WEIGHTS, gather=None, terms=None, window=3, each=None):
@@ -487,14 +545,15 @@ def loss(out, warped_maps, labels, affine, weights=WEIGHTS, gather=None, terms=N
     gather, window: as in `presence`. terms: a dict that gets each computed term by name, unweighted and with its graph.
     each (B,): how much each image counts in the class losses; None: all alike.
     A model without stage 1 (out.maps is None) has class2 alone; one without stage 2 (out.logits is its
-    out.logits_stage1) has all but class2. ValueError for an unknown name, if no term is left, and if equivariance is
-    weighted without warped_maps and affine.
+    out.logits_stage1) has all but class2. mask needs out.objects, complement out.contrast. ValueError for an unknown
+    name, if no term is left, and if equivariance is weighted without warped_maps and affine.
     """
     if unknown := weights.keys() - WEIGHTS.keys():
         raise ValueError(f"no loss term is called {min(unknown)!r}: one of {', '.join(WEIGHTS)}")
     known = {}
     if out.logits is not out.logits_stage1:
-        known["class2"] = lambda: class_loss(out.logits, labels, each)
+        known["class2"] = lambda: class_loss(out.logits, labels, each) if out.patch_logits is None else mean_of(
+            class_losses(out, labels), each)
     if out.maps is not None:
         if weights.get("equivariance") and (warped_maps is None or affine is None):
             raise ValueError("equivariance compares with warped images: pass warped_maps and affine, or give it "
@@ -507,6 +566,10 @@ def loss(out, warped_maps, labels, affine, weights=WEIGHTS, gather=None, terms=N
         known["variation"] = lambda: total_variation(out.maps)
         known["entropy"] = lambda: entropy(out.maps)
         known["concentration"] = lambda: concentration(out.maps)
+    if out.objects is not None:
+        known["mask"] = lambda: mask_loss(out.part_logits, out.objects)
+    if out.contrast is not None:
+        known["complement"] = lambda: complement_loss(out.contrast, labels)
     found = {name: term() for name, term in known.items() if weights.get(name)}
     if not found:
         raise ValueError(f"no term of this model has a weight: it has {', '.join(known)}")
@@ -519,7 +582,42 @@ def class_loss(logits, labels, each=None):
     """Mean cross-entropy of logits (B, C) for labels (B,); each (B,): what every image's is multiplied by before."""
     if each is None:
         return F.cross_entropy(logits.float(), labels)
-    return (each * F.cross_entropy(logits.float(), labels, reduction="none")).mean()
+    return mean_of(F.cross_entropy(logits.float(), labels, reduction="none"), each)
+
+
+def mean_of(losses, each=None):
+    """Mean of losses (B,), each (B,) times."""
+    return losses.mean() if each is None else (each * losses).mean()
+
+
+def class_losses(out, labels):
+    """The class loss of each image, of the stage that answers -> (B,). out: an Output, labels (B,).
+
+    Where patches answer it is the mean of their cross-entropies to out.targets.
+    """
+    if out.patch_logits is None:
+        return F.cross_entropy(out.logits.float(), labels, reduction="none")
+    return -(out.targets * out.patch_logits.float().log_softmax(2)).sum(2).mean(1)
+
+
+def mask_loss(part_logits, objects):
+    """Foreground is where the object is: mean cross-entropy of part logits (B, K+1, N), parts against background.
+
+    objects (B, N): the share of each patch that is object, the target of the probability of all parts together. No
+    Gumbel noise, temperature 1.
+    """
+    log_p = part_logits.float().log_softmax(1)
+    return -(objects * log_p[:, :-1].logsumexp(1) + (1 - objects) * log_p[:, -1]).mean()
+
+
+def complement_loss(contrast, labels, margin=2.0):
+    """What is hidden must not suffice: mean over images of max(CE of kept - CE of hidden + margin, 0).
+
+    contrast (B, 2, C): see IFAM.complement; labels (B,). COMET's term (ECCV 2024), and its margin; there its weight is
+    4. The maximum is taken for each image, so that a batch may be split.
+    """
+    kept, rest = (F.cross_entropy(x.float(), labels, reduction="none") for x in contrast.unbind(1))
+    return (kept - rest + margin).clamp_min(0).mean()
 
 
 # ---------------------------------------------------------------- part losses
@@ -555,8 +653,8 @@ def background_presence(maps):
 def orthogonality(part_features):
     """The K+1 parts of an image differ: mean squared deviation of their cosines from the identity.
 
-    part_features (B, K+1, D) -> scalar. differs from published: their trainer transposes the features by mistake and
-    decorrelates channels instead of parts.
+    part_features (B, K+1, D) -> scalar. PDiscoFormer's loss. differs from published iFAM, whose trainer transposes the
+    features once more, by mistake, and decorrelates channels instead of parts.
     """
     unit = F.normalize(part_features, dim=2)
     return (unit @ unit.mT - torch.eye(unit.shape[1], device=unit.device, dtype=unit.dtype)).square().mean()

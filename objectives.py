@@ -10,13 +10,13 @@ Floor: what a run is, below its settings. Read benchmarks/samples.py before (wha
 training sees images). Letters: n training images, G groups, n_g images of group g, B images of a step over all
 processes and portions, b_g of them in group g; l_i the cross-entropy of image i.
 """
-import hashlib
 import math
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.files import read_groups
+from benchmarks.files import digest_of_groups, read_groups
+from ifam import class_losses
 from settings import UsageError, flag
 
 ROBUST = ("group-dro", "george")                         # weights of groups that move with their losses
@@ -161,9 +161,8 @@ class Objective:
         return {"of": self.what, "groups": dict(zip(self.names, self.counts)), "draws": drawn, **moves}
 
     def digest(self):
-        """What tells these groups from others, for --resume: their number, and a SHA-256 of each image's, in order."""
-        text = "\n".join(self.names[g] for g in self.groups.tolist())
-        return [len(self.names), hashlib.sha256(text.encode()).hexdigest()[:16]]
+        """What tells these groups from others, for --resume and for sweep.py."""
+        return digest_of_groups([self.names[g] for g in self.groups.tolist()])
 
     def __str__(self):
         """One line for whoever starts a run."""
@@ -184,5 +183,5 @@ def group_losses(out, labels, member):
     out: an ifam.Output; labels (b,); member (b, G) as Objective.of has it. Averaged over portions and processes it is
     the mean over the images of the group in the whole batch, and 0 for a group that is absent. No gradient.
     """
-    losses = F.cross_entropy(out.logits.detach().float(), labels, reduction="none")
+    losses = class_losses(out, labels).detach()
     return {f"group {g}": loss for g, loss in enumerate(losses @ member / len(losses))}

@@ -32,11 +32,10 @@ import runs
 import vit
 from baselines import background_seed
 from benchmarks.files import eight_bits, is_our_picture, read_image, white_of
-from benchmarks.samples import patch_keep
-from benchmarks.transforms import FINE_GRAINED, View, squash, to_tensor
+from benchmarks.transforms import FINE_GRAINED, View, squash, to_tensor, window
 from ifam import limits_of
 from interventions import apply_intervention
-from measure.leakage import given, shown_under
+from measure.leakage import given, shown_under, told_keep
 from measure.metrics import foreground_counts, pixel_counts
 from runs import hash_of, outputs_of, pick_device, refuse_told
 from settings import (RunError, UsageError, bounded, may_write, opt, parse, progress, run_script, write_csv, write_json,
@@ -97,9 +96,7 @@ def open_picture(image, size, pipeline=FINE_GRAINED, mask=None, squashed=False):
                          "a square: add --squash, or cut it")
     view = View(original, mask, box=(0, 0, *original.size))
     fit(view, size)
-    whole = np.array(original.size)
-    span = size * whole / view.box[2:]                   # of what is seen, in pixels of the original; crops are central
-    seen = *(whole - span) / 2, *(whole + span) / 2
+    seen = np.array(window(view, size)) * (*original.size, *original.size)       # in pixels of the original
     mask = torch.from_numpy((np.asarray(view.mask) > 0).astype(np.uint8)) if mask else None
     image = to_tensor(view.image, pipeline.normalisation)
     return Picture(name, original, tuple(map(float, seen)), image, pipeline.normalisation, mask)
@@ -157,7 +154,7 @@ def run_on(model, pictures, explain):
     images = torch.stack([p.image for p in pictures]).to(device)
     keep = None
     if pictures[0].mask is not None:
-        keep = patch_keep(torch.stack([p.mask for p in pictures]).to(device), model.predictor.backbone.patch)
+        keep = told_keep(model, torch.stack([p.mask for p in pictures]).to(device))
     out = model(images, keep)
     found = {name: getattr(out, name) for name in ("logits", "logits_stage1", "maps", "keep", "part_logits", "shown")}
     if model.predictor is None:

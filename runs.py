@@ -56,6 +56,17 @@ class Config:
     strict_data: bool = opt(False, "refuse a benchmark whose counts are not the published ones, or a folder with files "
                                    "that are odd; else a line says so")
 
+    masktune: str = opt("", "go on from this finished run, its folder, for one epoch in which the patches are hidden "
+                            "that its best.pt looks at most (MaskTune); all other settings are those of that run")
+    hide_with: str = opt("patches", "of --masktune: hidden patches are black and have no token that anybody sees, or "
+                                    "are black pixels alone, as published", choices=("patches", "pixels"))
+    masktune_lr: float = opt(0.1, "of --masktune: its learning rates, as shares of those that the run began with; its "
+                                  "schedule has ended at 0", above=0)
+    swap: float = opt(0.0, "in training, give this share of the images the background of images of another class, from "
+                           "the process's share of the batch (0: none)", at_least=0, at_most=1)
+    swap_mask: str = opt("true", "what stays of an image whose background is swapped: the true object, what FOUND "
+                                 "finds with the untrained backbone, or the own mask of this step (ifam, pdiscoformer)",
+                         choices=("true", "found", "own"))
     draft: bool = opt(False, "in training, decode JPEG files that are at least twice as large as --size at 1/2, 1/4 or "
                              "1/8 of their sides: faster, and pixels differ a little; evaluation never does")
 
@@ -77,6 +88,10 @@ class Config:
                                  "(if not given, that of --arch)")
     freeze_stage2: bool = opt(False, "of the backbone of stage 2 train class token, registers and positions only")
     train_backbone: bool = opt(False, "ep and aim: train the backbone too")
+    head: str = opt("published", "erm, frozen, early-* and late-*: a linear head as published (on the features as they "
+                                 "are, with a bias but for early-*), or a LayerNorm and a head without bias, as iFAM's "
+                                 "stage 2 has", choices=("published", "norm"))
+    probe_norm: bool = opt(False, "ep: batch-norm before the head, as in its own paper; iFAM's copy has none")
     train_tokens: bool = opt(True, "train class token, registers and positions of a pretrained stage 1, as in the "
                                    "paper")
 
@@ -88,6 +103,17 @@ class Config:
     pooling: str = opt("cls", "what stage 2 classifies from: class token, mean of the kept patches (the default of "
                               "early-* and late-*), or their sum over the number of all patches (late-*, as published)",
                        choices=("cls", "mean", "mean-all"))
+    mask_rule: str = opt("half", "early-* and late-*: the patches that a given mask keeps: those of which it covers "
+                                 "more than half (a small object keeps its best one), or those whose centre it covers, "
+                                 "as published", choices=("half", "centre"))
+    mask_with: str = opt("patches", "early-truth and early-found: what an early mask takes away: patches, which no "
+                                    "other token sees, or their pixels, which become 0 (the mean colour) while their "
+                                    "tokens stay", choices=("patches", "pixels"))
+    finder: str = opt("seed", "early-found and late-found: what finds masks: FOUND's seed step, or FOUND's head, which "
+                              "is trained first, on the training images without labels", choices=("seed", "head"))
+    find_in: str = opt("picture", "early-found and late-found: where masks of training are found: once in each whole "
+                                  "picture, and augmented with it; or anew in every augmented view",
+                       choices=("picture", "view"))
     trim: str = opt("none", "paint the background inside kept patches with one colour before stage 2 sees them: where "
                             "the part maps find it, or where the true mask has it (a measurement)",
                     choices=("none", "found", "truth"))
@@ -95,6 +121,8 @@ class Config:
     mask_dilate: str = opt("none", "also keep the neighbours of kept patches: always, or for half of the images in "
                                    "training, so that the border tells less", choices=("none", "always", "random"))
     joint: bool = opt(True, "let the stage-2 loss reach stage 1 through the mask, as in the paper")
+    supervise: str = opt("none", "also teach stage 1 where the object is, in training alone: by true masks, or by the "
+                                 "smallest boxes around them", choices=("none", "masks", "boxes"))
     tau: float = opt(1.0, "temperature of the part assignment", above=0)
     part_dropout1: float = opt(0.3, "share of parts dropped before the stage-1 classifier", at_least=0, below=1)
     part_dropout2: float = opt(0.3, "share of parts dropped in the mask of stage 2", at_least=0, below=1)
@@ -113,6 +141,9 @@ class Config:
     weight_variation: float = loss_weight("variation", "neighbouring patches agree")
     weight_entropy: float = loss_weight("entropy", "patches are sure of their part")
     weight_concentration: float = loss_weight("concentration", "parts are compact (PDiscoNet)")
+    weight_mask: float = loss_weight("mask", "parts are where --supervise has the object")
+    weight_complement: float = loss_weight("complement", "stage 2 knows the class better from kept patches than from "
+                                                         "all others, by a margin (COMET, where it is 4)")
 
     objective: str = opt("erm", "what each training image counts in the class losses, see docs/methods.md: all alike; "
                                 "groups drawn in equal shares, or weighed by 1 over their size; errors of a first "
@@ -165,7 +196,10 @@ class Config:
                     at_least=0, at_most=64)
 
     def __post_init__(self):
-        self.out = self.out or f"runs/{self.title}" + f"-{self.method}" * (self.method != "ifam")
+        usual = f"runs/{self.title}" + f"-{self.method}" * (self.method != "ifam")
+        if self.masktune:
+            usual = f"{os.path.normpath(self.masktune)}-masktune" + "-pixels" * (self.hide_with == "pixels")
+        self.out = self.out or usual
         self.workers = bounded(self.workers)
 
     def stage1_starts_from(self):
@@ -188,7 +222,12 @@ SMALLER = ("selector_size", "selector_arch")
 SMALL = {"fast": (Fraction(3, 4), Fraction(1, 2)), "faster": (Fraction(2, 3), Fraction(1, 3))}
 # A setting, and what switches it off: --no-shaping every loss but those of the classes.
 SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class", "presence_window": "shaping",
-            **{name: "shaping" for name in TAKES if name.startswith("weight_") and "class" not in name}}
+            **{f"weight_{name}": "shaping" for name in WEIGHTS
+               if name not in ("class1", "class2", "mask", "complement")}}
+# A setting, and the one without which it means nothing, with an example.
+NEEDS = {"swap_mask": ("swap", "--swap 0.5"), "weight_mask": ("supervise", "--supervise masks"),
+         **dict.fromkeys(("hide_with", "masktune_lr"), ("masktune", "--masktune RUN"))}
+EARLIER = {"head": "norm", "find_in": "view"}            # settings that runs from before them had, where no default
 # What may change on --resume, for it changes no result; of groups the path, what is in the file is compared.
 FREE = {"root", "groups", "strict_data", "recipe", "device", "workers", "out", "resume", "save_every", "log_every",
         "compile", "checkpoint", "film"}
@@ -202,13 +241,21 @@ def preset(typed, earlier=None):
     for name, switch in SWITCHES.items():
         if name in typed and typed.get(switch) is False:
             raise UsageError(f"{flag(name)} means nothing with --no-{flag(switch)[2:]}: leave one of them out")
+    if typed.get("masktune"):
+        return of_masktune(typed, earlier)
     known = {"data": Config.data, "mini": Config.mini, "method": Config.method, **(earlier or {}), **typed}
     for name, methods in TAKES.items():
         if name in typed and known["method"] in METHODS and known["method"] not in methods:
             raise UsageError(f"{flag(name)} means nothing to --method {known['method']}, only to {', '.join(methods)}; "
                              "leave it out")
-    for name in [name for name in earlier or () if not has(known["method"], name)]:
-        earlier.pop(name)                                # --config of another method: an objective, and early-random
+    if "mask_rule" in typed and known.get("find_in") == "view" and has(known["method"], "find_in"):
+        raise UsageError("--mask-rule means nothing with --find-in view, whose masks are patches from the start: leave "
+                         "one of them out")
+    for name, (other, example) in NEEDS.items():
+        if name in typed and known.get(other, "none") in (0, "", "none"):
+            raise UsageError(f"{flag(name)} means nothing without {flag(other)}: add {example}, or leave it out")
+    for name in [name for name in earlier or {} if not has(known["method"], name)]:
+        del earlier[name]                                # of another method than that of --config
     own = objectives.defaults(typed, {} if earlier is None else earlier, known.get("objective", Config.objective))
     if known["data"] not in data.BENCHMARKS:             # parse() says so
         return {}
@@ -220,6 +267,29 @@ def preset(typed, earlier=None):
     if known["method"] in GIVEN:                         # early and late read the same, so that one thing differs
         settings = {**settings, "pooling": "mean"}
     return {"recipe": recipe, **{name: x for name, x in settings.items() if has(known["method"], name)}}
+
+
+def of_masktune(typed, earlier):
+    """The settings of the run that --masktune goes on from. UsageError for one of them that was typed differently."""
+    run, own = typed["masktune"], {"masktune", "hide_with", "masktune_lr"}
+    if earlier:
+        raise UsageError("--config means nothing with --masktune, which takes the settings of its run: leave it out")
+    settings = read_settings(Path(run) / "config.json")
+    if Path(typed.get("out", "")).resolve() == Path(run).resolve():
+        raise UsageError(f"--out {typed['out']} is the run that --masktune goes on from: name another folder")
+    if settings.get("masktune"):
+        raise UsageError(f"--masktune {run}: it is a run of --masktune already, and went on from "
+                         f"{settings['masktune']}; take that one")
+    if settings["method"] not in TAKES["masktune"]:
+        raise UsageError(f"--masktune {run}: --method {settings['method']} has no stage that reads what is left of an "
+                         f"image; take a run of {', '.join(TAKES['masktune'])}")
+    if settings.get("swap"):
+        raise UsageError(f"--masktune {run}: it was trained with --swap, and a swapped background would show again "
+                         "what is hidden; take a run without")
+    for name in typed.keys() - own - FREE - {"micro", "amp"}:
+        if typed[name] != (then := settings.get(name, getattr(Config, name))):
+            raise UsageError(f"{flag(name)} {typed[name]} with --masktune {run}, where it is {then}: leave it out")
+    return {name: value for name, value in settings.items() if name not in own}
 
 
 def usual_recipe(mini):
@@ -279,11 +349,20 @@ def left_out(cfg):
     return without and f"left out, for --method {cfg.method} has no such setting: {without}"
 
 
+def of_today(config):
+    """The settings of a run, and of those that did not exist then what it had: {name: value} -> {name: value}."""
+    method = config.get("method", Config.method)
+    return {**{name: value for name, value in EARLIER.items() if has(method, name)}, **config}
+
+
 def read_config(path):
-    """config.json of a run -> dict, as it is in the file. UsageError if its settings are not those of a run."""
+    """config.json of a run -> dict, as it is in the file, and what earlier runs do not say.
+
+    UsageError if its settings are not those of a run.
+    """
     content = read_json(path, "the config.json of a run")
     recorded(Config, content, path)
-    return content
+    return of_today(content)
 
 
 def read_settings(path):
@@ -356,16 +435,46 @@ def check(cfg):
     if cfg.weights == "none" and (cfg.freeze_stage2 or cfg.method in PRETRAINED and not cfg.train_backbone):
         what = "--freeze-stage2" if cfg.freeze_stage2 else f"--method {cfg.method}"
         raise UsageError(f"{what} takes the backbone as it is, and with --weights none it is random: give --weights")
+    if cfg.probe_norm and world() * (cfg.batch // world() % (cfg.micro or cfg.batch) or cfg.micro or cfg.batch) < 2:
+        raise UsageError("--probe-norm compares the images of a step, and here is one alone: take a larger --batch, or "
+                         "a --micro that leaves no single image")
     if cfg.selector_size > cfg.size:
         raise UsageError(f"--selector-size {cfg.selector_size} is larger than the image (--size {cfg.size}): there is "
                          "nothing more to see")
     if cfg.draft and data.BENCHMARKS[cfg.data].pipeline.crops_first:
         raise UsageError(f"--draft: training on {cfg.data} enlarges small parts of its pictures, which need all of "
                          "their pixels; leave it out")
+    if cfg.swap:
+        check_swap(cfg)
+    if cfg.supervise != "none":
+        if not cfg.weight_mask:
+            raise UsageError(f"--supervise {cfg.supervise} with --weight-mask 0 teaches nothing: leave one of them out")
+        if cfg.draft:
+            raise UsageError("--draft: --supervise reads pictures with their masks, and a mask is as large as its "
+                             "picture; leave one of them out")
     if cfg.mini and cfg.data == "folder":
         data.find_root(cfg.data, cfg.root, cfg.mini)     # says why not
     if cfg.mini and cfg.root != Config.root:
         raise UsageError("--mini draws its own data: leave out --root or --mini")
+
+
+def check_swap(cfg):
+    """UsageError for a --swap that cannot happen."""
+    if cfg.swap_mask == "own" and cfg.method not in ("ifam", "pdiscoformer"):
+        raise UsageError(f"--swap-mask own: --method {cfg.method} finds no mask of its own while it trains; choose "
+                         "found or true")
+    if cfg.swap_mask == "found" and cfg.weights == "none":
+        raise UsageError("--swap-mask found looks with the backbone as it was before training, and with --weights none "
+                         "that is random: give --weights")
+    if cfg.swap_mask == "found" and cfg.find_in == "view" and has(cfg.method, "find_in"):
+        raise UsageError("--swap-mask found reads the masks that were found in the whole pictures; leave out --find-in "
+                         "view")
+    if cfg.swap_mask == "true" and cfg.draft:
+        raise UsageError("--draft: --swap-mask true reads pictures with their masks, and a mask is as large as its "
+                         "picture; leave one of them out")
+    if cfg.batch // world() < 2:
+        raise UsageError(f"--swap: with --batch {cfg.batch} a process sees one image at a time, and nobody lends it a "
+                         "background; take a larger --batch")
 
 
 def refuse_too_large(cfg):
@@ -378,7 +487,8 @@ def refuse_too_large(cfg):
     depth, D, patches = arch.get("depth", 12), arch["width"], (cfg.size // arch.get("patch", 14)) ** 2
     tokens = 1 + cfg.registers + patches
     views = 2 * (cfg.train_tokens or cfg.stage1_starts_from() == "none")         # of stage 1: the image and its warp
-    views = {"ifam": views, "pdiscoformer": views, "erm": 1, "late-truth": 1, "late-found": 1}.get(cfg.method, 0)
+    views = {"ifam": views, "pdiscoformer": views, "erm": 1, "seg-erm": 1, "bbox-erm": 1, "late-truth": 1,
+             "late-found": 1}.get(cfg.method, 0)
     images = min(cfg.batch, cfg.micro or cfg.batch)
     each = 10 * views * depth * tokens * D + 3 * cfg.size ** 2 + (cfg.k + cfg.backgrounds) * tokens
     needed = 4 * (12 * depth * D * D + (tokens + cfg.k + cfg.backgrounds) * D + images * each)
@@ -391,7 +501,8 @@ def refuse_too_large(cfg):
 def loss_weights(cfg):
     """-> {name of a loss term: its weight}; 0 for what --no-shaping and --no-stage1-class switch off."""
     names = [f.name for f in fields(Config) if f.name.startswith("weight_") and f.name != "weight_decay"]
-    on = lambda name: getattr(cfg, SWITCHES[name]) if name in SWITCHES else True
+    on = lambda name: getattr(cfg, SWITCHES[name]) if name in SWITCHES else \
+        name != "weight_mask" or cfg.supervise != "none"
     return {name.removeprefix("weight_"): getattr(cfg, name) * on(name) for name in names}
 
 
@@ -473,6 +584,20 @@ def earlier_state(cfg):
     if state and not {"optimizer", "scaler"} <= state.keys():
         raise UsageError(f"--resume: {folder / 'last.pt'} has no state of the optimizer; start again, or copy the "
                          "last.pt that train.py wrote")
+    return state
+
+
+def finished_state(folder):
+    """last.pt of a run that --masktune goes on from. UsageError if it is not finished, or not whole."""
+    folder = Path(folder)
+    if not trained(folder / "log.jsonl"):
+        raise UsageError(f"--masktune {folder}: this run is not trained to its end; train it with --resume first")
+    if not (folder / "best.pt").is_file():
+        raise UsageError(f"--masktune {folder}: it has no best.pt, which says what to hide; train it again")
+    state = read_checkpoint(folder / "last.pt")
+    if not {"optimizer", "scaler"} <= state.keys():
+        raise UsageError(f"--masktune {folder}: its last.pt has no state of the optimizer; copy the last.pt that "
+                         "train.py wrote")
     return state
 
 
@@ -587,7 +712,7 @@ def checked(path, state):
               ("dataset.pipeline", named, f"one of {', '.join(PIPELINES)}")]
     if state.get("dataset") and (fault := wrong_field(state, fields)):           # older checkpoints have none
         raise UsageError(f"{path}: {fault}; take a checkpoint that train.py wrote")
-    return state
+    return {**state, "config": of_today(state["config"])}
 
 
 def from_published(path, state_dict, name):

@@ -2,14 +2,16 @@
 
     python sweep.py ladder --data waterbirds --mini --seeds 3       # every method
     python sweep.py ablations --data cub --also waterbird200        # every ablation of iFAM
+    python sweep.py objectives --data waterbirds --mini --seeds 3   # GroupDRO, JTT, ...: with erm, and with ifam
     python sweep.py erm ifam --data metashift --epochs 30 --list    # two runs: what is left to do; flags are train.py's
 
 Runs lie in runs/<data>-sweep/<name>-<seed> (-mini-sweep for miniatures), which all sets share: ifam is trained once.
 The same command again skips what is finished and resumes what is not. The table is <set>.md, .tex, .csv and .json
-beside the runs. A flag that only some of the methods have is left out for the others. A run that fails stops no other;
-the exit status then is 1. SIGTERM and Ctrl-C are passed on to the run, which saves where it is, and end the sweep.
+beside the runs. A flag that only some of the methods have is left out for the others. Runs of two passes (JTT, GEORGE)
+get their groups from another run of the same seed, which comes first. A run that fails stops no other; the exit status
+then is 1. SIGTERM and Ctrl-C are passed on to the run, which saves where it is, and end the sweep.
 
-Floor: commands, the highest: it starts train.py and evaluate.py, and reads nothing but their files.
+Floor: commands, the highest: it starts train.py, groups.py and evaluate.py, and reads nothing but their files.
 """
 import os
 import re
@@ -18,7 +20,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,8 +28,9 @@ from tqdm import tqdm
 import data
 from baselines import TAKES
 from measure import tables
+from measure.retrain import TITLES
 from runs import Config as RunConfig
-from runs import check, differences, left_out, of_best, pick_device, preset, read_config, trained
+from runs import check, differences, hash_of, left_out, of_best, pick_device, preset, read_config, read_log, trained
 from settings import RunError, UsageError, flag, nearest, opt, parse, read_json, run_script
 
 
@@ -39,12 +42,35 @@ class Config:
     leakage: int = opt(500, "of evaluate.py: images for leakage; finished runs stay as they are", at_least=0)
     also: list[str] = opt((), "evaluate on these as well: waterbird200 for cub, imagenet9 for imagenet",
                           choices=tuple(name for name, benchmark in data.BENCHMARKS.items() if benchmark.trained_on))
+    retrain: list[str] = opt((), "evaluate with these new last layers as well, as evaluate.py --retrain has them",
+                             choices=tuple(TITLES))
     list: bool = opt(False, "print the commands and what is finished, run nothing")
 
 
 METHODS = {     # in the order of the paper's table; early and late masks pool alike, so that one thing differs
-    name: ["--method", name] for name in ("early-truth", "late-truth", "frozen", "erm", "late-found", "ep", "aim",
-                                          "pdiscoformer", "early-found", "ifam")}
+    name: ["--method", name] for name in ("early-truth", "late-truth", "bbox-erm", "seg-erm", "frozen", "erm",
+                                          "late-found", "ep", "aim", "pdiscoformer", "early-found", "ifam")}
+FIFTH = "a fifth"                                        # of --epochs: JTT's first model, as published for Waterbirds
+WORST = ["--select", "worst_group"]                      # as published, where groups are known anyway
+
+
+def objectives(method):
+    """{name of a run: flags of train.py}: a method with each objective, and with other backgrounds in its images.
+
+    --groups RUN:BY is what groups.py --by BY writes of the run of that name and seed, which comes first; RUN: is its
+    folder.
+    """
+    weighed = {"": [], "-balanced": ["--objective", "balanced", *WORST],
+               "-reweight": ["--objective", "reweight", *WORST], "-group-dro": ["--objective", "group-dro", *WORST],
+               "-jtt": ["--objective", "jtt", "--groups", "erm-first:errors", *WORST],
+               "-george": ["--objective", "george", "--groups", f"{method}:clusters"],
+               "-background-dro": ["--objective", "group-dro", "--groups", "ifam:background"]}
+    masks = ("true", "found", *["own"] * (method == "ifam"))
+    swapped = {f"-swap-{mask}": ["--swap", "0.5", "--swap-mask", mask] for mask in masks}
+    swapped["-masktune"] = ["--masktune", f"{method}:"]
+    return {method + name: [*METHODS[method], *flags] for name, flags in {**weighed, **swapped}.items()}
+
+
 SETS = {        # {name of a set: {name of a run: flags of train.py}}
     "ladder": METHODS,
     "ablations": {
@@ -67,6 +93,16 @@ SETS = {        # {name of a set: {name of a run: flags of train.py}}
         "late-truth-all": [*METHODS["late-truth"], "--pooling", "mean-all"],
         "early-found-cls": [*METHODS["early-found"], "--pooling", "cls"],
         "late-found-all": [*METHODS["late-found"], "--pooling", "mean-all"]},
+    "sources": {                                         # choices where the literature, or its code, does otherwise
+        **{f"{name}-norm": [*METHODS[name], "--head", "norm"] for name in ("erm", "frozen", "early-truth",
+                                                                           "late-truth")},
+        "late-truth-all": [*METHODS["late-truth"], "--pooling", "mean-all"],
+        "late-truth-all-norm": [*METHODS["late-truth"], "--pooling", "mean-all", "--head", "norm"],
+        "early-truth-centre": [*METHODS["early-truth"], "--mask-rule", "centre"],
+        "early-truth-pixels": [*METHODS["early-truth"], "--mask-with", "pixels"],
+        "early-found-view": [*METHODS["early-found"], "--find-in", "view"],
+        **{f"{name}-head": [*METHODS[name], "--finder", "head"] for name in ("early-found", "late-found")},
+        "ep-norm": [*METHODS["ep"], "--probe-norm"]},
     "selectors": {                                       # a smaller stage 1
         "ifam": METHODS["ifam"], "fast": ["--recipe", "fast"], "faster": ["--recipe", "faster"]},
     "masks": {                                           # what is done against what a mask still tells
@@ -76,17 +112,35 @@ SETS = {        # {name of a set: {name of a run: flags of train.py}}
         "dilate": ["--mask-dilate", "always"], "dilate-random": ["--mask-dilate", "random"],
         "early-truth-cls": [*METHODS["early-truth"], "--pooling", "cls"],
         "early-truth-trim": [*METHODS["early-truth"], "--pooling", "cls", "--trim", "truth"],
-        "early-random": ["--method", "early-random"]}}   # the judge of what a selection encodes
+        "early-random": ["--method", "early-random"]},   # the judge of what a selection encodes
+    "objectives": {"erm-first": [*METHODS["erm"], "--epochs", FIFTH], **objectives("erm"), **objectives("ifam"),
+                   "ifam-supervised": ["--supervise", "masks"], "ifam-complement": ["--weight-complement", "4"]}}
 
 
 def choose(names):
-    """Names of sets or of single runs -> {name of a run: flags}. UsageError for a name that is neither."""
+    """Names of sets or of single runs -> {name of a run: flags}; before a run, the one that its groups come from.
+
+    UsageError for a name that is neither.
+    """
     single = {name: flags for runs in SETS.values() for name, flags in runs.items()}
     known = {name: {name: flags} for name, flags in single.items()} | SETS
     if odd := [name for name in names if name not in known]:
         raise UsageError(f"no set or run is called {odd[0]!r}{nearest(odd[0], known)} (sets: {', '.join(SETS)}; runs: "
                          f"{', '.join(single)}; the names come before the flags)")
-    return {run: flags for name in names for run, flags in known[name].items()}
+    chosen = [(run, flags) for name in names for run, flags in known[name].items()]
+    first = lambda flags: [word.partition(":")[0] for word in flags if ":" in word]
+    return {run: single[run] for name, flags in chosen for run in (*first(flags), name)}
+
+
+def filled_in(own, cfg, folders):
+    """Flags of a run of SETS as train.py knows them. cfg: its settings without them; folders: {name of a run: its own}.
+    """
+    known = {FIFTH: str(max(1, cfg.epochs // 5))}
+    for word in own:
+        run, colon, by = word.partition(":")
+        if colon:
+            known[word] = f"{folders[run]}/groups-{by}.csv" if by else folders[run]
+    return [known.get(word, word) for word in own]
 
 
 def method_of(own):
@@ -121,15 +175,21 @@ def plan(names, seeds, flags, folder="sweep"):
     first run. A run that equals its method as it is (--k 8 where 8 is the default) is the run of that name. UsageError
     if a folder holds a run with other settings.
     """
-    parsed = lambda typed: parse(RunConfig, __doc__, typed, preset)
+    def parsed(typed):
+        """--masktune reads the settings of a run, which need not be there yet: they are those that are typed here."""
+        at = typed.index("--masktune") if "--masktune" in typed else len(typed)
+        cfg = parse(RunConfig, __doc__, [*typed[:at], *typed[at + 2:]], preset)
+        return replace(cfg, masktune=typed[at + 1]) if at < len(typed) else cfg
     chosen, runs = choose(names), {}
     given = share_out(chosen, flags)
     for seed in map(str, range(seeds)):
-        for name, own in chosen.items():
-            cfg = parsed(typed := [*given[name], *own, "--seed", seed])
-            if cfg == parsed(plain := [*given[name], *METHODS.get(cfg.method, own), "--seed", seed]):
+        folders = {}
+        for run, own in chosen.items():
+            name, own = run, filled_in(own, parsed([*given[run], "--method", method_of(own)]), folders)
+            cfg = parsed(typed := [*given[run], *own, "--seed", seed])
+            if cfg == parsed(plain := [*given[run], *METHODS.get(cfg.method, own), "--seed", seed]):
                 name, typed = cfg.method, plain
-            cfg.out = f"runs/{cfg.title}-{folder}/{name}-{seed}"
+            folders[run] = cfg.out = f"runs/{cfg.title}-{folder}/{name}-{seed}"
             check(cfg)
             refuse_other_settings(cfg)
             runs[cfg.out] = cfg, [*typed, "--out", cfg.out]
@@ -148,23 +208,32 @@ def refuse_other_settings(cfg):
                          f"or move {Path(cfg.out).parent} away")
 
 
-def commands(cfg, flags, processes=1, measure=(), also=()):
+def commands(cfg, flags, processes=1, measure=(), also=(), retrain=()):
     """What is left to do for a run, as command lines: none if it is finished. A run that was begun is resumed.
 
-    measure: flags of evaluate.py; also: other benchmarks to evaluate on. Reports of a run that is not trained to its
-    end, or of another best.pt than the present one, are made again.
+    measure: flags of evaluate.py; also: other benchmarks to evaluate on; retrain: last layers, of --retrain. Reports of
+    a run that is not trained to its end, or of another best.pt than the present one, are made again. So are groups of
+    another run, and a run that was trained with other groups than these starts again: train.py moves the old one aside.
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
     folder, here = Path(cfg.out), Path(__file__).parent
+    first, grouping, anew = first_pass(cfg), [], False
+    if first and cfg.groups and not (are_current(Path(cfg.groups)) and trained(first / "log.jsonl")):
+        by = Path(cfg.groups).stem.removeprefix("groups-")
+        grouping, anew = [[sys.executable, str(here / "groups.py"), "--ckpt", str(first / "best.pt"), "--by", by,
+                           "--device", cfg.device]], True
+    elif first and cfg.groups:
+        anew = trained_with(folder) not in (None, read_json(said_of(cfg.groups), "what groups.py says")["digest"])
     training = [sys.executable, *torchrun, str(here / "train.py"), *flags,
-                *["--resume"] * (folder / "config.json").is_file()]
+                *["--resume"] * ((folder / "config.json").is_file() and not anew)]
     measure = [sys.executable, str(here / "evaluate.py"), "--ckpt", str(folder / "best.pt"), "--device", cfg.device,
                *measure]
     named = lambda name: ["--out", str(folder / name)] * ("--limit" in measure)     # it is this report, whole or not
     left = {"report.json": [*measure, *named("report.json")],
-            **{f"report-{name}.json": [*measure, "--data", name, *named(f"report-{name}.json")] for name in also}}
-    if not trained(folder / "log.jsonl"):
-        return [training, *left.values()]
+            **{f"report-{name}.json": [*measure, flag, name, *named(f"report-{name}.json")]
+               for flag, names in (("--data", also), ("--retrain", retrain)) for name in names}}
+    if anew or not trained(folder / "log.jsonl"):
+        return [*grouping, training, *left.values()]
     return [command for name, command in left.items() if not is_current(folder / name)]
 
 
@@ -179,6 +248,30 @@ def is_current(path):
     if (known := of_best(report, path.parent)) is not None or not (path.parent / "best.pt").is_file():
         return known is not False
     return (path.parent / "log.jsonl").stat().st_mtime <= path.stat().st_mtime
+
+
+def first_pass(cfg):
+    """The folder of the run of the same sweep that a run goes on from, or that its groups come from; or None."""
+    first = Path(cfg.masktune) if cfg.masktune else Path(cfg.groups).parent
+    return first if (cfg.masktune or cfg.groups) and first.parent == Path(cfg.out).parent else None
+
+
+def said_of(groups):
+    """The file in which groups.py says of which checkpoint its groups are."""
+    return Path(groups).with_suffix(".json")
+
+
+def are_current(groups):
+    """Is there a file of groups, as groups.py wrote it, and of the best.pt beside it?"""
+    return groups.is_file() and is_current(said_of(groups)) and \
+        read_json(said_of(groups), "what groups.py says").get("sha256") == hash_of(groups)
+
+
+def trained_with(folder):
+    """The digest of the groups that a run was started with, by its log; None where it does not say."""
+    log = folder / "log.jsonl"
+    lines = read_log(log) if log.is_file() else []
+    return next((line["images"].get("groups") for line in lines if "images" in line), None)
 
 
 def run(command):
@@ -214,28 +307,33 @@ def run(command):
     return status
 
 
-def finished(names, flags, folder="sweep", measure=("--leakage", "100"), also=()):
+def finished(names, flags, folder="sweep", measure=("--leakage", "100"), also=(), retrain=()):
     """For notebooks: runs of seed 0, trained and evaluated now unless they were before -> {name: folder of the run}.
 
-    names and flags as on the command line, measure and also as in `commands`. On CPU runs go side by side, each with
-    its share of the cores. A bar shows how far they are; what the scripts print is shown only where one fails. RunError
-    then.
+    names and flags as on the command line, measure, also and retrain as in `commands`. On CPU runs go side by side,
+    each with its share of the cores; one that needs another waits for it. A bar shows how far they are; what the
+    scripts print is shown only where one fails. RunError then.
     """
     runs = plan(names, 1, flags, folder)
-    left = [(cfg.out, todo) for cfg, typed in runs if (todo := commands(cfg, typed, measure=measure, also=also))]
+    left = [(cfg, todo) for cfg, typed in runs if (todo := commands(cfg, typed, 1, measure, also, retrain))]
     if left:
         cfg = runs[0][0]
         data.find_root(cfg.data, cfg.root, cfg.mini)     # draws a miniature, before several want it
         side_by_side = min(len(left), os.cpu_count() if pick_device(cfg.device).type == "cpu" else 1)
         threads = {"OMP_NUM_THREADS": str(os.cpu_count() // side_by_side)} if side_by_side > 1 else {}
 
-        def work(out, todo):
+        def work(out, todo, first):
+            if first in jobs:
+                jobs[first].result()                     # it was submitted before, so somebody works on it
             for command in todo:
                 done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **threads})
                 if done.returncode:
                     raise RunError(f"{out} failed: {done.stderr.strip()[-500:]}")
+        jobs = {}
         with ThreadPoolExecutor(side_by_side) as pool:
-            watch([pool.submit(work, *both) for both in left], [cfg for cfg, _ in runs if cfg.out in dict(left)])
+            for cfg, todo in left:
+                jobs[Path(cfg.out)] = pool.submit(work, cfg.out, todo, first_pass(cfg))
+            watch(list(jobs.values()), [cfg for cfg, _ in left])
     return {Path(cfg.out).name.removesuffix("-0"): Path(cfg.out) for cfg, _ in runs}
 
 
@@ -269,12 +367,17 @@ def main(argv=None):
         raise UsageError(f"{min(refused)} is decided by the sweep: leave it out")
     runs, failed = plan(given.what, given.seeds, flags), []
     for name in given.also:
-        if (trained := data.BENCHMARKS[name].trained_on) != runs[0][0].data:
-            raise UsageError(f"--also {name} evaluates models of {trained}, not of {runs[0][0].data}: leave it out")
-    left = lambda cfg, typed: commands(cfg, typed, given.processes, ["--leakage", str(given.leakage)], given.also)
+        if (of := data.BENCHMARKS[name].trained_on) != runs[0][0].data:
+            raise UsageError(f"--also {name} evaluates models of {of}, not of {runs[0][0].data}: leave it out")
+    left = lambda cfg, typed: commands(cfg, typed, given.processes, ["--leakage", str(given.leakage)], given.also,
+                                       given.retrain)
     for number, (cfg, typed) in enumerate(runs, 1):
-        todo = left(cfg, typed)
+        todo, first = left(cfg, typed), first_pass(cfg)
         print(f"[{number}/{len(runs)}] {cfg.out}" + ": finished" * (not todo), flush=True)
+        if todo and first and not given.list and not trained(first / "log.jsonl"):
+            print(f"left out, for it needs {first}, which is not trained", file=sys.stderr)
+            failed.append(cfg.out)
+            continue
         for command in todo:
             if given.list:
                 print("  " + shlex.join(command))

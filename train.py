@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -35,15 +35,16 @@ import ifam
 import objectives
 import settings
 import vit
-from baselines import FoundMask, RandomMask, build
-from benchmarks.samples import Plan, balanced, spread_over_groups
+from augment import Finder, Swap, attribution, most_attributed
+from baselines import SEGMENT, FoundMask, RandomMask, Segmenter, build, patch_targets, train_found_head
+from benchmarks.samples import Plan, balanced, boxes_of, patch_share, spread_over_groups
 from measure.leakage import given
 from measure.metrics import accuracies
 from predict import predict
-from runs import (SELECT, Config, Log, check, claim, earlier_state, loss_weights, owned, pick_device, preset, read_film,
-                  read_settings, recipe_text, refuse_other_images, save)
-from settings import RunError, Stopped, UsageError, parse, progress, run_script, signals, write_json
-from weights import load_pretrained, reader
+from runs import (SELECT, Config, Log, check, claim, earlier_state, finished_state, load_model, loss_weights, owned,
+                  pick_device, preset, read_film, read_settings, recipe_text, refuse_other_images, save)
+from settings import RunError, Stopped, UsageError, parse, progress, run_script, signals, write_json, write_whole
+from weights import load_pretrained, read_file, reader
 
 
 # ---------------------------------------------------------------- functions of the step
@@ -94,7 +95,7 @@ def parameter_groups(model, cfg, steps):
         if not p.requires_grad:
             continue
         role = role_of(name, cfg)
-        token = name.endswith(("cls_token", "register_tokens", "pos_embed"))
+        token = name.endswith(("cls_token", "register_tokens", "pos_embed", ".queries"))
         decays = p.ndim > 1 and not token and role != "prototypes" and "modulation" not in name
         base = {"backbone": cfg.lr, "tokens": cfg.lr_tokens, "prototypes": cfg.lr_prototypes, "heads": cfg.lr_heads}
         lr = base[role] * scale
@@ -200,36 +201,61 @@ class Buckets:
             self.fill()
 
 
-def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype=None, scaler=None):
+def taught(model, cfg, batch, device):
+    """What true masks teach a model, and what is hidden from it -> more arguments of forward_pair, {} for most."""
+    told, grid = {}, (model.selector or model.predictor).backbone.grid
+    covered = lambda on: patch_share(batch["hidden"].to(device), on) > 0.5
+    if cfg.masktune and cfg.hide_with == "patches":
+        told["seen" if model.selector else "keep"] = (~covered(model.predictor.backbone.grid)).float()
+    by = {"seg-erm": "masks", "bbox-erm": "boxes"}.get(cfg.method, cfg.supervise)
+    if by == "none":
+        return told
+    masks = batch["mask"].to(device)
+    shares = patch_share(boxes_of(masks) if by == "boxes" else masks, grid)
+    if model.selector:                                   # a hidden patch is background
+        return {**told, "objects": shares.masked_fill(covered(grid), 0) if "seen" in told else shares}
+    classes = model.predictor.head.out_features
+    return {**told, "targets": patch_targets(shares, batch["label"].to(device), classes, model.outside)}
+
+
+def gradients(model, cfg, batch, step, rank=0, buckets=None, device="cpu", dtype=None, scaler=None, swap=None):
     """Forward and backward of one step -> "loss", its terms by name and "accuracy", averaged; so is p.grad.
 
     batch: this process's share of the global batch, as the loader gives it. buckets: Buckets of the model's parameters;
-    None without other processes. "weight" and "member" of the batch: what Objective.of gives. All randomness is a
-    function of (seed, step, position in the global batch): one process, many, or accumulation compute the same step,
-    except that under accumulation the presence loss takes its maximum within each portion.
+    None without other processes. "weight" and "member" of the batch: what Objective.of gives. swap: augment.Swap, or
+    None. All randomness is a function of (seed, step, position in the global batch): one process, many, or accumulation
+    compute the same step, except that under accumulation the presence loss takes its maximum within each portion, and
+    that backgrounds are swapped within each process's share.
     """
     weights, world = loss_weights(cfg), buckets.world if buckets else 1
     share = len(batch["label"])
     affine = ifam.Affine.draw((cfg.size, cfg.size), generator(cfg.seed, step))    # one for the whole global batch
     sums = {}
+    positions = range(rank * share, (rank + 1) * share)
+    amp = torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
+    if swap:
+        with amp:
+            batch = swap(model, batch, [generator(cfg.seed, step, 4, p) for p in positions], device)
     if isinstance(model, RandomMask):                    # other masks at each step
-        positions = range(rank * share, (rank + 1) * share)
         generators = [generator(cfg.seed, step, 3, p) for p in positions]
         told = {"keep": model.draw(generators, math.prod(model.predictor.backbone.grid)).to(device)}
     else:
-        told = given(model, batch, device)
+        told = {**given(model, batch, device), **taught(model, cfg, batch, device)}
     parts = torch.arange(share).split(cfg.micro or share)
     for number, part in enumerate(parts, 1):
         images, labels = (batch[key][part].to(device, non_blocking=True) for key in ("image", "label"))
         noise = draw_noise(model, cfg, step, (rank * share + part).tolist())
-        with torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext():
+        with amp:
             warped = None if model.selector is None else ifam.warp(images, affine)
             out, warped_maps = model.forward_pair(images, warped, noise and noise.to(device),
                                                   **{name: x[part] for name, x in told.items()})
+            if weights["complement"]:
+                out = model.complement(images, out, model.prior)
         terms, weight = {}, len(part) / share
         own = {name: batch[name][part].to(device) for name in ("weight", "member") if name in batch}
         loss = ifam.loss(out, warped_maps, labels, affine, weights,
-                         lambda peaks: max_over_processes(peaks, world), terms, cfg.presence_window, own.get("weight"))
+                         lambda peaks: max_over_processes(peaks, world), terms, cfg.presence_window,
+                         own.get("weight"))
         if world > 1 and number == len(parts):
             buckets.start()
         (scaler.scale(loss * weight) if scaler else loss * weight).backward()
@@ -359,17 +385,147 @@ def open_data(cfg, rank, world):
     return splits["train"], splits.get("val")
 
 
+def readers_of_masks(cfg):
+    """What of a run reads true masks in training -> [(how to call it, what to choose instead, may they tell labels?)].
+
+    A mask that tells the label may supervise: nobody is given it at a test.
+    """
+    found = [(f"--method {cfg.method}", "another --method", False)] * cfg.method.endswith("-truth")
+    found += [("--trim truth", "--trim found or none", False)] * (cfg.trim == "truth")
+    found += [(f"--method {cfg.method}", "another --method", True)] * (cfg.method in SEGMENT)
+    found += [(f"--supervise {cfg.supervise}", "--supervise none", True)] * (cfg.supervise != "none")
+    found += [("--swap-mask true", "--swap-mask found", False)] * (cfg.swap > 0 and cfg.swap_mask == "true")
+    return found
+
+
 def give_truth(samples, cfg):
-    """Training samples come with their true masks; UsageError where there are none, or where they give labels away."""
-    what = f"--method {cfg.method}" if cfg.trim == "none" else f"--trim {cfg.trim}"
-    other = "another --method" if cfg.trim == "none" else "--trim found or none"
-    if samples.masks is None:
-        raise UsageError(f"{what} needs true masks, and {samples.name} has none here; unpack its segmentations, or "
-                         f"choose {other}")
-    if samples.masks_tell:
-        raise UsageError(f"{what}: the masks of {samples.name} mark the {samples.classes[1]} and are empty "
-                         f"without one, which gives the label away; choose {other}")
-    samples.train_masks = True
+    """Training samples come with their true masks where these are read.
+
+    UsageError where there are none, where they give labels away to what must not know them, or nobody lends a
+    background.
+    """
+    if cfg.swap and len(samples.labels.unique()) < 2:
+        raise UsageError(f"--swap takes backgrounds from other classes, and {samples.name} has one class here; leave "
+                         "it out")
+    for what, other, may_tell in readers_of_masks(cfg):
+        if samples.masks is None:
+            raise UsageError(f"{what} needs true masks, and {samples.name} has none here; unpack its segmentations, or "
+                             f"choose {other}")
+        if samples.masks_tell and not may_tell:
+            raise UsageError(f"{what}: the masks of {samples.name} mark the {samples.classes[1]} and are empty "
+                             f"without one, which gives the label away; choose {other}")
+        samples.train_masks = True
+
+
+def tell_classes(model, samples):
+    """What a model has to know of the classes before it trains."""
+    if isinstance(model, Segmenter) and samples.masks_tell:
+        model.outside = 0                                # a patch without what makes class 1 is as in class 0
+    if model.selector and model.predictor:
+        model.prior = torch.bincount(samples.labels, minlength=len(samples.classes)) / len(samples)
+
+
+FOUND_STEPS, FOUND_BATCH = 500, 50                       # of FOUND's head, as published
+ROOM = 1 << 28                                           # bytes: keys of all pictures that take less are computed once
+
+
+def teach_finder(model, samples, cfg, rank, world, device):
+    """Train FOUND's head of a model on whole training pictures; rank 0 does, and the others get it from there."""
+    if rank == 0:
+        few = 4 * len(samples) * math.prod(model.finder.grid) * model.finder.width <= ROOM
+        plan = Plan(len(samples), min(FOUND_BATCH, len(samples)), 0, FOUND_STEPS, cfg.seed)
+        batches = [[i for _, i in batch] for batch in plan]
+        order = [batch.tolist() for batch in torch.arange(len(samples)).split(FOUND_BATCH)] if few else batches
+        seen = (model.look(images.to(device)) for images in whole_pictures(samples, order, cfg, "FOUND's head"))
+        if few:
+            keys, keep = map(torch.cat, zip(*seen))
+            seen = ((keys[batch], keep[batch]) for batch in batches)
+        train_found_head(model.finder_head, seen)
+    for p in model.finder_head.parameters() if world > 1 else ():
+        dist.broadcast(p.data, 0)
+
+
+def find_masks(model, samples, cfg, rank, world, device):
+    """Training samples come with the masks that a model finds in the whole pictures -> the share of patches they keep.
+
+    model: what has a finder and find, a FoundMask or an augment.Finder.
+    Each process looks at a share of the batches, which are the same however many share them. The masks are a function
+    of the weights and the pictures: --resume finds the same ones.
+    """
+    batches = torch.arange(len(samples)).split(cfg.micro or 16)
+    mine = [batch.tolist() for batch in batches[rank::world]]
+    pictures = whole_pictures(samples, mine, cfg, "masks of training")
+    found = [bits_of(model.find(images.to(device))) for images in pictures]
+    samples.found = torch.cat(in_order(found, len(batches), world))
+    samples.found_grid = model.finder.grid
+    patches = math.prod(samples.found_grid)
+    return np.unpackbits(samples.found.numpy(), axis=1, count=patches).mean().item()
+
+
+def bits_of(masks):
+    """masks (B, N) -> (B, bytes) uint8, a bit for each."""
+    return torch.from_numpy(np.packbits(masks.bool().cpu().numpy(), axis=1))
+
+
+def in_order(found, count, world):
+    """What each process found for batches rank, rank + world, ... -> what was found for all of them, in order."""
+    pieces = [found]
+    if world > 1:
+        pieces = [None] * world
+        dist.all_gather_object(pieces, found)
+    return [pieces[n % world][n // world] for n in range(count)]
+
+
+def find_hidden(model, samples, cfg, rank, world, device):
+    """What MaskTune hides of each training image, in its evaluation view -> (bits (n, bytes), what the log says of it).
+
+    hidden: share of the patches. in_object: share of the hidden area that is true object, where there are masks;
+    of_object: share of the object that is hidden.
+    """
+    grid, found = model.predictor.backbone.grid, []
+    batches = torch.arange(len(samples)).split(cfg.micro or 16)
+    loader = torch.utils.data.DataLoader(samples, batch_sampler=[batch.tolist() for batch in batches[rank::world]],
+                                         num_workers=cfg.workers, worker_init_fn=leave_signals)
+    for part in progress(loader, "what to hide"):
+        hidden = most_attributed(attribution(model, part["image"].to(device))).cpu()
+        object_ = patch_share(part["mask"], grid) if "mask" in part else torch.full(hidden.shape, math.nan)
+        sums = torch.stack([hidden.sum(), (hidden * object_).sum(), object_.sum(), torch.tensor(hidden.numel())])
+        found.append((bits_of(hidden), sums.double()))
+    bits, sums = zip(*in_order(found, len(batches), world))
+    hidden, inside, objects, patches = sum(sums).tolist()
+    said = {"hidden": hidden / patches}
+    if samples.masks is not None:
+        said |= {"in_object": inside / hidden if hidden else None, "of_object": inside / objects if objects else None}
+    return torch.cat(bits), said
+
+
+def hide(cfg, samples, log, start, rank, world, device):
+    """Training images get what MaskTune hides of them: made once by best.pt of the run that it goes on from, and kept.
+
+    hidden.pt in the folder has it, for --resume.
+    """
+    path = Path(cfg.out) / "hidden.pt"
+    if cfg.resume and path.is_file():
+        kept = read_file(path, "hidden.pt of a run with --masktune")
+        if not isinstance(kept, dict) or not {"hidden", "grid"} <= kept.keys() or len(kept["hidden"]) != len(samples):
+            raise UsageError(f"{path} is not what train.py wrote for these images: start again")
+    else:
+        model, _ = load_model(Path(cfg.masktune) / "best.pt", device)
+        hidden, said = find_hidden(model, samples, cfg, rank, world, device)
+        kept = {"hidden": hidden, "grid": list(model.predictor.backbone.grid)}
+        if rank == 0:
+            write_whole(path, lambda temporary: torch.save(kept, temporary))
+        inside = said.get("in_object")
+        log({"step": start, "masktune": said}, f"{said['hidden']:.1%} of the patches are hidden"
+            + (f", {inside:.0%} of them inside the true object" if inside is not None else ""))
+    samples.hidden, samples.hidden_grid = kept["hidden"], tuple(kept["grid"])
+
+
+def whole_pictures(samples, batches, cfg, title):
+    """Images (B, 3, S, S) of batches of indices, each of a whole picture."""
+    loader = torch.utils.data.DataLoader(samples.whole(), batch_sampler=batches, num_workers=cfg.workers,
+                                         worker_init_fn=leave_signals)
+    return (part["image"] for part in progress(loader, title))
 
 
 class Trainer:
@@ -384,6 +540,9 @@ class Trainer:
         self.model, self.optimizer, self.scaler, self.skipped = model, optimizer, scaler, 0
         self.averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
         self.buckets, self.objective = Buckets(self.trained, world), objective
+        self.swap = Swap(cfg) if cfg.swap else None
+        finds = cfg.swap and cfg.swap_mask == "found" and not isinstance(model, FoundMask)
+        self.finder = Finder(model) if finds else None   # in no checkpoint: the weights before training are known
 
     @property
     def weights(self):
@@ -404,7 +563,7 @@ class Trainer:
                 if part is not None and (name != "scaler" or state[name]):     # {}: it began without fp16
                     part.load_state_dict(state[name])
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise UsageError(f"--resume: {path} does not fit its own settings ({name}: "
+            raise UsageError(f"{path} does not fit its own settings ({name}: "
                              f"{str(error).strip().splitlines()[0]}); start again, or restore the file") from None
 
     def rates(self):
@@ -421,9 +580,10 @@ class Trainer:
         if self.objective:
             batch = {**batch, **self.objective.of(chosen, self.rank, self.world)}
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * lr_at(step, self.steps, group["warmup"])
+            group["lr"] = group["base_lr"] * (self.cfg.masktune_lr if self.cfg.masktune else
+                                              lr_at(step, self.steps, group["warmup"]))
         terms = gradients(self.model, self.cfg, batch, step, self.rank, self.buckets, self.device, self.dtype,
-                          self.scaler)
+                          self.scaler, self.swap)
         refuse_non_finite({f"the loss term {name!r}": value for name, value in terms.items()}, step)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained, self.cfg.clip or math.inf)
@@ -551,7 +711,7 @@ def leave_signals(worker):
 def loop(cfg, trainer, samples, val, log, start, best, images):
     """Steps from `start` to the end, a line, a validation or a checkpoint where one is due. Stopped by a signal."""
     rank, world, device, steps, folder = trainer.rank, trainer.world, trainer.device, trainer.steps, Path(cfg.out)
-    per_epoch, pace = steps // cfg.epochs, Pace(start)
+    per_epoch, pace = len(samples) // cfg.batch, Pace(start)
     plan = Plan(len(samples), cfg.batch, start, steps, cfg.seed, rank, world,
                 trainer.objective and trainer.objective.shares)
     batches = torch.utils.data.DataLoader(samples, batch_sampler=plan, num_workers=cfg.workers,
@@ -609,6 +769,27 @@ def check_select(cfg, val):
                          "take --select worst_class")
 
 
+def last_step(cfg, per_epoch, state, before):
+    """The step at which a run ends: of --masktune, an epoch after that of the run `before`, on which it goes on."""
+    if not cfg.masktune:
+        return per_epoch * cfg.epochs
+    return before["step"] + per_epoch if before else math.ceil(state["step"] / per_epoch) * per_epoch
+
+
+def prepare_masks(cfg, trainer, samples, log, start, resumed):
+    """What comes before the first step where masks are found: the finder is trained, and looks."""
+    how, model = (samples, cfg, trainer.rank, trainer.world, trainer.device), trainer.model
+    if cfg.finder == "head" and not resumed:
+        teach_finder(model, *how)
+        if trainer.averaged:
+            trainer.averaged.finder_head.load_state_dict(model.finder_head.state_dict())
+    if trainer.finder or isinstance(model, FoundMask) and cfg.find_in == "picture":
+        share = find_masks(trainer.finder or model, *how)
+        trainer.finder = None                            # it has done its work
+        log({"step": start, "found_share": share},
+            f"masks found in {len(samples)} training pictures, once: they keep {share:.0%} of the patches")
+
+
 def train(cfg):
     """Train as the settings say, from the start or from last.pt, and write the run's folder."""
     check(cfg)
@@ -618,23 +799,26 @@ def train(cfg):
         if cfg.resume and rank == 0:
             held.enter_context(owned(folder, new=False))
         state = earlier_state(cfg) if cfg.resume else None
+        before = finished_state(cfg.masktune) if cfg.masktune and not state else None    # the run that it goes on from
         read = try_out(cfg)
         samples, val = open_data(cfg, rank, world)
         if cfg.method == "early-random":                 # a judge of masks must not share the shortcut
             samples.keep(balanced(samples.groups).tolist())
         images = {split.split: [len(split), split.digest()] for split in (samples, val) if split}
-        steps = len(samples) // cfg.batch * cfg.epochs
+        steps = last_step(cfg, len(samples) // cfg.batch, state, before)
         check_select(cfg, val)
         if objective := objectives.start(cfg, samples, steps):
             images |= {"groups": objective.digest()} if cfg.groups else {}
         trainer = Trainer(cfg, steps, rank, world, device, len(samples.classes), read, objective)
         del read                                         # the weights are in the model now
-        if trainer.model.needs_truth:
-            give_truth(samples, cfg)
-        if state:
-            refuse_other_images(state, images, steps, folder)
-            trainer.load(state, folder / "last.pt")
-        start, best = (state["step"], state["best"]) if state else (0, {**best, **({"split": "val"} if val else {})})
+        give_truth(samples, cfg)
+        tell_classes(trainer.model, samples)
+        for earlier, where in ((before, cfg.masktune), (state, folder)):
+            if earlier:
+                refuse_other_images(earlier, images, steps, where)
+                trainer.load(earlier, Path(where) / "last.pt")
+        start = (state or before or {"step": 0})["step"]
+        best = state["best"] if state else {**best, **({"split": "val"} if val else {})}
         if not cfg.resume and rank == 0:
             held.enter_context(owned(folder, new=True))
             claim(cfg)
@@ -645,6 +829,10 @@ def train(cfg):
             f"{objective}\n" * bool(objective)
             + f"{cfg.method}: {sum(p.numel() for p in trainer.trained):,} trained parameters, steps {start} to "
             f"{steps} ({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
+        if isinstance(trainer.model, FoundMask) or trainer.finder:
+            prepare_masks(cfg, trainer, samples, log, start, resumed=bool(state))
+        if cfg.masktune:
+            hide(cfg, samples, log, start, rank, world, device)
         loop(cfg, trainer, samples, val, log, start, best, images)
         average = {"ema_decay": trainer.decay(steps - 1)} if cfg.ema else {}
         log({"step": steps, "finished": True, **average},            # sweep.py looks for it

@@ -262,6 +262,11 @@ def write_groups(path, ids, groups):
     write_csv(path, [{"id": name, "group": group} for name, group in zip(ids, groups, strict=True)])
 
 
+def digest_of_groups(groups):
+    """What tells groups of a split, their names in order, from others: how many, and 16 digits of a SHA-256."""
+    return [len(set(groups)), hashlib.sha256("\n".join(groups).encode()).hexdigest()[:16]]
+
+
 # ---------------------------------------------------------------- pictures
 # What lies behind transparent pixels: white paper behind a picture; in a mask they are background.
 BEHIND = {"RGB": "white", "L": "black"}

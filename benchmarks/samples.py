@@ -8,28 +8,47 @@ Floor: data. Read this first of the data, then transforms.py.
 import copy
 import functools
 import hashlib
+import math
 import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks.files import exists, read_image
-from benchmarks.transforms import FINE_GRAINED, View, to_tensor
+from benchmarks.transforms import FINE_GRAINED, View, squash, to_tensor, window
 from settings import UsageError
 
 
-def patch_keep(masks, patch, share=0.5):
-    """True masks (B, S, S) in {0, 1} -> keep (B, N): 1 where more than `share` of a patch is object.
+def patch_keep(masks, patch, rule="half"):
+    """Masks (B, S, S) in {0, 1} -> keep (B, N), by one of two rules.
 
-    An object that no patch holds enough of keeps its best patch. A mask without any object keeps nothing.
+    half: 1 where more than half of a patch is object; an object that no patch holds enough of keeps its best patch.
+    centre: 1 where the pixel at a patch's centre is object, which is how iFAM's code reads a mask ("nearest-exact"); a
+    small object may keep nothing. A mask without any object keeps nothing.
     """
+    if rule == "centre":
+        return masks[:, patch // 2::patch, patch // 2::patch].flatten(1).float()
     cover = torch.nn.functional.avg_pool2d(masks[:, None].float(), patch).flatten(1)
-    keep = cover > share
+    keep = cover > 0.5
     small = (~keep.any(1) & (cover > 0).any(1)).nonzero()[:, 0]
     keep[small, cover.argmax(1)[small]] = True
     return keep.float()
+
+
+def patch_share(masks, grid):
+    """Masks (B, S, S) in {0, 1} -> how much of each patch of a grid (h, w) is object (B, h*w), in [0, 1]."""
+    return torch.nn.functional.adaptive_avg_pool2d(masks[:, None].float(), grid).flatten(1)
+
+
+def boxes_of(masks):
+    """Masks (B, S, S) in {0, 1} -> the smallest box around each, filled, of the same kind; an empty one stays empty."""
+    def span(some):                                      # (B, S): from the first to the last
+        return some.cummax(1).values * some.flip(1).cummax(1).values.flip(1)
+    rows, columns = (span((masks > 0).any(axis).long()) for axis in (2, 1))
+    return (rows[:, :, None] * columns[:, None]).to(masks.dtype)
 
 
 class Names:
@@ -66,10 +85,14 @@ class Samples(torch.utils.data.Dataset):
 
     samples[epoch, i] is sample i as augmented in that epoch; samples[i] the evaluation view, with
     "mask" (S, S) uint8, "points" (P, 3) and "box" (4,) where the benchmark has them. train_masks: True adds the mask
-    to augmented samples too. merge (outputs,): the class that each output of the model stands for, -1 for none, where
-    a model of another benchmark is evaluated. Raises UsageError for an unreadable file.
+    to augmented samples too. found (n, bytes): masks that a model found in the whole pictures, a bit for each of the
+    found_grid patches; augmented samples have theirs as "found" (S, S), augmented alike. hidden (n, bytes) and
+    hidden_grid: the same of patches of the evaluation view, which are black in augmented samples and "hidden" there.
+    merge (outputs,): the class that each output of the model stands for, -1 for none, where a model of another
+    benchmark is evaluated. Raises UsageError for an unreadable file.
     """
     train_masks = False
+    found = found_grid = hidden = hidden_grid = None
     masks_tell = False          # True: masks mark what makes the label, so that no model may be given them
     partial = False             # True: some of the classes are not there on purpose
     checked = False             # True: every file was looked at (folder.survey)
@@ -118,7 +141,7 @@ class Samples(torch.utils.data.Dataset):
 
     def keep(self, indices):
         """These samples only, in this order."""
-        for key in ("ids", "paths", "labels", "groups", "masks", "points", "boxes", "attributes"):
+        for key in ("ids", "paths", "labels", "groups", "masks", "found", "points", "boxes", "attributes"):
             setattr(self, key, pick(getattr(self, key), indices))
         return self
 
@@ -131,6 +154,33 @@ class Samples(torch.utils.data.Dataset):
     def first(self, n):
         """Keep n samples only, spread evenly: files are often sorted by class. All of them if n is 0."""
         return self.keep([i * len(self) // n for i in range(n)]) if 0 < n < len(self) else self
+
+    def whole(self):
+        """The same pictures without annotations, each squashed whole into the square that a model sees."""
+        other = copy.copy(self)
+        other.pipeline = self.pipeline._replace(evaluate=squash)
+        other.masks = other.points = other.boxes = other.found = other.hidden = None
+        return other
+
+    def marks(self, i, view):
+        """All masks of picture i in one, which is augmented with it: 1 true object, 2 found, 4 hidden, or their sum."""
+        size = view.image.size
+        marks = np.zeros(size[::-1], np.uint8) if view.mask is None else np.uint8(np.asarray(view.mask) > 0)
+        for bit, masks, grid in ((2, self.found, self.found_grid), (4, self.hidden, self.hidden_grid)):
+            if masks is not None:
+                patches = np.unpackbits(masks[i].numpy(), count=math.prod(grid)).reshape(grid)
+                place = (0, 0, *size) if bit == 2 else self.seen(size)
+                layer = Image.new("L", size)
+                layer.paste(Image.fromarray(patches).resize((place[2] - place[0], place[3] - place[1]),
+                                                            Image.Resampling.NEAREST), place[:2])
+                marks = marks + bit * np.asarray(layer)
+        return marks
+
+    def seen(self, size):
+        """What the evaluation view shows of a picture (width, height) -> left, top, right, bottom in whole pixels."""
+        view = View(Image.new("L", size), box=(0, 0, *size))
+        self.pipeline.evaluate(view, self.size)
+        return tuple(round(share * side) for share, side in zip(window(view, self.size), (*size, *size)))
 
     def on_disk(self):
         """Are all images there? Names come from listing the folder, so they are."""
@@ -169,6 +219,11 @@ class Samples(torch.utils.data.Dataset):
         if view.mask and view.mask.size != view.image.size:
             raise UsageError(f"mask {self.masks[i]} is {view.mask.size}, its image {view.image.size}; unpack both "
                              "again")
+        marked = epoch is not None and (self.found is not None or self.hidden is not None)
+        if marked:
+            marks = self.marks(i, view)
+            view.mask = Image.fromarray(marks)
+            view.image = Image.fromarray(np.where(marks[..., None] < 4, np.asarray(view.image), np.uint8(0)))
         if epoch is not None:
             rng = np.random.default_rng([self.seed, epoch, zlib.crc32(os.fsencode(self.ids[i]))])
             self.pipeline.train(view, self.size, rng)
@@ -179,6 +234,11 @@ class Samples(torch.utils.data.Dataset):
                 raise UsageError(f"cannot use image {self.paths[i]}: {error}") from None
         sample = {"label": int(self.labels[i]), "group": int(self.groups[i]), "id": self.ids[i],
                   "image": to_tensor(view.image, self.normalisation)}
+        if marked:
+            marks = np.asarray(view.mask)
+            sample |= {name: torch.from_numpy(marks // bit % 2) for name, bit in (("found", 2), ("hidden", 4))
+                       if getattr(self, name) is not None}
+            view.mask = Image.fromarray(marks % 2) if mask else None
         if view.mask:
             # CUB's masks are soft (how many annotators agree): any agreement is object, as published
             sample["mask"] = torch.from_numpy((np.asarray(view.mask) > 0).astype(np.uint8))

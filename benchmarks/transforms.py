@@ -109,6 +109,15 @@ class View:
             self.box[:2] = (self.box[:2] - corner).clip(0, size)
 
 
+def window(view, size):
+    """What a square view of `size` shows of its picture: view.box, which began as the whole picture (0, 0, w, h), tells.
+
+    -> left, top, right, bottom as shares of the picture's sides. Crops are central.
+    """
+    span = size / view.box[2:]
+    return *(1 - span) / 2, *(1 + span) / 2
+
+
 # ---------------------------------------------------------------- birds, cats and dogs
 def augment(view, size, rng):
     """The published "fine-grained" training pipeline (cub_original), in its order."""

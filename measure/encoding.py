@@ -26,17 +26,21 @@ def check(model, what):
     if not own or not model.predictor or (model.predictor.masking, model.predictor.hardness) != ("early", "hard"):
         raise UsageError(f"--encoding asks what an early, hard mask tells, and {what} has none: leave it out, or name "
                          "a --ckpt of ifam, early-found or early-truth")
+    if model.predictor.mask_with != "patches":
+        raise UsageError(f"--encoding judges which tokens are there, and {what} was trained with --mask-with pixels, "
+                         "which keeps them all: leave it out, or name a --ckpt that was trained without it")
     if model.trim != "none":
         raise UsageError(f"--encoding judges whole patches, and {what} was trained with --trim {model.trim}, which "
                          "paints some of their pixels: leave it out, or name a --ckpt that was trained without --trim")
 
 
 @torch.no_grad()
-def logits_under(predictors, samples, keep, device="cpu", batch=32, workers=0):
+def logits_under(predictors, samples, keep, device="cpu", batch=32, workers=0, rule="half"):
     """What classifiers say of a split under each mask -> {(classifier, mask): logits (n, C)}.
 
     predictors: {name: a function of images and keep, as ifam.Predictor}; keep (n, N): the masks under test. The masks
-    are those of MASKS; "true" only where the samples have them. A random mask depends on the image's name alone.
+    are those of MASKS; "true" only where the samples have them, and by the rule of patch_keep. A random mask depends
+    on the image's name alone.
     """
     own = iter(keep.split(batch))                        # samples come in order
 
@@ -46,7 +50,7 @@ def logits_under(predictors, samples, keep, device="cpu", batch=32, workers=0):
                  "all": None}
         if "mask" in part:
             patch = math.isqrt(images.shape[2] * images.shape[3] // keep.shape[1])
-            masks["true"] = patch_keep(part["mask"].to(device), patch)
+            masks["true"] = patch_keep(part["mask"].to(device), patch, rule)
         return {(name, mask): predictor(images, masks[mask]).float().cpu()
                 for name, predictor in predictors.items() for mask in MASKS if mask in masks}
     return over(samples, measure, batch, workers)
@@ -83,7 +87,7 @@ def measure_encoding(model, evaluator, samples, keep, device="cpu", batch=32, wo
     model, evaluator: anything with a predictor.
     """
     predictors = {"model": model.predictor, "evaluator": evaluator.predictor}
-    logits = logits_under(predictors, samples, keep, device, batch, workers)
+    logits = logits_under(predictors, samples, keep, device, batch, workers, getattr(model, "mask_rule", "half"))
     right = {at: (samples.answers(x) == samples.labels).double() for at, x in logits.items()}
     masks = {}
     for mask in (m for m in MASKS if ("model", m) in logits):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from baselines import FoundMask, RandomMask, TrueMask
 from benchmarks.samples import patch_keep
-from ifam import Predictor, discretize, masked_mean, paint
+from ifam import Predictor, discretize, masked_mean, paint, pixels
 from measure.metrics import accuracies, over
 from measure.probes import FEW, linear_head, linear_probe
 from measure.shape import shape_probes
@@ -74,7 +74,7 @@ def stage2_classifier(model, seen=None):
     seen: a Seen of the model's selector, shared with the other stage.
     """
     features, head = model.predictor.features, model.predictor.head
-    true_keep = lambda truth: None if truth is None else patch_keep(truth[:, 0], model.predictor.backbone.patch)
+    true_keep = lambda truth: None if truth is None else told_keep(model, truth[:, 0])
     if model.trim != "none":
         return trimmed_classifier(model, true_keep, seen or Seen(model.selector))
     if model.needs_truth:
@@ -126,22 +126,24 @@ def classifier_of(model):
     return stage2_classifier(model) if model.predictor else stage1_classifier(model)
 
 
-def pixels(keep, grid, patch):
-    """keep (B, N) -> (B, 1, h*patch, w*patch), each patch filled with its value."""
-    return keep.unflatten(1, grid)[:, None].repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+def told_keep(model, masks):
+    """Masks (B, S, S) as the patches (B, N) that a model is told: by its own rule, or by half of a patch."""
+    return patch_keep(masks, model.predictor.backbone.patch, getattr(model, "mask_rule", "half"))
 
 
 def given(model, batch, device):
     """What a model is told about where the object is in a batch's images -> arguments of its forward, {} for most.
 
-    "keep" (B, N), the true mask as patches, or a random one, for methods that find none; "shown" (B, 1, S, S), the
-    true mask itself, for --trim truth.
+    "keep" (B, N), the true mask as patches, or a random one, for methods that find none, or in training the mask that
+    was found in the clean picture; "shown" (B, 1, S, S), the true mask itself, for --trim truth.
     """
     told = {}
     if isinstance(model, RandomMask):
         told["keep"] = model.of(batch["id"], math.prod(model.predictor.backbone.grid)).to(device)
     if isinstance(model, TrueMask):
-        told["keep"] = patch_keep(batch["mask"].to(device), model.predictor.backbone.patch)
+        told["keep"] = told_keep(model, batch["mask"].to(device))
+    if isinstance(model, FoundMask) and "found" in batch:
+        told["keep"] = told_keep(model, batch["found"].to(device))
     if model.trim == "truth":
         told["shown"] = batch["mask"].to(device)[:, None].float()
     return told
@@ -205,18 +207,23 @@ def largest_gradient(values, images, mixture=None, chunk=32):
     return largest
 
 
-def swap_backgrounds(images, objects, labels=None):
+DONORS = 7                 # so many images lend one a background, at most
+
+
+def swap_backgrounds(images, objects, donors=None):
     """Give images (B, 3, S, S) the background of others. objects (B, 1, S, S) in {0, 1}.
 
-    A pixel outside the object comes from the first of up to 7 other images of the batch that shows background there,
-    and stays as it is where none does. labels (B,): from the first of all others that is of another class, too.
+    A pixel outside the object comes from the first of its donors that shows background there, and stays as it is where
+    none does. donors (B, n): who lends to each image, the first first; by default up to DONORS other images of the
+    batch. An image that is its own donor stays as it is.
     """
+    if donors is None:
+        B = len(images)
+        donors = (torch.arange(B)[:, None] - torch.arange(1, min(B, DONORS + 1))) % B
     swapped, todo = images.clone(), objects == 0
-    for donor in range(1, min(len(images), 8) if labels is None else len(images)):
-        give = todo & (objects.roll(donor, 0) == 0)
-        if labels is not None:
-            give = give & (labels != labels.roll(donor))[:, None, None, None]
-        swapped = torch.where(give, images.roll(donor, 0), swapped)
+    for donor in donors.to(images.device).unbind(1):
+        give = todo & (objects[donor] == 0)
+        swapped = torch.where(give, images[donor], swapped)
         todo = todo & ~give
     return swapped
 

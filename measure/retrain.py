@@ -295,7 +295,16 @@ def on_other_backgrounds(model, part, images):
         objects = shown_under(keep, out.shown, (model.predictor or model.selector).backbone)
     else:
         objects = part["mask"].to(images.device)[:, None].float()
-    return swap_backgrounds(images, objects, part["label"].to(images.device))
+    return swap_backgrounds(images, objects, lenders(part["label"]))
+
+
+def lenders(labels):
+    """The other images of a batch that are of another class, then the image itself: labels (B,) -> indices (B, B - 1).
+    """
+    own = torch.arange(len(labels))[:, None]
+    order = (own - torch.arange(1, len(labels))) % len(labels)
+    other = labels[order] != labels[:, None]
+    return torch.where(other, order, own).gather(1, (~other).long().argsort(dim=1, stable=True))
 
 
 # ---------------------------------------------------------------- all of them

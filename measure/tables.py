@@ -150,8 +150,8 @@ def from_paper(benchmark, row, k):
         titled = {METRICS[metric]: number for metric, number in found.items()}
         rows = {**rows, f"ifam@{parts}": tuple(titled[title] for title in columns)}
     row = re.sub(r" --(k|batch|micro|amp|val-share) \S+", "", row).removesuffix(ON_TEST)   # these the paper varies too
-    if row.split()[0] in GIVEN:                          # the paper pools as published, the ladder as is comparable
-        row = re.sub(r" --pooling \S+", "", row)
+    if row.split()[0] in GIVEN:                          # the paper's are all as published, the ladder is comparable
+        row = re.sub(r" --(pooling|mask-rule|finder) \S+", "", row)
     if not any(name.startswith(row + "@") for name in rows):
         row = re.sub(r" q \S+$", "", row)                # Table 4 has one quantile, which our copy does not name
     known = {int(name.split("@")[1]): numbers for name, numbers in rows.items() if name.startswith(row + "@")}
@@ -174,6 +174,8 @@ def row_name(config):
              *[f"--groups {Path(file or '').name}"] * bool(file)]
     for name, (value, _) in changed.items():
         typed = flag(name)
+        if name == "masktune":                           # the folder is another for each seed
+            value = True
         words.append(typed if value is True else f"--no-{typed[2:]}" if value is False else f"{typed} {value}")
     return " ".join(words)
 
@@ -185,22 +187,31 @@ def crossed(name, split):
     return not benchmark.classes or sum(n > 0 for n in counts) > benchmark.classes
 
 
+MADE = r"groups-(errors|clusters|background)\.csv"        # what groups.py calls its files
+
+
 def supervision(config, report):
     """What a row was given beside images and classes, from the config.json of its run and its report -> dict.
 
-    {"groups", "masks": the splits whose groups or masks it was given, "passes": trainings over the data, "head": was
-    the last layer fitted once more}. Groups of --groups count as groups of training, but for those that a first model
-    made (jtt, george).
+    {"groups", "masks": the splits whose groups or masks it was given, "passes": trainings over the data, "more_epochs":
+    those after the last of them (masktune), "head": was the last layer fitted once more}. Groups of --groups count as
+    groups of training, but for those that a first model made (jtt, george, a file of groups.py).
     """
     objective, name = config.get("objective", RunConfig.objective), config["data"]
-    weighed = objective in ("balanced", "reweight", "group-dro") and (config.get("groups") or crossed(name, "train"))
+    made = objective in MAKES or re.fullmatch(MADE, Path(config.get("groups") or "").name)
+    weighed = objective in ("balanced", "reweight", "group-dro") and not made and (config.get("groups") or
+                                                                                   crossed(name, "train"))
     decision = report.get("intervention", {}).get("decision")
     head = report.get("retrain", {})
     selected = config.get("select") == "worst_group" or decision and chosen_on(decision) == "val" or head.get("groups")
     told = config["method"].endswith("-truth") or config.get("trim") == "truth"
+    boxes = config["method"] == "bbox-erm" or config.get("supervise") == "boxes"
+    taught = config["method"] == "seg-erm" or config.get("supervise") == "masks" or head.get("mask") == "true" or \
+        config.get("swap") and config.get("swap_mask") == "true"
+    masks = ["training", "test"] if told else ["training"] if taught else ["training, as boxes"] * boxes
     return {"groups": ["training"] * bool(weighed) + ["validation"] * bool(selected and crossed(name, "val")),
-            "masks": ["training"] * (told or head.get("mask") == "true") + ["test"] * told,
-            "passes": 1 + (objective in MAKES), "head": bool(head)}
+            "masks": masks, "passes": 1 + bool(made), "more_epochs": int(bool(config.get("masktune"))),
+            "head": bool(head)}
 
 
 def supervision_text(found):
@@ -209,7 +220,8 @@ def supervision_text(found):
     "1 pass + head" where the last layer was fitted once more.
     """
     given = [f"{what}: {', '.join(found[what])}" for what in ("groups", "masks") if found[what]]
-    passes = f"{found['passes']} pass" + "es" * (found["passes"] > 1) + " + head" * found["head"]
+    passes = f"{found['passes']} pass" + "es" * (found["passes"] > 1) + " + 1 epoch" * found["more_epochs"] + \
+        " + head" * found["head"]
     return "; ".join(given + [passes] * (passes != "1 pass")) or "none"
 
 

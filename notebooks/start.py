@@ -52,16 +52,17 @@ def load(name, *splits):
     return found if not splits else some if len(splits) == 1 else [found[split] for split in splits]
 
 
-def train(names, name, *flags, measure=("--leakage", "100"), also=(), folder="sweep"):
+def train(names, name, *flags, measure=("--leakage", "100"), also=(), folder="sweep", retrain=()):
     """Runs of sweep.py on a benchmark -> {name: folder}. What was trained before is taken as it is; else a bar shows.
 
-    flags: of train.py; measure: of evaluate.py; also: benchmarks for evaluation only; folder: as in sweep.plan.
+    flags: of train.py; measure: of evaluate.py; also: benchmarks for evaluation only; folder: as in sweep.plan;
+    retrain: new last layers, whose reports are report-<name>.json.
     """
     if FAST:
         flags, folder = [*flags, "--limit", "32", *["--epochs", "1"] * ("--epochs" not in flags)], f"fast-{folder}"
         measure = ["--leakage", "2"] if also else measure
     mini = ["--mini"] * (MINI and name != "folder")      # pictures of one's own are what they are
-    return sweep.finished(names, ["--data", name, *mini, *flags], folder, measure, also)
+    return sweep.finished(names, ["--data", name, *mini, *flags], folder, measure, also, retrain)
 
 
 def readme_run():

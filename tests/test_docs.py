@@ -10,6 +10,7 @@ import baselines
 import compose
 import data
 import evaluate
+import groups
 import intervene
 import predict
 import miniature
@@ -44,7 +45,7 @@ def flags(cls):
     return found
 
 
-CONFIGS = {"data.py": [data.Config], "train.py": [runs.Config], "evaluate.py": [evaluate.Config], "intervene.py": [intervene.Config], "predict.py": [predict.Config],
+CONFIGS = {"data.py": [data.Config], "train.py": [runs.Config], "evaluate.py": [evaluate.Config], "groups.py": [groups.Config], "intervene.py": [intervene.Config], "predict.py": [predict.Config],
            "compose.py": [compose.Config],
            "speed.py": [speed.Config], "sweep.py": [sweep.Config, runs.Config], "measure.tables": [tables.Config],
            "measure.figures": [figures.Config], "miniature.pretrain": [pretrain.Config],

@@ -15,8 +15,9 @@ from tiny import ROOT
 FLOORS = """
 notebooks
 sweep
-evaluate intervene speed compose miniature.pretrain
+evaluate intervene groups speed compose miniature.pretrain
 train
+augment
 predict
 measure
 interventions

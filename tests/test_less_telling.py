@@ -204,7 +204,7 @@ def test_settings_that_make_no_sense_are_refused_in_one_line(flags, words, tmp_p
     (SimpleNamespace(name="siim", masks=[], masks_tell=True, classes=("healthy", "sick")), "which gives the label away; choose --trim found or none")])
 def test_true_masks_that_are_not_there_or_tell_the_label_trim_nothing(samples, words):
     with pytest.raises(UsageError, match=words):
-        training.give_truth(samples, SimpleNamespace(method="ifam", trim="truth"))
+        training.give_truth(samples, Config(method="ifam", trim="truth"))
 
 
 @pytest.mark.parametrize("settings, words", [(dict(largest=True), "--mask-largest searches its mask"), (dict(trim="truth"), "is told where the object is")])

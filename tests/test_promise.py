@@ -11,6 +11,7 @@ from tiny import fails
 import compose
 import data
 import evaluate
+import groups
 import intervene
 import miniature.__main__ as miniature
 import predict
@@ -39,6 +40,13 @@ PROMISE = [
     (train, (*MINI, "--no-shaping", "--weight-entropy", 1), 2, "means nothing with --no-shaping"),
     (train, (*MINI, "--no-stage1-class", "--weight-class1", 1), 2, "means nothing with --no-stage1-class"),
     (train, (*MINI, "--method", "early-random", "--k", 3), 2, "means nothing to"), (train, (*MINI, "--method", "early-randm"), 2, "did you mean early-random"),
+    (train, (*MINI, "--head", "norm"), 2, "means nothing to --method ifam"), (train, (*MINI, "--method", "erm", "--head", "norms"), 2, "did you mean norm"),
+    (train, (*MINI, "--method", "late-truth", "--mask-with", "pixels"), 2, "means nothing to"), (train, (*MINI, "--method", "early-random", "--head", "norm"), 2, "means nothing to"),
+    (train, (*MINI, "--method", "early-truth", "--finder", "head"), 2, "only to early-found, late-found"), (train, (*MINI, "--method", "erm", "--mask-rule", "centre"), 2, "means nothing to"),
+    (train, (*MINI, "--method", "early-truth", "--mask-rule", "center"), 2, "did you mean centre"), (train, (*MINI, "--method", "late-truth", "--find-in", "view"), 2, "means nothing to"),
+    (train, (*MINI, "--method", "early-found", "--find-in", "view", "--mask-rule", "centre"), 2, "means nothing with --find-in view"),
+    (train, (*MINI, "--method", "aim", "--probe-norm"), 2, "only to ep"), (train, (*MINI, "--method", "ep", "--probe-norm", "--batch", 1), 2, "one alone"),
+    (train, (*MINI, "--method", "ep", "--probe-norm", "--batch", 9, "--micro", 4), 2, "one alone"),
     (train, ("--data", "imagenet", "--draft"), 2, "need all of their pixels"), (train, (*MINI, "--method", "early-truth", "--draft"), 2, "means nothing to"),
     (train, (*MINI, "--film", -1), 2, "at least 0"), (train, (*MINI, "--method", "erm", "--film", 2), 2, "means nothing to"),
     (train, (*MINI, "--method", "frozen", "--checkpoint"), 2, "means nothing to"), (train, (*MINI, "--checkpoint", 1), 2, "unknown flag"),
@@ -56,6 +64,14 @@ PROMISE = [
     (train, ("--data", "folder"), 2, "--root"), (train, ("--data", "folder", "--root", FILE), 2, "not a folder"), (train, ("--data", "folder", "--root", "."), 2, "expected"),
     (train, ("--data", "folder", "--mini"), 2, "--recipe mini"), (train, ("--recipe", "papr"), 2, "did you mean paper"), (train, ("--arch", "mini", "--size", 96), 2, "--weights mini"),
     (train, (*MINI, "--method", "erm", "--recipe", "mini", "--k", 3), 2, "means nothing to"), (train, (*MINI, "--arch", "s", "--size", 98), 2, "--arch mini"),
+    (train, (*MINI, "--swap", 1.5), 2, "at most 1"), (train, (*MINI, "--swap-mask", "own"), 2, "without --swap"), (train, (*MINI, "--swap", 0.5, "--swap-mask", "owm"), 2, "did you mean own"),
+    (train, (*MINI, "--method", "erm", "--swap", 0.5, "--swap-mask", "own"), 2, "finds no mask of its own"), (train, (*MINI, "--method", "early-random", "--swap", 1), 2, "means nothing to"),
+    (train, (*MINI, "--swap", 0.5, "--swap-mask", "found", "--weights", "none"), 2, "give --weights"), (train, (*MINI, "--swap", 0.5, "--batch", 1), 2, "larger --batch"),
+    (train, ("--masktune", "nowhere"), 2, "no such file"), (train, ("--masktune", FILE), 2, FILE), (train, ("--masktune", ""), 2, "--masktune is empty"), (train, (*MINI, "--method", "erm", "--hide-with", "pixels"), 2, "without --masktune"),
+    (train, (*MINI, "--masktune-lr", 1), 2, "without --masktune"), (train, ("--masktun", "x"), 2, "did you mean --masktune"),
+    (train, (*MINI, "--weight-mask", 1), 2, "without --supervise"), (train, (*MINI, "--method", "erm", "--supervise", "masks"), 2, "means nothing to"), (train, (*MINI, "--supervise", "mask"), 2, "did you mean masks"),
+    (train, (*MINI, "--method", "pdiscoformer", "--weight-complement", 1), 2, "means nothing to"), (train, (*MINI, "--weight-complement", -1), 2, "at least 0"),
+    (train, (*MINI, "--method", "seg-erm", "--k", 3), 2, "means nothing to"), (train, (*MINI, "--method", "seg-erm", "--draft"), 2, "means nothing to"), (train, (*MINI, "--method", "box-erm"), 2, "did you mean bbox-erm"),
     (train, (*MINI, "--objective", "grop-dro"), 2, "did you mean group-dro"), (train, (*MINI, "--groups", FILE), 2, "means nothing with --objective erm"),
     *((train, (*MINI, "--objective", name), 2, f"groups.py --ckpt runs/<name>/best.pt --by {by}") for name, by in (("jtt", "errors"), ("george", "clusters"))),
     (train, (*MINI, "--objective", "jtt", "--groups", FILE), 2, "has no column id"), (train, (*MINI, "--objective", "balanced", "--groups", "nowhere.csv"), 2, "no such file"),
@@ -80,6 +96,12 @@ PROMISE = [
     (evaluate, ("--ckpt", FILE, "--per-part"), 2, FILE), (evaluate, ("--ckpt", FILE, "--per-part", 3), 2, "unknown flag 3"), (intervene, ("--ckpt", FILE, "--q", 1), 2, "below 1"),
     (intervene, ("--ckpt", FILE, "--score", "angle"), 2, "unknown --score"),
     (intervene, ("--ckpt", FILE, "--tolerance", "inf"), 2, "finite"), (intervene, ("--ckpt", FILE, "--drop", "all"), 2, "invalid int"),
+    # groups.py
+    *((groups, flags, 2, words) for flags, words in (
+        ((), "--ckpt"), (("--ckpt", FILE), "--by"), (("--ckpt", FILE, "--by", "error"), "did you mean errors"), (("--ckpt", "nowhere.pt", "--by", "errors"), "no such file"),
+        (("--ckpt", FILE, "--by", "background"), FILE), (("--ckpt", FILE, "--by", "clusters", "--clusters", 1), "take 2"),
+        (("--ckpt", FILE, "--by", "clusters", "--clusters", 1000), "at most"), (("--ckpt", FILE, "--by", "errors", "--clusters", 2), "means nothing with"),
+        (("--ckpt", FILE, "--by", "errors", "--out", FILE), ".csv"), (("--ckpt", FILE, "--by", "errors", "--out", "nowhere/g.csv"), "no folder"))),
     # predict.py
     (predict, (), 2, "images"), (predict, (FILE,), 2, "give either --ckpt"), (predict, (FILE, "--ckpt", "x.pt", "--weights", "mini"), 2, "give either --ckpt"),
     (predict, (FILE, "--weights", "mini", "--explain"), 2, "needs a trained model"), (predict, (FILE, "--ckpt", "nowhere.pt"), 2, "no such file"),
@@ -91,7 +113,7 @@ PROMISE = [
     (sweep, (), 2, "what"), (sweep, ("lader", *MINI), 2, "did you mean ladder"), (sweep, ("erm", *MINI, "--seeds", 0), 2, "at least 1"),
     (sweep, ("early-truth", "erm", "--data", "folder", "--recipe", "mini", "--k", 2), 2, "means nothing to"),
     (sweep, ("erm", *MINI, "--seed", 1), 2, "decided by the sweep"), (sweep, ("erm", *MINI, "--epochs", 0), 2, "at least 1"),
-    (sweep, ("erm", *MINI, "--also", "waterbird200"), 2, "leave it out"), (sweep, ("erm", "--data", "mars"), 2, "unknown --data"),
+    (sweep, ("erm-jt", *MINI), 2, "did you mean erm-jtt"), (sweep, ("erm", *MINI, "--also", "waterbird200"), 2, "leave it out"), (sweep, ("erm", "--data", "mars"), 2, "unknown --data"),
     # speed.py
     (speed, ("--rounds", 0), 2, "at least 1"), (speed, ("--scale", "--training"), 2, "one at a time"), (speed, ("--keep", 0.5), 2, "means nothing"),
     (speed, ("--training", "--keep", 2), 2, "at most 1"), (speed, ("--arch", "huge"), 2, "no architecture"), (speed, ("--size", 15), 2, "multiple"),

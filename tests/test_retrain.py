@@ -214,7 +214,7 @@ def test_backgrounds_are_those_of_other_classes_and_objects_stay_as_they_are():
     images = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 4, 4)
     objects = torch.zeros(6, 1, 4, 4)
     objects[:, :, :2, :2] = 1
-    swapped = leakage.swap_backgrounds(images, objects, labels)
+    swapped = leakage.swap_backgrounds(images, objects, R.lenders(labels))
     inside = (objects == 1).expand_as(images)
     assert torch.equal(swapped[inside], images[inside])
     donors = swapped[:, 0, 3, 3].long()

@@ -31,14 +31,27 @@ def commands(tmp_path, monkeypatch):
         if str(out) in broken:
             return subprocess.CompletedProcess(command, 1, stderr="error: it broke\n")
         out.mkdir(parents=True, exist_ok=True)
-        if script == "train.py":
-            (out / "log.jsonl").write_text('{"step": 3}\n{"step": 4, "finished": true}\n')
+        if script == "groups.py":
+            grouped(out, command[command.index("--by") + 1])
+        elif script == "train.py":
+            of = Path(command[command.index("--groups") + 1]).with_suffix(".json") if "--groups" in command else None
+            first = {"step": 0, "images": {"groups": json.loads(of.read_text())["digest"]} if of else {}}
+            (out / "log.jsonl").write_text(json.dumps(first) + '\n{"step": 3}\n{"step": 4, "finished": true}\n')
         else:
             write_run(out, *recorded(called, out), report="report-waterbird200.json" if "--data" in command else "report.json")
         return subprocess.CompletedProcess(command, 0)
     monkeypatch.setattr(sweep.subprocess, "run", call)
     monkeypatch.setattr(sweep, "run", lambda command: call(command).returncode)
     return called, broken
+
+
+def grouped(folder, by, content="id,group\n1,right\n2,wrong\n"):
+    """Write what groups.py would, of the best.pt that is there."""
+    file = folder / f"groups-{by}.csv"
+    file.write_text(content)
+    best = runs.hash_of(folder / "best.pt") if (folder / "best.pt").is_file() else ""
+    said = {"checkpoint": {"file": "best.pt", "sha256": best}, "by": by, "sha256": runs.hash_of(file), "digest": [2, content]}
+    file.with_suffix(".json").write_text(json.dumps(said))
 
 
 def recorded(called, out):
@@ -165,6 +178,126 @@ def test_a_folder_whose_settings_are_torn_is_refused(content, commands, capsys):
     Path("runs/waterbirds-mini-sweep/ifam-0").mkdir(parents=True)
     Path("runs/waterbirds-mini-sweep/ifam-0/config.json").write_bytes(content.encode("latin-1"))
     assert "ifam-0/config.json" in fails(sweep.main, "ifam", *MINI)(capsys)
+
+
+# ---------------------------------------------------------------- runs of two passes
+def test_every_objective_comes_with_plain_fine_tuning_and_with_ifam_and_first_passes_come_first():
+    for method in ("erm", "ifam"):
+        assert {f"{method}{x}" for x in ("", "-balanced", "-reweight", "-group-dro", "-jtt", "-george", "-background-dro", "-swap-true",
+                                         "-swap-found")} <= set(sweep.SETS["objectives"])
+    assert "ifam-swap-own" in sweep.SETS["objectives"] and "erm-swap-own" not in sweep.SETS["objectives"]
+    assert list(sweep.choose(["ifam-jtt", "erm-george", "erm", "erm-background-dro"])) == ["erm-first", "ifam-jtt", "erm", "erm-george", "ifam",
+                                                                                           "erm-background-dro"]
+    planned = {Path(cfg.out).name: (cfg, typed) for cfg, typed in sweep.plan(["objectives"], 2, MINI)}
+    names = list(planned)
+    for name, (cfg, typed) in planned.items():
+        if cfg.groups:
+            first = Path(cfg.groups).parent.name
+            assert names.index(first) < names.index(name) and first[-2:] == name[-2:] and typed[typed.index("--groups") + 1] == cfg.groups
+            assert sweep.first_pass(cfg) == Path(planned[first][0].out)
+    assert planned["erm-jtt-1"][0].groups == planned["ifam-jtt-1"][0].groups == "runs/waterbirds-mini-sweep/erm-first-1/groups-errors.csv"
+    assert sweep.first_pass(sweep.plan(["erm"], 1, [*MINI, "--objective", "group-dro", "--groups", "mine.csv"])[0][0]) is None
+
+
+@pytest.mark.parametrize("flags, epochs, first", [(MINI, 1, "erm-first"), (["--data", "waterbirds"], 18, "erm-first"), ([*MINI, "--epochs", "1"], 1, "erm")])
+def test_the_first_model_of_jtt_trains_for_a_fifth_and_is_plain_fine_tuning_where_that_is_all(flags, epochs, first):
+    (one, _), (two, _) = sweep.plan(["erm-jtt"], 1, flags)
+    assert one.epochs == epochs and Path(one.out).name == f"{first}-0" and Path(two.groups).parent == Path(one.out)
+
+
+def test_a_chain_trains_groups_and_trains_again_and_does_nothing_the_second_time(commands, capsys):
+    called, _ = commands
+    sweep.main(["erm-jtt", "ifam-background-dro", *MINI])
+    assert [(script, Path(out).name) for script, out, _ in called] == [
+        ("train.py", "erm-first-0"), ("evaluate.py", "erm-first-0"), ("groups.py", "erm-first-0"), ("train.py", "erm-jtt-0"), ("evaluate.py", "erm-jtt-0"),
+        ("train.py", "ifam-0"), ("evaluate.py", "ifam-0"), ("groups.py", "ifam-0"), ("train.py", "ifam-background-dro-0"),
+        ("evaluate.py", "ifam-background-dro-0")]
+    assert [c[c.index("--by") + 1] for script, _, c in called if script == "groups.py"] == ["errors", "background"]
+    assert all("--resume" not in c for _, _, c in called) and "--groups groups-background.csv" in capsys.readouterr().out
+    called.clear()
+    sweep.main(["erm-jtt", "ifam-background-dro", *MINI])
+    assert not called and capsys.readouterr().out.count(": finished") == 4
+
+
+def test_masktune_goes_on_from_the_run_of_its_method_which_comes_first(commands):
+    called, _ = commands
+    sweep.main(["ifam-masktune", *MINI, "--seeds", "2"])
+    assert [(script, Path(out).name) for script, out, _ in called] == [(s, f"{n}-{seed}") for seed in (0, 1) for n in ("ifam", "ifam-masktune")
+                                                                         for s in ("train.py", "evaluate.py")]
+    typed = called[2][2]
+    assert typed[typed.index("--masktune") + 1] == "runs/waterbirds-mini-sweep/ifam-0"
+    (one, _), (two, _) = sweep.plan(["ifam-masktune"], 1, MINI)
+    assert runs.differences(runs.plain(vars(one)), two).keys() == {"masktune"} and sweep.first_pass(two) == Path(one.out)
+
+
+def test_new_last_layers_are_measured_where_they_are_asked_for(commands):
+    cfg, flags = sweep.plan(["erm"], 1, MINI)[0]
+    measured = sweep.commands(cfg, flags, measure=["--leakage", "2"], retrain=["dfr", "afr"])[1:]
+    assert [c[c.index("--leakage") + 2:] for c in measured] == [[], ["--retrain", "dfr"], ["--retrain", "afr"]]
+    folder = Path(cfg.out)
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text('{"step": 4, "finished": true}\n')
+    for name in ("report", "report-dfr"):
+        (folder / f"{name}.json").write_text('{"split": "test"}')
+    left, = sweep.commands(cfg, flags, retrain=["dfr", "afr"])
+    assert left[-2:] == ["--retrain", "afr"]
+
+
+def test_groups_of_another_checkpoint_are_made_again_and_a_run_of_other_groups_starts_again(commands):
+    called, _ = commands
+    (one, _), (cfg, typed) = sweep.plan(["erm-jtt"], 1, MINI)
+    first, folder = Path(one.out), Path(cfg.out)
+    left = lambda: [Path(c[1]).name + " --resume" * ("--resume" in c) for c in sweep.commands(cfg, typed)]
+    first.mkdir(parents=True)
+    (first / "best.pt").write_bytes(b"weights")
+    (first / "log.jsonl").write_text('{"step": 4, "finished": true}\n')
+    assert left() == ["groups.py", "train.py", "evaluate.py"]
+    grouped(first, "errors")
+    assert left() == ["train.py", "evaluate.py"]
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(runs.plain(vars(cfg))))
+    assert left() == ["train.py --resume", "evaluate.py"]                        # killed before it wrote a line
+    content = "id,group\n1,right\n2,wrong\n"
+    log = lambda digest: (folder / "log.jsonl").write_text(json.dumps({"step": 0, "images": {"groups": digest}}) + '\n{"step": 4, "finished": true}\n')
+    log([2, content])
+    (folder / "report.json").write_text('{"split": "test"}')
+    assert left() == []
+    log([2, "others"])
+    assert left() == ["train.py", "evaluate.py"]         # not --resume, which would refuse: the old run is moved aside
+    log([2, content])
+    (first / "best.pt").write_bytes(b"other weights")
+    assert left() == ["groups.py", "train.py", "evaluate.py"]
+    grouped(first, "errors")
+    assert left() == []                                  # they came out the same
+    (first / "groups-errors.csv").write_text("id,group\n1,wrong\n2,wrong\n")
+    assert left() == ["groups.py", "train.py", "evaluate.py"]
+    grouped(first, "errors")
+    (first / "log.jsonl").write_text('{"step": 2}\n')    # best.pt is one on the way
+    assert left() == ["groups.py", "train.py", "evaluate.py"]
+
+
+def test_a_run_whose_first_pass_failed_is_left_out_and_the_others_go_on(commands, capsys):
+    called, broken = commands
+    broken.add("runs/waterbirds-mini-sweep/erm-first-0")
+    with pytest.raises(RunError, match="2 of 3 runs failed.*erm-first-0, .*erm-jtt-0"):
+        sweep.main(["erm-jtt", "erm", *MINI])
+    assert "left out, for it needs runs/waterbirds-mini-sweep/erm-first-0" in capsys.readouterr().err
+    assert {Path(out).name for _, out, _ in called} == {"erm-first-0", "erm-0"}
+
+
+def test_a_notebook_gets_chained_runs_in_their_order_and_is_told_which_failed(commands):
+    called, broken = commands
+    found = sweep.finished(["erm-george", "erm-jtt"], MINI)
+    assert list(found) == ["erm", "erm-george", "erm-first", "erm-jtt"]
+    order = [(script, Path(out).name) for script, out, _ in called]
+    for first, second in (("erm-0", "erm-george-0"), ("erm-first-0", "erm-jtt-0")):
+        assert order.index(("train.py", first)) < order.index(("groups.py", first)) < order.index(("train.py", second))
+    called.clear()
+    assert sweep.finished(["erm-george", "erm-jtt"], MINI) == found and not called
+    broken.add("runs/waterbirds-mini-fresh/erm-0")
+    with pytest.raises(RunError, match="erm-0 failed"):
+        sweep.finished(["erm-george"], MINI, "fresh")
+    assert not any("erm-george" in out for _, out, _ in called)
 
 
 # ---------------------------------------------------------------- flags that some methods have

@@ -215,7 +215,9 @@ def test_what_cannot_be_put_in_a_table_is_named(tmp_path, capsys):
     (("--objective", "jtt", "--groups", "a/errors.csv", "--upweight", "20"), "ifam --objective jtt --groups errors.csv --upweight 20.0", "2 passes"),
     (("--objective", "george", "--groups", "a/clusters.csv"), "ifam --objective george --groups clusters.csv", "2 passes"),
     (("--method", "early-truth", "--objective", "reweight"), "early-truth --objective reweight", "groups: training; masks: training, test"),
-    (("--trim", "truth"), "ifam --trim truth", "masks: training, test")])
+    (("--trim", "truth"), "ifam --trim truth", "masks: training, test"), (("--method", "seg-erm"), "seg-erm", "masks: training"), (("--method", "bbox-erm"), "bbox-erm", "masks: training, as boxes"),
+    (("--supervise", "masks"), "ifam --supervise masks", "masks: training"), (("--supervise", "boxes"), "ifam --supervise boxes", "masks: training, as boxes"),
+    (("--swap", "0.5"), "ifam --swap 0.5", "masks: training"), (("--swap", "0.5", "--swap-mask", "own"), "ifam --swap 0.5 --swap-mask own", "none"), (("--weight-complement", "4"), "ifam --weight-complement 4.0", "none")])
 def test_every_row_says_what_supervision_it_had(flags, row, given, tmp_path):
     write_run(tmp_path / "a", *flags)
     (_, name, _, _, report), = tables.read_run(tmp_path / "a")
@@ -224,6 +226,14 @@ def test_every_row_says_what_supervision_it_had(flags, row, given, tmp_path):
     if not flags:                                        # a run from before there were objectives
         write_json(tmp_path / "a" / "config.json", {key: x for key, x in config.items() if key not in ("objective", "groups", "select")})
         assert tables.read_run(tmp_path / "a")[0][1:] == (name, 0, 4, report)
+
+
+def test_a_run_of_masktune_took_an_epoch_more_and_its_row_does_not_name_the_folder(tmp_path):
+    write_run(tmp_path / "a", "--method", "erm")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    write_json(tmp_path / "a" / "config.json", config | {"masktune": "runs/waterbirds-mini-erm"})
+    (_, name, _, _, report), = tables.read_run(tmp_path / "a")
+    assert (name, tables.supervision_text(report["supervision"])) == ("erm --masktune", "1 pass + 1 epoch")
 
 
 def test_a_correction_that_was_decided_on_validation_has_seen_its_groups():
