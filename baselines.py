@@ -271,7 +271,6 @@ class FoundMask(ERM):
         """The finder gets the backbone's weights; once they are loaded, and never again."""
         self.finder.load_state_dict(self.predictor.backbone.state_dict())
 
-    @torch.no_grad()
     def look(self, images):
         """images (B, 3, S, S) -> keys of the finder's last block (B, N, D), and the mask of the seed step (B, N)."""
         with torch.autocast(images.device.type, enabled=False):                  # a threshold: not in bf16

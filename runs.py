@@ -217,7 +217,7 @@ class Config:
 # of the blocks of stage 1.
 MINI = dict(arch="mini", size=96, weights="mini", k=4, epochs=2, batch=8, lr=7e-4, lr_tokens=1e-5, lr_prototypes=2.5e-3,
             lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, presence_window=3, weight_variation=0.33,
-            workers=0, film=4)
+            dro_step=0.02, workers=0, film=4)
 SMALLER = ("selector_size", "selector_arch")
 SMALL = {"fast": (Fraction(3, 4), Fraction(1, 2)), "faster": (Fraction(2, 3), Fraction(1, 3))}
 # A setting, and what switches it off: --no-shaping every loss but those of the classes.
@@ -256,7 +256,8 @@ def preset(typed, earlier=None):
             raise UsageError(f"{flag(name)} means nothing without {flag(other)}: add {example}, or leave it out")
     for name in [name for name in earlier or {} if not has(known["method"], name)]:
         del earlier[name]                                # of another method than that of --config
-    own = objectives.defaults(typed, {} if earlier is None else earlier, known.get("objective", Config.objective))
+    objective = known.get("objective", Config.objective)
+    own = objectives.defaults(typed, {} if earlier is None else earlier, objective)
     if known["data"] not in data.BENCHMARKS:             # parse() says so
         return {}
     recipe = known.get("recipe") or usual_recipe(known["mini"])
@@ -266,7 +267,8 @@ def preset(typed, earlier=None):
     settings = {**of_recipe(recipe, {**(earlier or {}), **typed}, known), **own}
     if known["method"] in GIVEN:                         # early and late read the same, so that one thing differs
         settings = {**settings, "pooling": "mean"}
-    return {"recipe": recipe, **{name: x for name, x in settings.items() if has(known["method"], name)}}
+    return {"recipe": recipe, **{name: x for name, x in settings.items() if has(known["method"], name)
+                                 and objective in objectives.TAKES.get(name, (objective,))}}
 
 
 def of_masktune(typed, earlier):

@@ -43,7 +43,7 @@ class Fixed:
     """Labels and groups without images."""
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     groups = torch.tensor([0, 0, 0, 1, 2, 3, 3, 3])
-    group_names = ["a", "b", "c", "d"]
+    group_names, places = ["a", "b", "c", "d"], ()
     answers = staticmethod(lambda logits: logits.argmax(1))
 
 
@@ -173,7 +173,7 @@ def test_the_late_classifier_under_test_is_stage_1_itself(trained, test_split):
 def test_two_stages_measured_together_have_the_numbers_of_each_alone_and_share_what_stage_1_sees(trained, test_split):
     model, _ = runs.load_model(trained / "best.pt")
     calls, plain = [], model.selector.backbone.forward
-    model.selector.backbone.forward = lambda images: calls.append(len(images)) or plain(images)
+    model.selector.backbone.forward = lambda images, *keep: calls.append(len(images)) or plain(images, *keep)
     stages = leakage.stage2_classifier, leakage.stage1_classifier
     measure = lambda classifiers: leakage.measure_leakage(classifiers, test_split, model.selector.backbone, count=16)
     alone = [measure([stage(model)])[0] for stage in stages]

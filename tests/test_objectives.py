@@ -16,6 +16,7 @@ import runs
 import train
 from benchmarks.files import read_groups, write_groups
 from benchmarks.samples import AGAIN, Plan, Samples
+from ifam import Output
 from measure.metrics import accuracies
 from settings import Stopped, UsageError, parse
 from test_train import same_step
@@ -101,7 +102,7 @@ def test_weights_that_do_not_move_give_the_mean_of_the_means_of_groups(step):
     dro.step = 0.0
     batch = dro.of(torch.arange(12))
     torch.testing.assert_close(class_losses(batch, labels, logits), means(*step).mean())
-    dro.update(objectives.group_losses(SimpleNamespace(logits=logits), labels, batch["member"]))
+    dro.update(objectives.group_losses(Output(logits), labels, batch["member"]))
     assert torch.equal(dro.q, torch.full((4,), 0.25, dtype=torch.float64))
     torch.testing.assert_close(dro.losses.float(), means(*step).detach())
 
@@ -135,14 +136,14 @@ def test_a_group_that_is_absent_does_not_move_and_counts_nothing(step):
     there = (groups != 2).nonzero()[:, 0]
     batch = dro.of(there)
     torch.testing.assert_close(class_losses(batch, labels[there], logits[there]), means(groups[there], labels[there], logits[there]).sum() / 4)
-    dro.update(objectives.group_losses(SimpleNamespace(logits=logits[there]), labels[there], batch["member"]))
+    dro.update(objectives.group_losses(Output(logits[there]), labels[there], batch["member"]))
     others = dro.log_q[[0, 1, 3]] - dro.log_q[2]
     torch.testing.assert_close(others, dro.step * (means(groups[there], labels[there], logits[there]).detach().double() + dro.adjustment[[0, 1, 3]]))
     assert dro.record()["groups"]["group 2"]["loss"] is None
 
 
 def test_eta_is_the_published_one_times_the_published_steps_over_those_of_the_run():
-    assert objective((2, 2), "--objective", "group-dro", steps=11_100).step == pytest.approx(0.01)
+    assert objective((2, 2), "--objective", "group-dro", "--dro-step", 0, steps=11_100).step == pytest.approx(0.01)
     assert objective((2, 2), "--objective", "group-dro", steps=600).step == pytest.approx(0.185)
     assert "0.185 = 0.01 * 11,100 / 600 steps" in str(objective((2, 2), "--objective", "group-dro", steps=600))
     assert objective((2, 2), "--objective", "group-dro", "--dro-step", 0.5, steps=600).step == 0.5

@@ -89,7 +89,7 @@ def test_the_part_of_a_picture_that_is_seen_is_where_it_is_said_to_be(pipeline, 
 
 def test_a_squashed_picture_is_seen_whole(model, samples):
     image = Image.open(samples.paths[0]).resize((300, 100))
-    assert predict.open_picture(image, 96).seen == (100, 0, 200, 100)
+    assert predict.open_picture(image, 96).seen == pytest.approx((100, 0, 200, 100))
     whole = predict.open_picture(image, 96, squashed=True)
     assert whole.seen == (0, 0, 300, 100) and whole.image.shape == (3, 96, 96)
     assert torch.equal(predict.on(model, [image], squashed=True).logits, predict.on(model, [whole]).logits)
@@ -150,7 +150,7 @@ def test_every_method_predicts_and_shows_what_it_has(method, saved, samples, tmp
     predict.main([str(f) for f in flags])
     (row,) = json.loads((tmp_path / "out/predictions.json").read_text())["pictures"]
     assert ("parts" in row) == ("without" in row) == (method in ("ifam", "pdiscoformer")) and ("stage1" in row) == (method == "ifam")
-    assert ("kept" in row) == (method not in ("erm", "frozen", "ep", "aim", "early-random")) and "best" not in row
+    assert ("kept" in row) == (method not in ("erm", "frozen", "ep", "aim", "early-random", "seg-erm", "bbox-erm")) and "best" not in row
     with np.load(row["arrays"]) as arrays:
         logits = torch.from_numpy(arrays["logits"])
         assert row["probability"] == pytest.approx(logits.softmax(0).max().item(), abs=1e-6) and row["prediction"] == arrays["classes"][logits.argmax()]
