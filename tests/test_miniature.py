@@ -11,7 +11,7 @@ from PIL import Image
 
 import miniature
 import settings
-from miniature import scenes
+from miniature import scenes, siim
 from settings import UsageError
 from tiny import killed_while_drawing
 
@@ -154,6 +154,17 @@ def test_pretraining_scenes_repeat_and_hold_one_creature_each():
     assert ((drawn[..., 3] > 0).mean((1, 2)) > 0.02).all() and not (drawn[0] == drawn[1]).all()
     assert (parts[drawn[..., 3] == 255] > 0).all() and (parts[drawn[..., 3] == 0] == 0).all()
     assert {scenes.BODY_PLAN[i] for i in np.unique(parts)} == set(scenes.BODY_PLAN)
+
+
+def test_pretraining_chests_repeat_and_tube_and_disease_are_independent(monkeypatch):
+    chests, parts = siim.pretraining_chests(8, seed=3, size=48)
+    assert parts is None and chests.shape == (8, 48, 48, 4) and (chests[:4] == siim.pretraining_chests(4, seed=3, size=48)[0]).all()
+    assert (0.05 < (chests[..., 3] > 127).mean((1, 2))).all() and (chests[..., 0] == chests[..., 2]).all()
+    drawn, chest = [], siim.chest
+    monkeypatch.setattr(siim, "chest", lambda rng, size, disease, tube, *more: drawn.append((disease, tube)) or chest(rng, size, disease, tube, *more))
+    for i in range(80):
+        siim.pretraining_chest(i, 3, 48)
+    assert all(8 < drawn.count(both) < 34 for both in ((0, 0), (0, 1), (1, 0), (1, 1)))
 
 
 def test_a_pair_shows_the_same_creature_twice_in_other_colours_and_poses():
