@@ -475,12 +475,15 @@ def group_bars(groups, path=None, chance=None):
     """
     names = [g for g, x in next(iter(groups.values())).items() if x["n"]]
     figure, axis = plt.subplots(figsize=(min(max(6, 1.9 * len(names)), 10), 3.2), layout="constrained")
-    width = 0.8 / len(groups)
+    width, before = 0.8 / len(groups), []
     for i, (model, found) in enumerate(groups.items()):
+        style = bar_style(model, i)
         share = np.array([found[g]["accuracy"] for g in names])
         low, high = np.transpose([wilson(found[g]["accuracy"], found[g]["n"]) for g in names])
         axis.bar(np.arange(len(names)) + (i - (len(groups) - 1) / 2) * width, share, width * 0.92, label=model,
-                 yerr=np.maximum([share - low, high - share], 0), capsize=2, error_kw=dict(lw=1), **bar_style(model, i))
+                 yerr=np.maximum([share - low, high - share], 0), capsize=2, error_kw=dict(lw=1), **style,
+                 alpha=0.55 ** before.count(style))      # lighter, where a kind of mask comes again
+        before.append(style)
     few = len(names) < 5
     axis.set_xticks(range(len(names)), [short(g) if few else short(g).replace("\n", "") for g in names], fontsize=TEXT,
                     **({} if few else dict(rotation=20, ha="right")))
