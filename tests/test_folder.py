@@ -321,7 +321,9 @@ def test_mini_is_the_recipe_mini_on_drawings():
         assert but(settings("--data", name, "--mini"), "mini", "out") == but(settings("--data", name, "--recipe", "mini"), "mini", "out")
     assert settings().recipe == "paper" == settings("--mini", "--recipe", "paper").recipe and settings("--mini").recipe == "mini"
     assert but(settings("--recipe", "paper")) == but(settings()) and settings("--recipe", "mini", "--epochs", 7).epochs == 7
-    assert all(getattr(settings("--data", "folder", "--recipe", "mini"), name) == value for name, value in runs.MINI.items())
+    plain = settings("--data", "folder", "--recipe", "mini")
+    assert {name: getattr(plain, name) for name in runs.MINI} == {**runs.MINI, "dro_step": 0}      # group-dro and george alone have a step
+    assert settings("--mini", "--objective", "group-dro").dro_step == runs.MINI["dro_step"]
 
 
 @pytest.mark.parametrize("flags, size, arch", [
