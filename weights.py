@@ -212,9 +212,9 @@ def refuse_by_name(name, arch, registers=4):
         raise UsageError(f"--weights dinov3 has 4 registers (storage tokens), not {registers}: leave out --registers")
     if name == "dinov2" and registers not in (0, 4):
         raise UsageError(f"--weights dinov2 has 4 registers or none: --registers {registers} fits neither")
-    if name in MINIATURES and arch != name:
+    if name in MINIATURES and arch != (own := name.removesuffix("-parts")):
         raise UsageError(f"--weights {name} is a small backbone of the miniatures and does not fit --arch {arch}: add "
-                         f"--arch {name}, or choose other --weights")
+                         f"--arch {own}, or choose other --weights")
     if name == "rad-dino" and (arch != "b" or registers):
         raise UsageError("--weights rad-dino is a ViT-B without registers: add --arch b --registers 0")
 

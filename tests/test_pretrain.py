@@ -15,8 +15,9 @@ from benchmarks import transforms
 from benchmarks.samples import patch_keep
 from miniature.objects import Frame
 from miniature.scenes import pretraining_scenes
+from runs import read_checkpoint
 from settings import parse
-from tiny import ROOT, fails
+from tiny import ROOT, fails, train as run_train
 from weights import MINIATURES, load_backbone, read_file
 
 TINY = ["--scenes", "40", "--steps", "4", "--batch", "4", "--words", "6", "--every", "2", "--device", "cpu"]
@@ -211,6 +212,15 @@ def test_the_committed_file_is_small_and_measures_as_written_beside_it(name):
     found = pretrain.measures(vit, images, objects, torch.from_numpy(parts))
     for name, value in found.items():
         assert value == pytest.approx(made[name], abs=0.02), name
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_a_run_starts_from_the_committed_file_of_this_name(name, tmp_path):
+    arch = "mini-rotary" if "rotary" in name else "mini"
+    out = run_train(tmp_path / "run", "--weights", name, "--arch", arch, "--epochs", 1, "--lr", 0, "--lr-tokens", 0)
+    trained, start = read_checkpoint(out / "best.pt")["model"], read_file(MINIATURES[name], "weights")
+    assert all(torch.equal(trained[f"{stage}.backbone.{key}"], value.float()) for key, value in start.items() for stage in ("selector", "predictor"))
+    assert json.loads((out / "config.json").read_text())["weights"] == name
 
 
 # ---------------------------------------------------------------- pairs and parts
