@@ -375,7 +375,7 @@ class PDiscoFormer(IFAM):
 # ---------------------------------------------------------------- settings -> model
 GIVEN = ("early-truth", "late-truth", "early-found", "late-found")               # methods whose mask is not learned
 PRETRAINED = ("frozen", "ep", "aim", "early-found", "late-found")                # a random backbone cannot serve these
-SEGMENT = ("seg-erm", "bbox-erm")                        # methods whose patches answer, taught by masks
+SEGMENT = {"seg-erm": "masks", "bbox-erm": "boxes"}      # methods whose patches answer, and what teaches them
 METHODS = ("ifam", "pdiscoformer", "erm", "frozen", "ep", "aim", *SEGMENT, *GIVEN, "early-random")
 TAKES = {   # settings that only these methods have; all others have no such thing, and refuse the flag
     **dict.fromkeys(("k", "backgrounds", "tau", "part_dropout1", "train_tokens", "shaping", "presence_window",

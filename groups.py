@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import data
 from benchmarks.files import digest_of_groups, write_groups
 from benchmarks.samples import evenly
-from ifam import masked_mean
+from ifam import masked_mean, regrid
 from measure.metrics import ari, over
 from measure.retrain import read_by_head
 from predict import OnCheckpoint, own_splits, predict
@@ -132,8 +132,7 @@ def backgrounds(model, samples, device="cpu", batch=32, workers=0):
     def measure(part):
         images = part["image"].to(device)
         kept = model.mask(selector(images))
-        own = F.interpolate(kept.unflatten(1, model.grid)[:, None], selector.backbone.grid, mode="nearest-exact")
-        refused = 1 - own.flatten(1)
+        refused = 1 - regrid(kept[:, None], model.grid, selector.backbone.grid)[:, 0]
         patches = selector.backbone(selector.shrink(images), refused)[:, selector.backbone.prefix:]
         return {"features": masked_mean(patches, refused).float().cpu(), "share": refused.mean(1).cpu()}
     found = over(samples, measure, batch, workers)

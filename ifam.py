@@ -79,7 +79,7 @@ class Selector(nn.Module):
                 raise ValueError(f"the number of {what} must be at least 1, not {count}")
         self.backbone, self.k, self.tau, self.dropout = backbone, k, tau, dropout
         self.given = given       # (height, width) of the images it is given, where it looks at smaller ones
-        self.prototypes = nn.Parameter(torch.randn(k + backgrounds, backbone.width) * 0.02)      # of the background last
+        self.prototypes = nn.Parameter(torch.randn(k + backgrounds, backbone.width) * 0.02)    # of the background last
         self.modulation = nn.LayerNorm((k + 1, backbone.width), eps=1e-5)
         self.classifier = nn.Linear(backbone.width, classes, bias=False)
         # (K,) while an intervention is on (see `refuse`), which no checkpoint holds: it has a file of its own
@@ -244,6 +244,11 @@ def paint(images, shown):
     return images if shown is None else torch.where(shown > 0, images, 0.)
 
 
+def regrid(values, grid, other):
+    """Values of patches (B, c, N) of one grid -> of another (B, c, N'): each takes the value where its centre lies."""
+    return F.interpolate(values.unflatten(2, grid), other, mode="nearest-exact").flatten(2)
+
+
 def pixels(keep, grid, patch):
     """keep (B, N) -> (B, 1, h*patch, w*patch), each patch filled with its value."""
     return keep.unflatten(1, grid)[:, None].repeat_interleave(patch, 2).repeat_interleave(patch, 3)
@@ -372,8 +377,7 @@ class IFAM(nn.Module):
         """
         B, there = len(images), None
         if seen is not None:
-            own = seen.unflatten(1, self.grid)[:, None]
-            own = F.interpolate(own, self.selector.backbone.grid, mode="nearest-exact").flatten(1)
+            own = regrid(seen[:, None], self.grid, self.selector.backbone.grid)[:, 0]
             there = torch.cat([own, torch.ones_like(own)])
         both = self.selector(torch.cat([images, warped]), noise, seen=there)
         first, noise = Selection(*(x[:B] for x in both)), noise.of(slice(B))
@@ -446,12 +450,11 @@ class IFAM(nn.Module):
     def on_own_grid(self, values):
         """Values of the patches of stage 1 (B, c, N1) -> of those of stage 2 (B, c, N).
 
-        Each patch takes the value where its centre lies, so that a hard mask stays hard.
+        A hard mask stays hard (see `regrid`).
         """
         if self.selector.given is None:
             return values
-        own = values.unflatten(2, self.selector.backbone.grid)
-        return F.interpolate(own, self.grid, mode="nearest-exact").flatten(2)
+        return regrid(values, self.selector.backbone.grid, self.grid)
 
     def less_telling(self, keep, noise=Noise()):
         """What is done to the shape of a hard mask, so that it tells less: keep (B, N) -> (B, N).

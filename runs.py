@@ -352,9 +352,16 @@ def left_out(cfg):
 
 
 def of_today(config):
-    """The settings of a run, and of those that did not exist then what it had: {name: value} -> {name: value}."""
+    """The settings of a run, and of those that did not exist then what it had: {name: value} -> {name: value}.
+
+    That is what EARLIER says, and a window of the presence loss of 3 on every grid; where the default means that, the
+    default. All others had their default.
+    """
+    arch = (config.get("selector_arch") or config.get("arch", Config.arch)).partition("/")[0]
+    side = (config.get("selector_size") or config.get("size", Config.size)) // vit.ARCHS.get(arch, {}).get("patch", 14)
+    then = {**EARLIER, "presence_window": Config.presence_window if scaled_window(side) == 3 else 3}
     method = config.get("method", Config.method)
-    return {**{name: value for name, value in EARLIER.items() if has(method, name)}, **config}
+    return {**{name: value for name, value in then.items() if has(method, name)}, **config}
 
 
 def read_config(path):
@@ -369,19 +376,9 @@ def read_config(path):
 
 def read_settings(path):
     """config.json of a run -> its settings but those of the folder, for --config. UsageError if it is none."""
-    found = filled(recorded(Config, read_config(path), path))
+    found = recorded(Config, read_config(path), path)
     found.setdefault("recipe", usual_recipe(found.get("mini")))                  # earlier runs do not say
     return {name: value for name, value in found.items() if name not in ("out", "resume")}
-
-
-def filled(config):
-    """Settings of a run that was recorded, and those that it does not say and whose default is another one since.
-
-    The window of the presence loss was 3 on every grid. Where that is what the default means, it has the default.
-    """
-    arch = (config.get("selector_arch") or config.get("arch", Config.arch)).partition("/")[0]
-    side = (config.get("selector_size") or config.get("size", Config.size)) // vit.ARCHS.get(arch, {}).get("patch", 14)
-    return {"presence_window": Config.presence_window if scaled_window(side) == 3 else 3, **config}
 
 
 def read_log(path):
@@ -524,10 +521,10 @@ def plain(value):
 def differences(config, cfg):
     """Settings of a run that was recorded (a dict) that are not those of cfg -> {name: (then, now)}.
 
-    A setting that did not exist then had its default, or what `filled` says. One that the method does not have is the
-    same, whatever it is.
+    A setting that did not exist then was as `of_today` says. One that the method does not have is the same, whatever it
+    is.
     """
-    config = filled(config)
+    config = of_today(config)
     both = {f.name: (config.get(f.name, f.default), plain(getattr(cfg, f.name))) for f in fields(Config)
             if f.name not in FREE and has(cfg.method, f.name)}
     return {name: (then, now) for name, (then, now) in both.items() if then != now}

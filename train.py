@@ -207,7 +207,7 @@ def taught(model, cfg, batch, device):
     covered = lambda on: patch_share(batch["hidden"].to(device), on) > 0.5
     if cfg.masktune and cfg.hide_with == "patches":
         told["seen" if model.selector else "keep"] = (~covered(model.predictor.backbone.grid)).float()
-    by = {"seg-erm": "masks", "bbox-erm": "boxes"}.get(cfg.method, cfg.supervise)
+    by = SEGMENT.get(cfg.method, cfg.supervise)
     if by == "none":
         return told
     masks = batch["mask"].to(device)
@@ -435,8 +435,9 @@ def teach_finder(model, samples, cfg, rank, world, device):
         few = 4 * len(samples) * math.prod(model.finder.grid) * model.finder.width <= ROOM
         plan = Plan(len(samples), min(FOUND_BATCH, len(samples)), 0, FOUND_STEPS, cfg.seed)
         batches = [[i for _, i in batch] for batch in plan]
-        order = [batch.tolist() for batch in torch.arange(len(samples)).split(FOUND_BATCH)] if few else batches
-        seen = (model.look(images.to(device)) for images in whole_pictures(samples, order, cfg, "FOUND's head"))
+        order = in_batches(samples, FOUND_BATCH) if few else batches
+        parts = loaded(samples.whole(), order, cfg, "FOUND's head")
+        seen = (model.look(part["image"].to(device)) for part in parts)
         if few:
             keys, keep = map(torch.cat, zip(*seen))
             seen = ((keys[batch], keep[batch]) for batch in batches)
@@ -452,10 +453,9 @@ def find_masks(model, samples, cfg, rank, world, device):
     Each process looks at a share of the batches, which are the same however many share them. The masks are a function
     of the weights and the pictures: --resume finds the same ones.
     """
-    batches = torch.arange(len(samples)).split(cfg.micro or 16)
-    mine = [batch.tolist() for batch in batches[rank::world]]
-    pictures = whole_pictures(samples, mine, cfg, "masks of training")
-    found = [bits_of(model.find(images.to(device))) for images in pictures]
+    batches = in_batches(samples, cfg.micro or 16)
+    parts = loaded(samples.whole(), batches[rank::world], cfg, "masks of training")
+    found = [bits_of(model.find(part["image"].to(device))) for part in parts]
     samples.found = torch.cat(in_order(found, len(batches), world))
     samples.found_grid = model.finder.grid
     patches = math.prod(samples.found_grid)
@@ -483,10 +483,8 @@ def find_hidden(model, samples, cfg, rank, world, device):
     of_object: share of the object that is hidden.
     """
     grid, found = model.predictor.backbone.grid, []
-    batches = torch.arange(len(samples)).split(cfg.micro or 16)
-    loader = torch.utils.data.DataLoader(samples, batch_sampler=[batch.tolist() for batch in batches[rank::world]],
-                                         num_workers=cfg.workers, worker_init_fn=leave_signals)
-    for part in progress(loader, "what to hide"):
+    batches = in_batches(samples, cfg.micro or 16)
+    for part in loaded(samples, batches[rank::world], cfg, "what to hide"):
         hidden = most_attributed(attribution(model, part["image"].to(device))).cpu()
         object_ = patch_share(part["mask"], grid) if "mask" in part else torch.full(hidden.shape, math.nan)
         sums = torch.stack([hidden.sum(), (hidden * object_).sum(), object_.sum(), torch.tensor(hidden.numel())])
@@ -521,11 +519,15 @@ def hide(cfg, samples, log, start, rank, world, device):
     samples.hidden, samples.hidden_grid = kept["hidden"], tuple(kept["grid"])
 
 
-def whole_pictures(samples, batches, cfg, title):
-    """Images (B, 3, S, S) of batches of indices, each of a whole picture."""
-    loader = torch.utils.data.DataLoader(samples.whole(), batch_sampler=batches, num_workers=cfg.workers,
-                                         worker_init_fn=leave_signals)
-    return (part["image"] for part in progress(loader, title))
+def in_batches(samples, size):
+    """Indices of all samples in order, in lists of `size`."""
+    return [batch.tolist() for batch in torch.arange(len(samples)).split(size)]
+
+
+def loaded(samples, batches, cfg, title):
+    """Evaluation views of samples, by these lists of indices, with a bar."""
+    return progress(torch.utils.data.DataLoader(samples, batch_sampler=batches, num_workers=cfg.workers,
+                                                worker_init_fn=leave_signals), title)
 
 
 class Trainer:

@@ -30,7 +30,8 @@ RAD_DINO_URL = "https://huggingface.co/microsoft/rad-dino/resolve/main/model.saf
 DINOV3 = "dinov3_vit{arch}_pretrain_lvd1689m*.pth"       # the official name ends in eight digits of a checksum
 DINOV3_URL = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
 MINI = Path(__file__).resolve().parent / "miniature" / "mini.pt"                 # by miniature/pretrain.py
-MINIATURES = {name: MINI.with_name(f"{name}.pt") for name in ("mini", "mini-parts", "mini-rotary")}
+MINI_ARCHS = {"mini": "mini", "mini-parts": "mini", "mini-rotary": "mini-rotary"}    # --weights: the --arch that fits
+MINIATURES = {name: MINI.with_name(f"{name}.pt") for name in MINI_ARCHS}
 
 
 # ---------------------------------------------------------------- files
@@ -212,9 +213,9 @@ def refuse_by_name(name, arch, registers=4):
         raise UsageError(f"--weights dinov3 has 4 registers (storage tokens), not {registers}: leave out --registers")
     if name == "dinov2" and registers not in (0, 4):
         raise UsageError(f"--weights dinov2 has 4 registers or none: --registers {registers} fits neither")
-    if name in MINIATURES and arch != (own := name.removesuffix("-parts")):
+    if arch != MINI_ARCHS.get(name, arch):
         raise UsageError(f"--weights {name} is a small backbone of the miniatures and does not fit --arch {arch}: add "
-                         f"--arch {own}, or choose other --weights")
+                         f"--arch {MINI_ARCHS[name]}, or choose other --weights")
     if name == "rad-dino" and (arch != "b" or registers):
         raise UsageError("--weights rad-dino is a ViT-B without registers: add --arch b --registers 0")
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from benchmarks.cub import attributes_missing, read_attributes
 from benchmarks.samples import evenly
-from ifam import masked_mean, paint
+from ifam import masked_mean, paint, regrid
 from measure.metrics import over, share_of
 from measure.probes import FEW, linear_probe
 
@@ -119,8 +119,8 @@ def representations(model, images):
     features = model.selector.features(images)
     first = model.selector.select(features)
     parts = model.split(first, model.mask(first))
-    own_grid = F.interpolate(parts.unflatten(2, model.grid), model.selector.backbone.grid, mode="nearest-exact")
-    stages = {"stage1": (model.selector.backbone, model.selector.shrink(images), own_grid.flatten(2))}
+    own_grid = regrid(parts, model.grid, model.selector.backbone.grid)
+    stages = {"stage1": (model.selector.backbone, model.selector.shrink(images), own_grid)}
     if model.predictor:
         stages["stage2"] = model.predictor.backbone, paint(images, model.shown_pixels(first, images.shape[2:])), parts
     found = {}

@@ -18,12 +18,12 @@ from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 
 import data
-from baselines import GIVEN
+from baselines import GIVEN, SEGMENT
 from interventions import chosen_on
 from measure.retrain import TITLES
 from objectives import MAKES
 from runs import Config as RunConfig
-from runs import differences, filled, of_best, preset, read_config, usual_recipe
+from runs import differences, of_best, preset, read_config, usual_recipe
 from settings import (UsageError, flag, may_write, opt, parse, read_json, run_script, write_csv, write_json,
                       write_whole)
 
@@ -168,7 +168,7 @@ def row_name(config):
     objective, file = config.get("objective", RunConfig.objective), config.get("groups")
     given = {key: config[key] for key in ("data", "mini", "method")} | {"recipe": recipe, "objective": objective}
     default = RunConfig(**{**preset(given), **given, "seed": config["seed"]})
-    changed = differences({**asdict(default), **filled(config)}, default)
+    changed = differences({**asdict(default), **config}, default)
     words = [config["method"], *[f"--recipe {recipe}"] * (recipe != usual),
              *[f"--objective {objective}"] * (objective != RunConfig.objective),
              *[f"--groups {Path(file or '').name}"] * bool(file)]
@@ -205,10 +205,9 @@ def supervision(config, report):
     head = report.get("retrain", {})
     selected = config.get("select") == "worst_group" or decision and chosen_on(decision) == "val" or head.get("groups")
     told = config["method"].endswith("-truth") or config.get("trim") == "truth"
-    boxes = config["method"] == "bbox-erm" or config.get("supervise") == "boxes"
-    taught = config["method"] == "seg-erm" or config.get("supervise") == "masks" or head.get("mask") == "true" or \
-        config.get("swap") and config.get("swap_mask") == "true"
-    masks = ["training", "test"] if told else ["training"] if taught else ["training, as boxes"] * boxes
+    by = SEGMENT.get(config["method"], config.get("supervise"))
+    taught = by == "masks" or head.get("mask") == "true" or config.get("swap") and config.get("swap_mask") == "true"
+    masks = ["training", "test"] if told else ["training"] if taught else ["training, as boxes"] * (by == "boxes")
     return {"groups": ["training"] * bool(weighed) + ["validation"] * bool(selected and crossed(name, "val")),
             "masks": masks, "passes": 1 + bool(made), "more_epochs": int(bool(config.get("masktune"))),
             "head": bool(head)}

@@ -48,7 +48,7 @@ from benchmarks import transforms
 from benchmarks.files import read_image
 from benchmarks.folder import load_folder
 from benchmarks.samples import patch_keep
-from measure.leakage import linear_head
+from measure.probes import linear_head
 from miniature.scenes import BODY_PLAN, pretraining_pairs, pretraining_scenes
 from miniature.siim import pretraining_chests
 from runs import pick_device

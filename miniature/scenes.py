@@ -288,20 +288,20 @@ def any_creature(rng):
     return bird_look(rng, rng.integers(2)) if rng.uniform() < 1 / 3 else any_look(rng)
 
 
-def anywhere(rng, look, size, coat):
-    """A creature in a pose, on a backdrop, among things that are independent of it -> Scene, the creature's Frame."""
+def anywhere(rng, body, size, coat):
+    """A creature() in a pose, on a backdrop, among things that are independent of it -> Scene, the creature's Frame."""
     frame = pose(rng, unit=(.13, .24), shift=.14)
     kinds = (*PLACE_KINDS, rng.choice([*SCENERY], 3, replace=False))[rng.choice(3, p=(.225, .225, .55))]
-    return compose(rng, size, creature(look), frame, coat,
+    return compose(rng, size, body, frame, coat,
                    partial(scatter, kinds=kinds, count=(3, 10), radius=(.055, .095))), frame
 
 
 def pretraining_scene(index, seed, size):
     """One creature of any kind -> image (S, S, 3), mask (S, S), part map (S, S), all uint8."""
     rng = np.random.default_rng([seed, PRETRAIN, index])
-    look = any_creature(rng)
-    scene, frame = anywhere(rng, look, size, COAT)
-    return scene.image, (255 * scene.mask).astype(np.uint8), part_map(creature(look)[0], frame, size)
+    body = creature(any_creature(rng))
+    scene, frame = anywhere(rng, body, size, COAT)
+    return scene.image, (255 * scene.mask).astype(np.uint8), part_map(body[0], frame, size)
 
 
 def pretraining_pair(index, seed, size, coat):
@@ -315,7 +315,7 @@ def pretraining_pair(index, seed, size, coat):
     for _ in range(2):
         skins = colours(rng) | {"head_skin": hsv(rng.uniform(0, 1), rng.uniform(.3, .9), rng.uniform(.4, .95))}
         mine = look._replace(pattern=str(rng.choice(PATTERNS)), **skins)
-        scene, frame = anywhere(rng, mine, size, rng.uniform(*coat))
+        scene, frame = anywhere(rng, creature(mine), size, rng.uniform(*coat))
         drawn.append((scene.image, (255 * scene.mask).astype(np.uint8), (*frame.centre, *frame[1:])))
     return tuple(np.stack(x) for x in zip(*drawn))
 

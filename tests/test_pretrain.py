@@ -18,7 +18,7 @@ from miniature.scenes import pretraining_scenes
 from runs import read_checkpoint
 from settings import parse
 from tiny import ROOT, fails, train as run_train
-from weights import MINIATURES, load_backbone, read_file
+from weights import MINI_ARCHS, MINIATURES, load_backbone, read_file
 
 TINY = ["--scenes", "40", "--steps", "4", "--batch", "4", "--words", "6", "--every", "2", "--device", "cpu"]
 
@@ -203,7 +203,7 @@ def test_the_committed_file_is_small_and_measures_as_written_beside_it(name):
     path = MINIATURES[name]
     made = json.loads(path.with_suffix(".json").read_text())
     assert path.stat().st_size < 4e6 and "pretrain" in made["command"] and made["seed"] == 0
-    vit = build_vit("mini-rotary" if "rotary" in name else "mini", 96)
+    vit = build_vit(MINI_ARCHS[name], 96)
     load_backbone(vit, read_file(path, "weights"))
     cfg = parse(pretrain.Config, "", [])
     scenes, parts = pretraining_scenes(400, cfg.seed + 1, size=96)
@@ -216,8 +216,7 @@ def test_the_committed_file_is_small_and_measures_as_written_beside_it(name):
 
 @pytest.mark.parametrize("name", MINIATURES)
 def test_a_run_starts_from_the_committed_file_of_this_name(name, tmp_path):
-    arch = "mini-rotary" if "rotary" in name else "mini"
-    out = run_train(tmp_path / "run", "--weights", name, "--arch", arch, "--epochs", 1, "--lr", 0, "--lr-tokens", 0)
+    out = run_train(tmp_path / "run", "--weights", name, "--arch", MINI_ARCHS[name], "--epochs", 1, "--lr", 0, "--lr-tokens", 0)
     trained, start = read_checkpoint(out / "best.pt")["model"], read_file(MINIATURES[name], "weights")
     assert all(torch.equal(trained[f"{stage}.backbone.{key}"], value.float()) for key, value in start.items() for stage in ("selector", "predictor"))
     assert json.loads((out / "config.json").read_text())["weights"] == name
