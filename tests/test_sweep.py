@@ -181,7 +181,8 @@ def test_a_folder_whose_settings_are_torn_is_refused(content, commands, capsys):
 
 
 # ---------------------------------------------------------------- runs of two passes
-def test_every_objective_comes_with_plain_fine_tuning_and_with_ifam_and_first_passes_come_first():
+def test_every_objective_comes_with_plain_fine_tuning_and_with_ifam_and_first_passes_come_first(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)                          # whatever runs there are
     for method in ("erm", "ifam"):
         assert {f"{method}{x}" for x in ("", "-balanced", "-reweight", "-group-dro", "-jtt", "-george", "-background-dro", "-swap-true",
                                          "-swap-found")} <= set(sweep.SETS["objectives"])
@@ -200,7 +201,8 @@ def test_every_objective_comes_with_plain_fine_tuning_and_with_ifam_and_first_pa
 
 
 @pytest.mark.parametrize("flags, epochs, first", [(MINI, 1, "erm-first"), (["--data", "waterbirds"], 18, "erm-first"), ([*MINI, "--epochs", "1"], 1, "erm")])
-def test_the_first_model_of_jtt_trains_for_a_fifth_and_is_plain_fine_tuning_where_that_is_all(flags, epochs, first):
+def test_the_first_model_of_jtt_trains_for_a_fifth_and_is_plain_fine_tuning_where_that_is_all(flags, epochs, first, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     (one, _), (two, _) = sweep.plan(["erm-jtt"], 1, flags)
     assert one.epochs == epochs and Path(one.out).name == f"{first}-0" and Path(two.groups).parent == Path(one.out)
 
