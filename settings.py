@@ -283,6 +283,12 @@ class Unbroken:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
+def leave_signals(worker):
+    """A process that loads data leaves Ctrl-C to the one that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @contextmanager
 def signals(ends=(signal.SIGTERM, signal.SIGINT)):
     """Inside, the first of these signals does not end the process: it is noted in the list that this gives.

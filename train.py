@@ -16,7 +16,6 @@ import copy
 import itertools
 import math
 import os
-import signal
 import sys
 import time
 import warnings
@@ -35,16 +34,16 @@ import ifam
 import objectives
 import settings
 import vit
-from augment import Finder, Swap, attribution, most_attributed
-from baselines import SEGMENT, FoundMask, RandomMask, Segmenter, build, patch_targets, train_found_head
+from augment import Finder, Swap, find_masks, hide, teach_finder
+from baselines import SEGMENT, FoundMask, RandomMask, Segmenter, build, patch_targets
 from benchmarks.samples import Plan, balanced, boxes_of, patch_share, spread_over_groups
 from measure.leakage import given
 from measure.metrics import accuracies
 from predict import predict
-from runs import (SELECT, Config, Log, check, claim, earlier_state, finished_state, load_model, loss_weights, owned,
-                  pick_device, preset, read_film, read_settings, recipe_text, refuse_other_images, save)
-from settings import RunError, Stopped, UsageError, parse, progress, run_script, signals, write_json, write_whole
-from weights import load_pretrained, read_file, reader
+from runs import (SELECT, Config, Log, check, claim, earlier_state, finished_state, loss_weights, owned, pick_device,
+                  preset, read_film, read_settings, recipe_text, refuse_other_images, save)
+from settings import RunError, Stopped, UsageError, leave_signals, parse, progress, run_script, signals, write_json
+from weights import load_pretrained, reader
 
 
 # ---------------------------------------------------------------- functions of the step
@@ -425,111 +424,6 @@ def tell_classes(model, samples):
         model.prior = torch.bincount(samples.labels, minlength=len(samples.classes)) / len(samples)
 
 
-FOUND_STEPS, FOUND_BATCH = 500, 50                       # of FOUND's head, as published
-ROOM = 1 << 28                                           # bytes: keys of all pictures that take less are computed once
-
-
-def teach_finder(model, samples, cfg, rank, world, device):
-    """Train FOUND's head of a model on whole training pictures; rank 0 does, and the others get it from there."""
-    if rank == 0:
-        few = 4 * len(samples) * math.prod(model.finder.grid) * model.finder.width <= ROOM
-        plan = Plan(len(samples), min(FOUND_BATCH, len(samples)), 0, FOUND_STEPS, cfg.seed)
-        batches = [[i for _, i in batch] for batch in plan]
-        order = in_batches(samples, FOUND_BATCH) if few else batches
-        parts = loaded(samples.whole(), order, cfg, "FOUND's head")
-        seen = (model.look(part["image"].to(device)) for part in parts)
-        if few:
-            keys, keep = map(torch.cat, zip(*seen))
-            seen = ((keys[batch], keep[batch]) for batch in batches)
-        train_found_head(model.finder_head, seen)
-    for p in model.finder_head.parameters() if world > 1 else ():
-        dist.broadcast(p.data, 0)
-
-
-def find_masks(model, samples, cfg, rank, world, device):
-    """Training samples come with the masks that a model finds in the whole pictures -> the share of patches they keep.
-
-    model: what has a finder and find, a FoundMask or an augment.Finder.
-    Each process looks at a share of the batches, which are the same however many share them. The masks are a function
-    of the weights and the pictures: --resume finds the same ones.
-    """
-    batches = in_batches(samples, cfg.micro or 16)
-    parts = loaded(samples.whole(), batches[rank::world], cfg, "masks of training")
-    found = [bits_of(model.find(part["image"].to(device))) for part in parts]
-    samples.found = torch.cat(in_order(found, len(batches), world))
-    samples.found_grid = model.finder.grid
-    patches = math.prod(samples.found_grid)
-    return np.unpackbits(samples.found.numpy(), axis=1, count=patches).mean().item()
-
-
-def bits_of(masks):
-    """masks (B, N) -> (B, bytes) uint8, a bit for each."""
-    return torch.from_numpy(np.packbits(masks.bool().cpu().numpy(), axis=1))
-
-
-def in_order(found, count, world):
-    """What each process found for batches rank, rank + world, ... -> what was found for all of them, in order."""
-    pieces = [found]
-    if world > 1:
-        pieces = [None] * world
-        dist.all_gather_object(pieces, found)
-    return [pieces[n % world][n // world] for n in range(count)]
-
-
-def find_hidden(model, samples, cfg, rank, world, device):
-    """What MaskTune hides of each training image, in its evaluation view -> (bits (n, bytes), what the log says of it).
-
-    hidden: share of the patches. in_object: share of the hidden area that is true object, where there are masks;
-    of_object: share of the object that is hidden.
-    """
-    grid, found = model.predictor.backbone.grid, []
-    batches = in_batches(samples, cfg.micro or 16)
-    for part in loaded(samples, batches[rank::world], cfg, "what to hide"):
-        hidden = most_attributed(attribution(model, part["image"].to(device))).cpu()
-        object_ = patch_share(part["mask"], grid) if "mask" in part else torch.full(hidden.shape, math.nan)
-        sums = torch.stack([hidden.sum(), (hidden * object_).sum(), object_.sum(), torch.tensor(hidden.numel())])
-        found.append((bits_of(hidden), sums.double()))
-    bits, sums = zip(*in_order(found, len(batches), world))
-    hidden, inside, objects, patches = sum(sums).tolist()
-    said = {"hidden": hidden / patches}
-    if samples.masks is not None:
-        said |= {"in_object": inside / hidden if hidden else None, "of_object": inside / objects if objects else None}
-    return torch.cat(bits), said
-
-
-def hide(cfg, samples, log, start, rank, world, device):
-    """Training images get what MaskTune hides of them: made once by best.pt of the run that it goes on from, and kept.
-
-    hidden.pt in the folder has it, for --resume.
-    """
-    path = Path(cfg.out) / "hidden.pt"
-    if cfg.resume and path.is_file():
-        kept = read_file(path, "hidden.pt of a run with --masktune")
-        if not isinstance(kept, dict) or not {"hidden", "grid"} <= kept.keys() or len(kept["hidden"]) != len(samples):
-            raise UsageError(f"{path} is not what train.py wrote for these images: start again")
-    else:
-        model, _ = load_model(Path(cfg.masktune) / "best.pt", device)
-        hidden, said = find_hidden(model, samples, cfg, rank, world, device)
-        kept = {"hidden": hidden, "grid": list(model.predictor.backbone.grid)}
-        if rank == 0:
-            write_whole(path, lambda temporary: torch.save(kept, temporary))
-        inside = said.get("in_object")
-        log({"step": start, "masktune": said}, f"{said['hidden']:.1%} of the patches are hidden"
-            + (f", {inside:.0%} of them inside the true object" if inside is not None else ""))
-    samples.hidden, samples.hidden_grid = kept["hidden"], tuple(kept["grid"])
-
-
-def in_batches(samples, size):
-    """Indices of all samples in order, in lists of `size`."""
-    return [batch.tolist() for batch in torch.arange(len(samples)).split(size)]
-
-
-def loaded(samples, batches, cfg, title):
-    """Evaluation views of samples, by these lists of indices, with a bar."""
-    return progress(torch.utils.data.DataLoader(samples, batch_sampler=batches, num_workers=cfg.workers,
-                                                worker_init_fn=leave_signals), title)
-
-
 class Trainer:
     """A model and what changes it: optimizer, fp16's scaler, moving average, objective. A call is one training step."""
 
@@ -702,12 +596,6 @@ def agreed(noted, world, device):
         dist.all_reduce(number, dist.ReduceOp.MAX)
         signal_number = int(number)
     return signal_number
-
-
-def leave_signals(worker):
-    """A process that loads data leaves Ctrl-C to the one that trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def loop(cfg, trainer, samples, val, log, start, best, images):

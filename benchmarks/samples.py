@@ -141,7 +141,7 @@ class Samples(torch.utils.data.Dataset):
 
     def keep(self, indices):
         """These samples only, in this order."""
-        for key in ("ids", "paths", "labels", "groups", "masks", "found", "points", "boxes", "attributes"):
+        for key in ("ids", "paths", "labels", "groups", "masks", "found", "hidden", "points", "boxes", "attributes"):
             setattr(self, key, pick(getattr(self, key), indices))
         return self
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+import augment
 import data
 import evaluate
 import ifam
@@ -96,9 +97,9 @@ def test_no_label_says_what_is_hidden():
     samples = data.load("waterbirds", data.find_root("waterbirds", "", True), 96, limit=16)["train"]
     cfg = parse(runs.Config, "", [*FLAGS, "--method", "erm"], runs.preset)
     model = train.build_model(cfg, torch.device("cpu")).eval()
-    bits, said = train.find_hidden(model, samples, cfg, 0, 1, "cpu")
+    bits, said = augment.find_hidden(model, samples, cfg, 0, 1, "cpu")
     samples.labels = 1 - samples.labels
-    assert torch.equal(train.find_hidden(model, samples, cfg, 0, 1, "cpu")[0], bits)
+    assert torch.equal(augment.find_hidden(model, samples, cfg, 0, 1, "cpu")[0], bits)
     whole = torch.cat([most_attributed(attribution(model, samples[i]["image"][None])) for i in range(16)])
     assert said["hidden"] == pytest.approx(whole.double().mean().item())
     inside = sum(whole[i].double() @ torch.nn.functional.avg_pool2d(samples[i]["mask"][None].double(), 8).flatten() for i in range(16))
@@ -120,7 +121,7 @@ def test_what_the_evaluation_view_hides_is_black_at_that_place_and_nothing_else_
     hidden = torch.zeros(1, 49)
     hidden[0, [3, 24, 48]] = 1
     plain = samples[0]["image"]
-    samples.hidden, samples.hidden_grid = train.bits_of(hidden), (7, 7)
+    samples.hidden, samples.hidden_grid = augment.bits_of(hidden), (7, 7)
     sample = samples[0, 0]
     where = ifam.pixels(hidden, (7, 7), 8)[0, 0].bool()
     assert torch.equal(sample["hidden"].bool(), where) and "mask" not in sample
@@ -134,7 +135,7 @@ def test_true_found_and_hidden_masks_are_augmented_together_and_come_apart_again
     g = torch.Generator().manual_seed(0)
     found, hidden = (torch.rand(1, 49, generator=g) > 0.5 for _ in range(2))
     samples.train_masks = True
-    samples.found, samples.found_grid, samples.hidden, samples.hidden_grid = train.bits_of(found), (7, 7), train.bits_of(hidden), (7, 7)
+    samples.found, samples.found_grid, samples.hidden, samples.hidden_grid = augment.bits_of(found), (7, 7), augment.bits_of(hidden), (7, 7)
     sample = samples[0, 0]
     for name, patches in (("found", found), ("hidden", hidden)):
         assert torch.equal(sample[name], ifam.pixels(patches.to(torch.uint8), (7, 7), 8)[0, 0])
@@ -151,7 +152,7 @@ def test_an_image_of_which_nothing_is_hidden_is_as_it_was(tmp_path):
     samples = one_picture(tmp_path)
     samples.pipeline = FINE_GRAINED
     plain = samples[2, 0]["image"]
-    samples.hidden, samples.hidden_grid = train.bits_of(torch.zeros(1, 49)), (7, 7)
+    samples.hidden, samples.hidden_grid = augment.bits_of(torch.zeros(1, 49)), (7, 7)
     assert torch.equal(samples[2, 0]["image"], plain) and not samples[2, 0]["hidden"].any()
 
 
@@ -234,7 +235,7 @@ def test_stopped_and_resumed_it_is_the_run_that_was_not_even_without_the_first_o
     with pytest.raises(KeyboardInterrupt):
         tuned(finished, tmp_path / "killed", "--save-every", 1)
     monkeypatch.setattr(train, "save", real)
-    monkeypatch.setattr(train, "find_hidden", None)      # it is in hidden.pt
+    monkeypatch.setattr(augment, "find_hidden", None)      # it is in hidden.pt
     killed = tuned(finished, tmp_path / "killed", "--resume")
     a, b = (runs.read_checkpoint(folder / "last.pt") for folder in (whole, killed))
     assert a["step"] == b["step"] == 4 and all(torch.equal(x, b["model"][name]) for name, x in a["model"].items())

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import augment
 import data
 import runs
 import train
@@ -246,12 +247,12 @@ def as_masks(samples, paths):
 
 def test_masks_are_found_in_whole_pictures_once_and_a_square_one_is_its_evaluation_view(finder):
     samples, cfg = split(), config("--method", "early-found")
-    share = train.find_masks(finder, samples, cfg, 0, 1, CPU)
+    share = augment.find_masks(finder, samples, cfg, 0, 1, CPU)
     by_hand = torch.cat([finder.find(samples[i]["image"][None]) for i in range(20)])             # the miniature is square
     found = torch.from_numpy(np.unpackbits(samples.found.numpy(), axis=1, count=144))
     assert torch.equal(found, by_hand.byte()) and share == pytest.approx(by_hand.mean().item())
     again = split()
-    train.find_masks(finder, again, config("--method", "early-found", "--micro", 3, "--workers", 2), 0, 1, CPU)
+    augment.find_masks(finder, again, config("--method", "early-found", "--micro", 3, "--workers", 2), 0, 1, CPU)
     assert torch.equal(again.found, samples.found)
     wide = Image.new("RGB", (160, 96), "white")
     wide.paste("black", (0, 0, 80, 96))
@@ -263,10 +264,10 @@ def find_a_share(rank, world, path):
     together(rank, world, path)
     model, samples = built("--method", "late-found", "--finder", "head"), split(37)
     cfg = config("--method", "late-found", "--finder", "head")
-    train.FOUND_STEPS = 3
+    augment.FOUND_STEPS = 3
     torch.nn.init.normal_(model.finder_head.weight, std=float(rank + 1), generator=torch.Generator().manual_seed(rank))
-    train.teach_finder(model, samples, cfg, rank, world, CPU)
-    train.find_masks(model, samples, cfg, rank, world, CPU)
+    augment.teach_finder(model, samples, cfg, rank, world, CPU)
+    augment.find_masks(model, samples, cfg, rank, world, CPU)
     torch.save((samples.found, model.finder_head.state_dict()), f"{path}/{world}-{rank}.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
@@ -282,7 +283,7 @@ def test_two_processes_have_the_head_and_the_masks_of_one(tmp_path):
 
 def test_training_is_told_the_masks_of_the_pictures_and_evaluation_finds_its_own(finder):
     samples, cfg = split(), config("--method", "early-found")
-    train.find_masks(finder, samples, cfg, 0, 1, CPU)
+    augment.find_masks(finder, samples, cfg, 0, 1, CPU)
     batch = torch.utils.data.default_collate([samples[0, i] for i in range(4)])
     told = leakage.given(finder, batch, CPU)
     assert torch.equal(told["keep"], patch_keep(batch["found"], 8)) and not torch.equal(told["keep"], finder.find(batch["image"]))
@@ -299,7 +300,7 @@ def test_training_is_told_the_masks_of_the_pictures_and_evaluation_finds_its_own
 
 @pytest.mark.parametrize("flags", [("early-found", "--finder", "head"), ("late-found", "--find-in", "view")], ids=" ".join)
 def test_a_stopped_run_goes_on_with_the_same_masks_to_the_same_weights(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "FOUND_STEPS", 20)
+    monkeypatch.setattr(augment, "FOUND_STEPS", 20)
     flags = ("--method", *flags, "--ema", "0.5", "--log-every", 1)
     run(tmp_path / "whole", *flags)
     noted, agreed = [], train.agreed
@@ -366,22 +367,22 @@ def test_in_a_picture_without_contrast_the_head_keeps_all_or_nothing():
 
 
 def test_the_head_knows_no_labels_and_stays_as_it_is_while_the_model_trains(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "FOUND_STEPS", 20)
+    monkeypatch.setattr(augment, "FOUND_STEPS", 20)
     heads = []
     for turn in (False, True):
         samples, model = split(64), built("--method", "early-found", "--finder", "head")
         start = model.finder_head.weight.clone()
         samples.labels, samples.groups = (1 - x if turn else x for x in (samples.labels, samples.groups))
-        train.teach_finder(model, samples, config("--method", "early-found", "--finder", "head"), 0, 1, CPU)
+        augment.teach_finder(model, samples, config("--method", "early-found", "--finder", "head"), 0, 1, CPU)
         heads.append(model.finder_head.weight)
     assert torch.equal(*heads) and not torch.equal(heads[0], start)
     out = run(tmp_path / "run", "--method", "early-found", "--finder", "head")
     assert torch.equal(runs.read_checkpoint(out / "last.pt")["model"]["finder_head.weight"], heads[0])
-    monkeypatch.setattr(train, "FOUND_STEPS", 4)
+    monkeypatch.setattr(augment, "FOUND_STEPS", 4)
     heads = []
-    for room in (train.ROOM, 0):                         # pictures that are too many to keep their keys are looked at anew
-        monkeypatch.setattr(train, "ROOM", room)
-        train.teach_finder(model := built("--method", "early-found", "--finder", "head"), split(64), config("--method", "early-found"), 0, 1, CPU)
+    for room in (augment.ROOM, 0):                         # pictures that are too many to keep their keys are looked at anew
+        monkeypatch.setattr(augment, "ROOM", room)
+        augment.teach_finder(model := built("--method", "early-found", "--finder", "head"), split(64), config("--method", "early-found"), 0, 1, CPU)
         heads.append(model.finder_head.weight)
     torch.testing.assert_close(*heads)
 
