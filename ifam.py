@@ -79,9 +79,11 @@ class Selector(nn.Module):
                 raise ValueError(f"the number of {what} must be at least 1, not {count}")
         self.backbone, self.k, self.tau, self.dropout = backbone, k, tau, dropout
         self.given = given       # (height, width) of the images it is given, where it looks at smaller ones
-        self.prototypes = nn.Parameter(torch.randn(k + backgrounds, backbone.width) * 0.02)    # of the background last
+        self.prototypes = nn.Parameter(torch.empty(k + backgrounds, backbone.width))   # of the background last
         self.modulation = nn.LayerNorm((k + 1, backbone.width), eps=1e-5)
         self.classifier = nn.Linear(backbone.width, classes, bias=False)
+        nn.init.uniform_(self.prototypes, -(bound := backbone.width ** -0.5), bound)        # as PDiscoFormer starts both
+        nn.init.trunc_normal_(self.classifier.weight, std=0.02)
         # (K,) while an intervention is on (see `refuse`), which no checkpoint holds: it has a file of its own
         self.register_buffer("limits", None, persistent=False)
         self.score = "distance"  # how an intervention measures that a patch is unlike its part (see `unlikeness`)

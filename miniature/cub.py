@@ -152,8 +152,8 @@ def part_locations(scene, mask):
 
 
 class Waterbirds(with_knobs(
-        CubFolder, train=2200, val=400, test=800, size=96, agreement=.95, things=(10, 15), thing_radius=(.05, .08),
-        bird=(.19, .24), cue=1.0, coat=COAT, hue_noise=.03, seed=0)):
+        CubFolder, train=2200, val=400, test=800, size=96, agreement=.95, things=(14, 20), thing_radius=(.07, .11),
+        bird=(.19, .24), cue=.4, coat=COAT, hue_noise=.04, seed=0)):
     """Landbirds and waterbirds, with things of land or water around them.
 
     The defaults pose the benchmark's problem to a small network; they were chosen on validation
