@@ -145,7 +145,7 @@ class Config:
     weight_complement: float = loss_weight("complement", "stage 2 knows the class better from kept patches than from "
                                                          "all others, by a margin (COMET, where it is 4)")
 
-    objective: str = opt("erm", "what each training image counts in the class losses, see docs/methods.md: all alike; "
+    objective: str = opt("erm", "what each training image counts in the class losses, see docs/objectives.md: all alike; "
                                 "groups drawn in equal shares, or weighed by 1 over their size; errors of a first "
                                 "model more; groups, or clusters, by weights that move with their losses",
                          choices=objectives.OBJECTIVES, group="objective")

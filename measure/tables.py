@@ -97,11 +97,13 @@ PAPER = {
     "waterbirds": (("accuracy", "worst rare group"), {
         "early-truth": (99.2, 97.2), "late-truth": (95.7, 84.0), "frozen": (95.9, 88.5), "erm": (98.6, 95.8),
         "late-found": (95.3, 83.3), "ep": (96.0, 91.0), "aim": (97.6, 93.9), "pdiscoformer@8": (94.2, 84.3),
-        "early-found": (98.6, 95.2),
+        "early-found": (98.6, 95.2), "frozen + PCA probe": (97.4, 94.0), "erm --masktune": (93.0, 86.4),
+        "erm --objective group-dro": (91.8, 90.6),
         "ifam + patches q 0.97@16": (98.7, 96.6), "ifam + patches q 0.99@16": (98.8, 97.4)}),
     "metashift": (("accuracy", "worst group"), {
         "frozen": (83.2, 72.6), "erm": (84.7, 76.8), "late-found": (82.3, 73.5), "ep": (80.4, 70.3),
         "aim": (88.9, 83.0), "pdiscoformer@4": (83.2, 75.5), "early-found": (84.5, 77.1),
+        "erm --objective group-dro": (73.6, 66.0),
         "ifam --hardness soft@4": (88.0, 86.3), "ifam --no-shaping@4": (85.4, 79.1),
         "ifam --no-stage1-class@4": (86.9, 82.3), "ifam --freeze-stage2@4": (85.0, 85.0),
         "pdiscoformer + LOO@4": (85.2, 76.8), "pdiscoformer + LOO + patches@4": (85.4, 76.8),
@@ -121,19 +123,22 @@ PAPER = {
         "ifam + patches q 0.97@8": (86.7, 71.4), "ifam + patches q 0.99@8": (86.9, 72.4),
         "ifam + patches q 0.97@16": (87.3, 72.9), "ifam + patches q 0.99@16": (86.9, 73.1)}),
     "siim": (("AUROC", "worst group AUROC"), {
-        "frozen": (90.6, 40.6), "erm": (92.6, 54.3), "pdiscoformer@8": (92.6, 48.1),
+        "frozen": (90.6, 40.6), "erm": (92.6, 54.3), "pdiscoformer@8": (92.6, 48.1), "bbox-erm": (92.4, 72.0),
+        "seg-erm": (93.3, 82.0), "erm --objective jtt": (92.6, 55.9), "erm --objective george": (92.0, 63.4),
         "pdiscoformer + LOO@8": (92.6, 48.1), "pdiscoformer + LOO + patches@8": (92.6, 48.2),
         "ifam + patches q 0.97@8": (92.0, 66.0), "ifam + patches q 0.99@8": (92.2, 66.4),
         "ifam + LOO@8": (90.6, 67.3), "ifam + LOO + patches@8": (91.1, 69.0)}),
-    "imagenet": (("accuracy",), {"frozen": (84.6,), "pdiscoformer@1": (83.3,)}),
+    "imagenet": (("accuracy",), {"frozen": (84.6,), "pdiscoformer@1": (83.3,), "erm + LLE": (76.3,)}),
     "imagenet9": (("accuracy", "mixed-same", "mixed-rand", "BG-GAP"), {
-        "frozen": (98.1, 93.1, 87.1, 6.0), "pdiscoformer@1": (98.4, 93.9, 88.6, 5.3)})}
+        "frozen": (98.1, 93.1, 87.1, 6.0), "pdiscoformer@1": (98.4, 93.9, 88.6, 5.3),
+        "erm --masktune": (95.6, 91.1, 78.6, 12.5), "erm + LLE": (95.5, 88.3, 83.4, 4.9)})}
+RESNET = ("bbox-erm", "seg-erm", "erm --masktune", "erm --objective ", "erm + LLE")     # of a ResNet-50 there, as cited
 METRICS = {"aa": "accuracy", "worst_group": "worst group", "worst_group_rare": "worst rare group", "auroc": "AUROC",
            "robust": "worst group AUROC", "foreground_iou": "foreground IoU", "mixed_same": "mixed-same",
            "mixed_rand": "mixed-rand", "bg_gap": "BG-GAP"}
 PERCENT = ("AUROC", "worst group AUROC", "BG-GAP")       # columns that our reports give in percent too
-FOOTNOTE = ("paper: the number in the paper's tables, where it has one: **real data, full size** (ViT-B/14), with the "
-            "number of parts. Beside a miniature it says which way to expect a difference, not how large. Its FOUND "
+FOOTNOTE = ("paper: the number in the paper's tables, where it has one: **real data, full size** (ViT-B/14 where no "
+            "other network is named), with the number of parts. Beside a miniature it says which way to expect a difference, not how large. Its FOUND "
             "masks are those of FOUND's trained head; its given masks are pooled as published: early ones by the class "
             "token, late ones by the mean over all patches. Its MetaShift test set is our test_and_val.")
 
@@ -149,7 +154,8 @@ def from_paper(benchmark, row, k):
     for parts, found in data.BENCHMARKS[name].paper.items():
         titled = {METRICS[metric]: number for metric, number in found.items()}
         rows = {**rows, f"ifam@{parts}": tuple(titled[title] for title in columns)}
-    row = re.sub(r" --(k|batch|micro|amp|val-share) \S+", "", row).removesuffix(ON_TEST)   # these the paper varies too
+    row = re.sub(r" --(k|batch|micro|amp|val-share|select) \S+", "", row).removesuffix(ON_TEST)    # the paper's vary too
+    row = re.sub(r"(--objective (jtt|george)) --groups \S+", r"\1", row)
     if row.split()[0] in GIVEN:                          # the paper's are all as published, the ladder is comparable
         row = re.sub(r" --(pooling|mask-rule|finder) \S+", "", row)
     if not any(name.startswith(row + "@") for name in rows):
@@ -314,7 +320,8 @@ def summarise(data, name, runs):
             "reports": [str(path) for path, _, _ in runs.values()],
             "leakage_images": sorted({r["leakage"]["images"] for _, _, r in runs.values() if r["leakage"]}),
             "numbers": numbers, "least_worst_group": min(worst["values"]) if worst else None,
-            "paper": {title: {"value": value, "parts": parts} for title, (value, parts) in paper.items()}}
+            "paper": {title: {"value": value, "parts": parts, "network": "ResNet-50" if name.startswith(RESNET) else None}
+                      for title, (value, parts) in paper.items()}}
 
 
 # ---------------------------------------------------------------- the cells, once for every kind of text
@@ -411,7 +418,10 @@ def ours(number, seeds):
 
 
 def theirs(number):
-    return DASH if number is None else f"{number['value']:.3f}" + f" (K={number['parts']})" * bool(number["parts"])
+    if number is None:
+        return DASH
+    note = number["network"] or number["parts"] and f"K={number['parts']}"
+    return f"{number['value']:.3f}" + f" ({note})" * bool(note)
 
 
 def write_tables(folders, out="", force=False):
