@@ -82,7 +82,7 @@ class Selector(nn.Module):
         self.prototypes = nn.Parameter(torch.empty(k + backgrounds, backbone.width))   # of the background last
         self.modulation = nn.LayerNorm((k + 1, backbone.width), eps=1e-5)
         self.classifier = nn.Linear(backbone.width, classes, bias=False)
-        nn.init.uniform_(self.prototypes, -(bound := backbone.width ** -0.5), bound)        # as PDiscoFormer starts both
+        nn.init.uniform_(self.prototypes, -(bound := backbone.width ** -0.5), bound)       # PDiscoFormer starts both so
         nn.init.trunc_normal_(self.classifier.weight, std=0.02)
         # (K,) while an intervention is on (see `refuse`), which no checkpoint holds: it has a file of its own
         self.register_buffer("limits", None, persistent=False)

@@ -79,8 +79,8 @@ class Config:
                     choices=tuple(vit.ARCHS), refused=vit.REFUSED)
     registers: int = opt(4, "register tokens; 0 for weights without registers", at_least=0, at_most=1024)
     weights: str = opt("dinov2", "start of all backbones: dinov2 or rad-dino (downloaded once), dinov3 (gated, put "
-                                 "there by you), mini, mini-parts or mini-rotary (those of miniature/, for --arch "
-                                 "mini), a file of DINOv2, DINOv3, NeCo, Franca, timm or Hugging Face, or none")
+                                 "there by you), mini, mini-parts, mini-rotary or chest (those of miniature/), "
+                                 "a file of DINOv2, DINOv3, NeCo, Franca, timm or Hugging Face, or none")
     selector_weights: str = opt("", "start of stage 1, as --weights has it (if not given, that of --weights)")
     size: int = opt(518, "image side in pixels, a multiple of the patch", at_least=1)
     selector_size: int = opt(0, "side at which stage 1 looks at the image, smaller is faster (0: --size)", at_least=0)
@@ -145,9 +145,9 @@ class Config:
     weight_complement: float = loss_weight("complement", "stage 2 knows the class better from kept patches than from "
                                                          "all others, by a margin (COMET, where it is 4)")
 
-    objective: str = opt("erm", "what each training image counts in the class losses, see docs/objectives.md: all alike; "
-                                "groups drawn in equal shares, or weighed by 1 over their size; errors of a first "
-                                "model more; groups, or clusters, by weights that move with their losses",
+    objective: str = opt("erm", "what each training image counts in the class losses, see docs/objectives.md: all "
+                                "alike; groups drawn in equal shares, or weighed by 1 over their size; errors of a "
+                                "first model more; groups, or clusters, by weights that move with their losses",
                          choices=objectives.OBJECTIVES, group="objective")
     groups: str = opt("", "groups that are not class and place: a csv of id and group, with a line for each training "
                           "image; jtt and george need one, and groups.py writes it")
@@ -215,9 +215,9 @@ class Config:
 # data.BENCHMARKS says what differs from Config's defaults by benchmark (--recipe paper), this for --recipe mini: --mini
 # is this recipe on drawings. --recipe fast and faster set what SMALLER names: SMALL has the share of the side and that
 # of the blocks of stage 1.
-MINI = dict(arch="mini", size=96, weights="mini-parts", k=4, epochs=2, batch=8, lr=7e-4, lr_tokens=1e-5, lr_prototypes=2.5e-3,
-            lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, presence_window=2, weight_variation=0.33,
-            dro_step=0.02, workers=0, film=4)
+MINI = dict(arch="mini", size=96, weights="mini-parts", k=4, epochs=2, batch=8, lr=7e-4, lr_tokens=1e-5,
+            lr_prototypes=2.5e-3, lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, presence_window=2,
+            weight_variation=0.33, dro_step=0.02, workers=0, film=4)
 SMALLER = ("selector_size", "selector_arch")
 SMALL = {"fast": (Fraction(3, 4), Fraction(1, 2)), "faster": (Fraction(2, 3), Fraction(1, 3))}
 # A setting, and what switches it off: --no-shaping every loss but those of the classes.
@@ -311,6 +311,8 @@ def of_recipe(recipe, given, known):
         # its own network and schedule, the benchmark's loss
         losses = {name: x for name, x in benchmark.settings.items() if name.startswith("weight_")}
         settings = {"size": benchmark.size, "k": benchmark.k, **losses, **MINI}
+        if benchmark.settings.get("weights") == "rad-dino":
+            settings["weights"] = "chest"                # a backbone that has seen radiographs, here too
     if recipe in SMALL:
         now = {"arch": Config.arch, **settings, **given}
         settings = {**settings, **small_selector(now["arch"], now["size"], recipe)}

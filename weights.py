@@ -30,7 +30,8 @@ RAD_DINO_URL = "https://huggingface.co/microsoft/rad-dino/resolve/main/model.saf
 DINOV3 = "dinov3_vit{arch}_pretrain_lvd1689m*.pth"       # the official name ends in eight digits of a checksum
 DINOV3_URL = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
 MINI = Path(__file__).resolve().parent / "miniature" / "mini.pt"                 # by miniature/pretrain.py
-MINI_ARCHS = {"mini": "mini", "mini-parts": "mini", "mini-rotary": "mini-rotary"}    # --weights: the --arch that fits
+# --weights: the --arch that fits
+MINI_ARCHS = {"mini": "mini", "mini-parts": "mini", "mini-rotary": "mini-rotary", "chest": "mini"}
 MINIATURES = {name: MINI.with_name(f"{name}.pt") for name in MINI_ARCHS}
 
 

@@ -138,9 +138,10 @@ METRICS = {"aa": "accuracy", "worst_group": "worst group", "worst_group_rare": "
            "mixed_rand": "mixed-rand", "bg_gap": "BG-GAP"}
 PERCENT = ("AUROC", "worst group AUROC", "BG-GAP")       # columns that our reports give in percent too
 FOOTNOTE = ("paper: the number in the paper's tables, where it has one: **real data, full size** (ViT-B/14 where no "
-            "other network is named), with the number of parts. Beside a miniature it says which way to expect a difference, not how large. Its FOUND "
-            "masks are those of FOUND's trained head; its given masks are pooled as published: early ones by the class "
-            "token, late ones by the mean over all patches. Its MetaShift test set is our test_and_val.")
+            "other network is named), with the number of parts. Beside a miniature it says which way to expect a "
+            "difference, not how large. Its FOUND masks are those of FOUND's trained head; its given masks are pooled "
+            "as published: early ones by the class token, late ones by the mean over all patches. Its MetaShift test "
+            "set is our test_and_val.")
 
 
 def from_paper(benchmark, row, k):
@@ -154,7 +155,7 @@ def from_paper(benchmark, row, k):
     for parts, found in data.BENCHMARKS[name].paper.items():
         titled = {METRICS[metric]: number for metric, number in found.items()}
         rows = {**rows, f"ifam@{parts}": tuple(titled[title] for title in columns)}
-    row = re.sub(r" --(k|batch|micro|amp|val-share|select) \S+", "", row).removesuffix(ON_TEST)    # the paper's vary too
+    row = re.sub(r" --(k|batch|micro|amp|val-share|select) \S+", "", row).removesuffix(ON_TEST)   # the paper's vary
     row = re.sub(r"(--objective (jtt|george)) --groups \S+", r"\1", row)
     if row.split()[0] in GIVEN:                          # the paper's are all as published, the ladder is comparable
         row = re.sub(r" --(pooling|mask-rule|finder) \S+", "", row)
@@ -316,11 +317,12 @@ def summarise(data, name, runs):
             numbers[title] = {"mean": mean, "half_interval": half, "values": values}
     worst = numbers.get("worst group")
     paper = from_paper(data, name, next(iter(runs.values()))[1])
+    network = "ResNet-50" if name.startswith(RESNET) else None
     return {"row": name, "supervision": next(iter(runs.values()))[2]["supervision"], "seeds": list(runs),
             "reports": [str(path) for path, _, _ in runs.values()],
             "leakage_images": sorted({r["leakage"]["images"] for _, _, r in runs.values() if r["leakage"]}),
             "numbers": numbers, "least_worst_group": min(worst["values"]) if worst else None,
-            "paper": {title: {"value": value, "parts": parts, "network": "ResNet-50" if name.startswith(RESNET) else None}
+            "paper": {title: {"value": value, "parts": parts, "network": network}
                       for title, (value, parts) in paper.items()}}
 
 

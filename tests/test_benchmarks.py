@@ -64,7 +64,7 @@ def test_presets_are_the_papers_and_miniatures_keep_the_loss_of_their_benchmark(
     imagenet, siim_, mini = preset("--data", "imagenet"), preset("--data", "siim"), preset("--data", "siim", "--mini")
     assert (imagenet.epochs, imagenet.ema, imagenet.size, imagenet.k, imagenet.amp) == (120, 0.9999, 224, 1, "auto")
     assert (siim_.weights, siim_.registers, siim_.weight_background, siim_.epochs) == ("rad-dino", 0, 0.0, 90)
-    assert (mini.weights, mini.registers, mini.weight_background) == ("mini", 4, 0.0)
+    assert (mini.weights, mini.registers, mini.weight_background) == ("chest", 4, 0.0)
     assert preset("--data", "metashift").k == 4 and preset("--data", "cub").weight_background == 2.0
 
 
