@@ -215,7 +215,7 @@ class Config:
 # data.BENCHMARKS says what differs from Config's defaults by benchmark (--recipe paper), this for --recipe mini: --mini
 # is this recipe on drawings. --recipe fast and faster set what SMALLER names: SMALL has the share of the side and that
 # of the blocks of stage 1.
-MINI = dict(arch="mini", size=96, weights="mini-parts", k=4, epochs=2, batch=8, lr=7e-4, lr_tokens=1e-5,
+MINI = dict(arch="mini", size=96, weights="mini-parts", k=4, epochs=1, batch=8, lr=7e-4, lr_tokens=1e-5,
             lr_prototypes=2.5e-3, lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, presence_window=2,
             weight_variation=0.33, dro_step=0.02, workers=0, film=4)
 SMALLER = ("selector_size", "selector_arch")

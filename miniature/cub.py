@@ -152,7 +152,7 @@ def part_locations(scene, mask):
 
 
 class Waterbirds(with_knobs(
-        CubFolder, train=2200, val=400, test=800, size=96, agreement=.95, things=(14, 20), thing_radius=(.07, .11),
+        CubFolder, train=2200, val=400, test=800, size=96, agreement=.95, things=(20, 25), thing_radius=(.07, .11),
         bird=(.19, .24), cue=.4, coat=COAT, hue_noise=.04, seed=0)):
     """Landbirds and waterbirds, with things of land or water around them.
 
