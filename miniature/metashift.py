@@ -9,7 +9,7 @@ CONTEXTS = {"sofa": INDOOR, "bed": INDOOR, "bench": OUTDOOR, "bike": OUTDOOR, "s
 
 
 class MetaShift(with_knobs(
-        Miniature, train=2200, test=540, size=96, things=(13, 17), thing_radius=(.05, .08), pet=(.18, .22), cue=.7,
+        Miniature, train=3300, test=540, size=96, things=(18, 24), thing_radius=(.05, .08), pet=(.18, .22), cue=.45,
         coat=COAT, hue_noise=.03, seed=0)):
     """Cats indoors and dogs outdoors in training; both indoors, at a shelf, in the test set.
 
