@@ -204,8 +204,8 @@ def species_look(rng, species, cue, hue_noise):
 
 
 class Cub(with_knobs(
-        CubFolder, train=2400, test=800, size=96, agreement=.95, things=(7, 11), thing_radius=(.06, .1),
-        bird=(.2, .24), cue=1.0, coat=COAT, hue_noise=.03, seed=0)):
+        CubFolder, train=2400, test=800, size=96, agreement=.95, things=(16, 22), thing_radius=(.06, .1),
+        bird=(.2, .24), cue=.6, coat=COAT, hue_noise=.03, seed=0)):
     """Eight species of bird, told apart by the colours of their parts and the shapes of bill and legs.
 
     Around a bird lie things of one kind. Its species has a home among eight kinds, and 95 % of the birds are at
