@@ -73,7 +73,7 @@ class Groups9(Miniature):
         super().finish(root, rows, drawn, wnids={wnid: index for wnid, index, _ in self.CLASSES})
 
 
-class ImageNet(with_knobs(Groups9, **KNOBS9, train=2250, val=450)):
+class ImageNet(with_knobs(Groups9, **KNOBS9, train=4500, val=450)):
     """Nine of ImageNet's 1000 classes, one of each group of ImageNet-9 (or eighteen), under their real wnids.
 
     Around an object lie things of one kind: fences around dogs, trees around birds and so on. In training and
