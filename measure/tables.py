@@ -173,7 +173,8 @@ def row_name(config):
     usual = usual_recipe(config["mini"])
     recipe = config.get("recipe", usual)                 # earlier runs do not say
     objective, file = config.get("objective", RunConfig.objective), config.get("groups")
-    given = {key: config[key] for key in ("data", "mini", "method")} | {"recipe": recipe, "objective": objective}
+    given = {key: config[key] for key in ("data", "mini", "method")} | {"recipe": recipe}
+    given |= {"objective": objective} if objective != RunConfig.objective else {}        # not every method has one
     default = RunConfig(**{**preset(given), **given, "seed": config["seed"]})
     changed = differences({**asdict(default), **config}, default)
     words = [config["method"], *[f"--recipe {recipe}"] * (recipe != usual),

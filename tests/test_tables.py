@@ -4,9 +4,11 @@ import json
 import re
 import statistics
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
+import baselines
 from measure import tables
 import train
 import runs
@@ -131,6 +133,12 @@ def test_a_file_of_somebody_else_is_not_replaced_and_nothing_is_written_beside_i
     for _ in range(2):                                   # its own it replaces
         tables.main([run, "--out", str(tmp_path / "all"), "--force"])
         tables.main([run, "--out", str(tmp_path / "all")])
+
+
+@pytest.mark.parametrize("method", baselines.METHODS)
+def test_every_method_has_a_row_that_is_called_after_it(method, tmp_path):
+    (_, name, *_), = tables.read_run(Path(write_run(tmp_path / "run", "--method", method)))
+    assert name == method
 
 
 def test_the_papers_numbers_stand_beside_ours_in_our_units():
