@@ -114,7 +114,7 @@ def test_the_packed_path_of_several_backgrounds_equals_the_path_of_training(sett
 
 
 def test_a_checkpoint_from_before_there_were_several_has_one():
-    cfg = parse(runs.Config, "", ["--mini"], runs.preset)
+    cfg = parse(runs.Config, "", ["--mini", "--presence-window", "3"], runs.preset)
     old = {name: value for name, value in vars(cfg).items() if name not in ("backgrounds", "presence_window")}
     assert build(old, 2).selector.prototypes.shape == (5, 128) and runs.differences(old, cfg) == {}
     cfg.backgrounds = 3
@@ -173,8 +173,8 @@ def test_training_takes_the_window_that_was_asked_for():
 
 
 @pytest.mark.parametrize("flags, then", [
-    ([], None), (["--size", "224"], 3), (["--recipe", "fast"], 3), (["--mini"], None), (["--data", "metashift"], None),
-    (["--data", "imagenet"], None), (["--mini", "--presence-window", "2"], 3), (["--method", "erm", "--size", "224"], None)])
+    ([], None), (["--size", "224"], 3), (["--recipe", "fast"], 3), (["--mini"], 3), (["--data", "metashift"], None),
+    (["--data", "imagenet"], None), (["--mini", "--presence-window", "3"], None), (["--method", "erm", "--size", "224"], None)])
 def test_a_run_from_before_the_setting_had_three_patches_and_goes_on_where_that_is_so_now(flags, then, tmp_path):
     cfg = parse(runs.Config, "", flags, runs.preset)
     old = {name: value for name, value in runs.plain(asdict(cfg)).items() if name != "presence_window"}

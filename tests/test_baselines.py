@@ -245,7 +245,8 @@ def test_an_ablation_keeps_weights_and_noise_and_removes_only_what_it_names(flag
     before, terms, grads = step(batch, flag)
     assert before.keys() == plain[0].keys() and all(torch.equal(x, before[name]) for name, x in plain[0].items())
     assert plain[1].keys() - terms.keys() == gone
-    assert all(torch.equal(x, plain[1][name]) for name, x in terms.items() if name != "loss")    # same images, noise and masks
+    for name in terms.keys() - {"loss"}:                 # same images, noise and masks; to rounding: --no-joint packs tokens
+        torch.testing.assert_close(terms[name], plain[1][name], rtol=1e-6, atol=0)
     missing = plain[2].keys() - grads.keys()
     if flag == "--freeze-stage2":
         tokens = ("cls_token", "register_tokens", "pos_embed")

@@ -380,7 +380,7 @@ def test_stage_1_may_start_from_a_file_of_its_own_and_of_another_family(tmp_path
 def test_a_run_whose_stages_start_from_different_files_freezes_stage_1_and_remembers_both(tmp_path, capsys):
     out = run_train(tmp_path / "run", "--selector-arch", "mini-rotary", "--selector-weights", "mini-rotary", "--k", 3)
     config = json.loads((out / "config.json").read_text())
-    assert (config["weights"], config["selector_weights"], config["selector_arch"]) == ("mini", "mini-rotary", "mini-rotary")
+    assert (config["weights"], config["selector_weights"], config["selector_arch"]) == ("mini-parts", "mini-rotary", "mini-rotary")
     model, _ = runs.load_model(out / "last.pt")
     start = weights.read_file(weights.MINIATURES["mini-rotary"], "weights")
     assert torch.equal(model.selector.backbone.blocks[0].attn.qkv.weight, start["blocks.0.attn.qkv.weight"].float())

@@ -62,13 +62,16 @@ def test_a_killed_rendering_leaves_nothing_that_is_taken_for_whole(name, tmp_pat
     assert all(path.name.startswith(".") for path in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name, folder", [
-    ("waterbirds", "waterbirds-859fe875d1"), ("cub", "cub-4ad6cd36c8"), ("waterbird200", "cub-4ad6cd36c8"),
-    ("metashift", "metashift-89e57c744c"), ("siim", "siim-6cdc017f26"), ("imagenet", "imagenet-6f901d62df"),
-    ("imagenet9", "imagenet9-d52ddfed21")])
-def test_a_miniature_that_was_drawn_by_an_earlier_version_is_not_drawn_again(name, folder, tmp_path):
+BIRDS = dict(cue=1.0, things=(7, 11))                    # the drawings of earlier versions
+@pytest.mark.parametrize("name, folder, knobs", [
+    ("waterbirds", "waterbirds-859fe875d1", dict(cue=1.0, hue_noise=.03, things=(10, 15), thing_radius=(.05, .08))),
+    ("waterbirds", "waterbirds-b9b2b48ff3", {}), ("cub", "cub-4ad6cd36c8", BIRDS), ("waterbird200", "cub-4ad6cd36c8", BIRDS),
+    ("metashift", "metashift-89e57c744c", dict(train=2200, cue=.7, things=(13, 17))),
+    ("siim", "siim-6cdc017f26", dict(dicom=False)), ("imagenet", "imagenet-6f901d62df", dict(train=2250)),
+    ("imagenet9", "imagenet9-d52ddfed21", {})])
+def test_a_miniature_that_was_drawn_by_an_earlier_version_is_not_drawn_again(name, folder, knobs, tmp_path):
     (tmp_path / folder).mkdir()
-    assert miniature.render(name, tmp_path, **({"dicom": False} if name == "siim" else {})) == tmp_path / folder
+    assert miniature.render(name, tmp_path, **knobs) == tmp_path / folder
 
 
 # ---------------------------------------------------------------- the birds

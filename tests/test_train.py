@@ -21,7 +21,7 @@ from settings import parse
 from tiny import ROOT, TINY, fails, together, torchrun
 from tiny import train as run
 from runs import load_published
-from weights import MINI, read_file
+from weights import MINIATURES, read_file
 
 
 def config(*flags):
@@ -200,7 +200,7 @@ def test_pretrained_backbones_start_equal_and_only_tokens_of_stage_1_move(tmp_pa
 def test_without_train_tokens_nothing_of_the_backbone_of_stage_1_moves(tmp_path):
     folder = run(tmp_path / "run", "--limit", 16, "--no-train-tokens")
     trained = runs.read_checkpoint(folder / "last.pt")["model"]
-    for name, before in read_file(MINI, "weights").items():
+    for name, before in read_file(MINIATURES["mini-parts"], "weights").items():
         assert torch.equal(trained[f"selector.backbone.{name}"], before.float()), name
 
 
@@ -209,7 +209,7 @@ def test_every_method_starts_every_backbone_from_the_same_file(method):
     model = train.build_model(config("--method", method), torch.device("cpu"))
     backbones = [m for m in model.modules() if isinstance(m, ViT)]
     assert len(backbones) == (1 + (method == "ifam" or method.endswith("-found")))
-    for name, x in read_file(MINI, "weights").items():
+    for name, x in read_file(MINIATURES["mini-parts"], "weights").items():
         assert all(torch.equal(backbone.state_dict()[name], x.float()) for backbone in backbones), name
 
 
