@@ -29,10 +29,9 @@ DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{name}/{name}{registers}_pre
 RAD_DINO_URL = "https://huggingface.co/microsoft/rad-dino/resolve/main/model.safetensors"
 DINOV3 = "dinov3_vit{arch}_pretrain_lvd1689m*.pth"       # the official name ends in eight digits of a checksum
 DINOV3_URL = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
-MINI = Path(__file__).resolve().parent / "miniature" / "mini.pt"                 # by miniature/pretrain.py
-# --weights: the --arch that fits
+# --weights: the --arch that fits, and the file by miniature/pretrain.py
 MINI_ARCHS = {"mini": "mini", "mini-parts": "mini", "mini-rotary": "mini-rotary", "chest": "mini"}
-MINIATURES = {name: MINI.with_name(f"{name}.pt") for name in MINI_ARCHS}
+MINIATURES = {name: Path(__file__).resolve().parent / "miniature" / f"{name}.pt" for name in MINI_ARCHS}
 
 
 # ---------------------------------------------------------------- files

@@ -132,7 +132,9 @@ PAPER = {
     "imagenet9": (("accuracy", "mixed-same", "mixed-rand", "BG-GAP"), {
         "frozen": (98.1, 93.1, 87.1, 6.0), "pdiscoformer@1": (98.4, 93.9, 88.6, 5.3),
         "erm --masktune": (95.6, 91.1, 78.6, 12.5), "erm + LLE": (95.5, 88.3, 83.4, 4.9)})}
-RESNET = ("bbox-erm", "seg-erm", "erm --masktune", "erm --objective ", "erm + LLE")     # of a ResNet-50 there, as cited
+NETWORKS = {             # how a row begins: its network in the paper, or in what the paper cites, where it is no ViT-B
+    **dict.fromkeys(("erm --masktune", "erm --objective ", "erm + LLE"), "ResNet-50"),
+    **dict.fromkeys(("bbox-erm", "seg-erm"), "segmentation network")}
 METRICS = {"aa": "accuracy", "worst_group": "worst group", "worst_group_rare": "worst rare group", "auroc": "AUROC",
            "robust": "worst group AUROC", "foreground_iou": "foreground IoU", "mixed_same": "mixed-same",
            "mixed_rand": "mixed-rand", "bg_gap": "BG-GAP"}
@@ -318,7 +320,7 @@ def summarise(data, name, runs):
             numbers[title] = {"mean": mean, "half_interval": half, "values": values}
     worst = numbers.get("worst group")
     paper = from_paper(data, name, next(iter(runs.values()))[1])
-    network = "ResNet-50" if name.startswith(RESNET) else None
+    network = next((network for begin, network in NETWORKS.items() if name.startswith(begin)), None)
     return {"row": name, "supervision": next(iter(runs.values()))[2]["supervision"], "seeds": list(runs),
             "reports": [str(path) for path, _, _ in runs.values()],
             "leakage_images": sorted({r["leakage"]["images"] for _, _, r in runs.values() if r["leakage"]}),

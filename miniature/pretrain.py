@@ -5,6 +5,7 @@
     python -m miniature.pretrain --arch mini-rotary --out runs/pretrain-rotary     # its twin with rotary positions
     python -m miniature.pretrain --start miniature/mini.pt --weight-pairs 1 --weight-words 0.05 --weight-pasted 1 \
         --weight-ground 0.5 --weight-invariance 0 --lr 1e-3 --steps 5400 --out runs/pretrain-parts   # mini-parts.pt
+    python -m miniature.pretrain --start miniature/mini.pt --subject chests ...                      # chest.pt: chest.json
     python -m miniature.pretrain --composites PATH   # learn from a folder that compose.py wrote, not from drawn scenes
 
 Floor: commands, though it stays beside the weights that it makes. Read vit.py and scenes.py first. The scenes show one

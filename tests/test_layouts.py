@@ -63,6 +63,8 @@ def test_a_killed_rendering_leaves_nothing_that_is_taken_for_whole(name, tmp_pat
 
 
 BIRDS = dict(cue=1.0, things=(7, 11))                    # the drawings of earlier versions
+
+
 @pytest.mark.parametrize("name, folder, knobs", [
     ("waterbirds", "waterbirds-859fe875d1", dict(cue=1.0, hue_noise=.03, things=(10, 15), thing_radius=(.05, .08))),
     ("waterbirds", "waterbirds-b9b2b48ff3", {}), ("cub", "cub-4ad6cd36c8", BIRDS), ("waterbird200", "cub-4ad6cd36c8", BIRDS),

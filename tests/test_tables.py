@@ -153,6 +153,7 @@ def test_the_papers_numbers_stand_beside_ours_in_our_units():
     assert tables.from_paper("waterbirds", "erm --objective group-dro --select worst_group", 8)["worst rare group"] == (pytest.approx(0.906), None)
     assert tables.from_paper("waterbirds", "erm --objective group-dro --groups groups-background.csv", 8) == {}   # not the benchmark's groups
     assert tables.from_paper("siim-mini", "erm --objective jtt --groups groups-errors.csv", 4) == {"AUROC": (92.6, None), "worst group AUROC": (55.9, None)}
+    assert tables.theirs({"value": .906, "parts": None, "network": "ResNet-50"}) == "0.906 (ResNet-50)"
     assert tables.from_paper("waterbirds", "frozen + PCA probe", 8) == {"accuracy": (pytest.approx(0.974), None), "worst rare group": (0.94, None)}
     assert tables.from_paper("waterbirds", "ifam --k 16 --batch 64", 16) == {"accuracy": (pytest.approx(0.988), 16), "worst rare group": (0.97, 16)}
     assert tables.from_paper("waterbird200", "ifam", 8)["foreground IoU"] == (pytest.approx(0.686), 8)
