@@ -45,6 +45,8 @@ class Config(OnCheckpoint):
                            "the same without groups; pca, a probe on principal components of the features; lle, an "
                            "ensemble of two heads, one for swapped backgrounds", choices=("", *retrain.TITLES))
     leakage: int = opt(500, "images that leakage is measured on, spread evenly over the split (0: all)", at_least=0)
+    fitted: bool = opt(True, "also measure what is fitted on the training images first: keypoint regression, and the "
+                       "clean contrast (half of the time)")
     kp_normalise: bool = opt(False, "keypoint metrics: normalise images as in training; the published ones are taken "
                              "without")
     per_part: bool = opt(False, "also let stage 2 see one part at a time: what each part says alone, and what its "
@@ -77,7 +79,7 @@ def localisation(model, result, samples, train=None, kp_normalise=False, known=N
     out |= {"kp": None, "nmi": nmi(*both) if len(names) else None, "ari": ari(*both) if len(names) else None,
             "kp_normalise": kp_normalise}
     if train is None or not train.points:
-        out["kp_skipped"] = "the training images or their keypoints are not on disk"
+        out["kp_skipped"] = "the training images or their keypoints are not on disk, or were left out"
     elif samples.boxes is None or train.boxes is None:
         out["kp_skipped"] = "bounding_boxes.txt is not there"
     else:
@@ -246,15 +248,15 @@ def fooled(model, originals, sample, scenes, device):
 
 
 def evaluate(model, samples, train=None, rare=(), device="cpu", batch=32, leakage=500, workers=0, sets=None,
-             kp_normalise=False):
+             kp_normalise=False, fitted=True):
     """Everything report.json says about a model on a split -> dict.
 
     train: the training split, where there is one; what is fitted on its images is left out if they are not all on
-    disk. sets: {name: Samples} to measure accuracy on as well.
+    disk, or if nobody wants it (fitted). sets: {name: Samples} to measure accuracy on as well.
     """
     comparable = train is not None and train.places == samples.places      # SIIM knows tubes of its test images alone
     train_groups = train.groups if comparable else None
-    train = train if train is not None and train.on_disk() else None
+    train = train if fitted and train is not None and train.on_disk() else None
     metrics, loading = data.BENCHMARKS[samples.name].metrics, dict(device=device, batch=batch, workers=workers)
     passes = [(some, one_pass(model, some, names, kp_normalise, **loading))
               for some, names in zip((samples, train), wanted(model, samples, train))]
@@ -439,7 +441,7 @@ def measure(cfg, model, state, name, samples, train, sets, intervention, retrain
               "checkpoint": {"file": Path(cfg.ckpt).name, "sha256": hash_of(cfg.ckpt), "step": state["step"],
                              "epoch": epoch_of(state, cfg.ckpt)},
               **evaluate(model, samples, train, benchmark.rare, device, cfg.batch, cfg.leakage, cfg.workers, sets,
-                         normalise)}
+                         normalise, cfg.fitted)}
     own = not (intervention or retrained)
     comparable = as_published(trained) and cfg.split == "test" and not trained["mini"] and own
     if comparable and trained["k"] in benchmark.paper:

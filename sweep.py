@@ -40,6 +40,7 @@ class Config:
     seeds: int = opt(1, "training seeds 0, 1, ... of each", at_least=1)
     processes: int = opt(1, "processes that train, through torchrun", at_least=1)
     leakage: int = opt(500, "of evaluate.py: images for leakage; finished runs stay as they are", at_least=0)
+    fitted: bool = opt(True, "of evaluate.py: also measure what is fitted on the training images")
     also: list[str] = opt((), "evaluate on these as well: waterbird200 for cub, imagenet9 for imagenet",
                           choices=tuple(name for name, benchmark in data.BENCHMARKS.items() if benchmark.trained_on))
     retrain: list[str] = opt((), "evaluate with these new last layers as well, as evaluate.py --retrain has them",
@@ -369,8 +370,8 @@ def main(argv=None):
     for name in given.also:
         if (of := data.BENCHMARKS[name].trained_on) != runs[0][0].data:
             raise UsageError(f"--also {name} evaluates models of {of}, not of {runs[0][0].data}: leave it out")
-    left = lambda cfg, typed: commands(cfg, typed, given.processes, ["--leakage", str(given.leakage)], given.also,
-                                       given.retrain)
+    measure = ["--leakage", str(given.leakage), *["--no-fitted"] * (not given.fitted)]
+    left = lambda cfg, typed: commands(cfg, typed, given.processes, measure, given.also, given.retrain)
     for number, (cfg, typed) in enumerate(runs, 1):
         todo, first = left(cfg, typed), first_pass(cfg)
         print(f"[{number}/{len(runs)}] {cfg.out}" + ": finished" * (not todo), flush=True)

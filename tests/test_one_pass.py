@@ -75,6 +75,17 @@ def test_a_report_is_that_of_measurements_made_one_by_one(splits):
         assert report[stage]["aa"] == (result[key].argmax(1) == test.labels).double().mean().item()
 
 
+def test_without_what_is_fitted_no_training_image_is_read_and_every_other_number_stays(splits, monkeypatch):
+    model, (train, test) = KINDS["two stages"](), (splits["train"], splits["test"])
+    whole = evaluate.evaluate(model, test, train, leakage=8, batch=5)
+    monkeypatch.setattr(type(train), "__getitem__", lambda self, i, plain=type(train).__getitem__:
+                        plain(self, i) if self is not train else pytest.fail("a training image was read"))
+    short = evaluate.evaluate(model, test, train, leakage=8, batch=5, fitted=False)
+    assert whole["leakage"].pop("place_of_mask") and whole["localisation"].pop("kp") is not None
+    assert short["localisation"].pop("kp") is None and "left out" in short["localisation"].pop("kp_skipped")
+    assert short == whole
+
+
 def test_each_image_is_read_once_and_seen_by_stage_1_once_under_each_normalisation(splits, monkeypatch):
     model, some = KINDS["two stages"](), splits["test"]
     read, seen, plain, forward = [], [], type(some).__getitem__, model.selector.backbone.forward

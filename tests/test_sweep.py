@@ -86,6 +86,8 @@ def test_a_sweep_trains_evaluates_prints_a_table_and_does_nothing_the_second_tim
     called.clear()
     sweep.main(["ifam", "erm", *MINI, "--seeds", "2"])
     assert not called and "ifam-0: finished" in capsys.readouterr().out
+    sweep.main(["soft", *MINI, "--no-fitted"])
+    assert called[1][2][-3:] == ["--leakage", "500", "--no-fitted"] and "--no-fitted" not in called[0][2]
 
 
 def test_a_run_that_was_begun_is_resumed_and_one_that_was_trained_and_measured_is_only_measured_again(commands):
