@@ -49,6 +49,7 @@ from benchmarks import transforms
 from benchmarks.files import read_image
 from benchmarks.folder import load_folder
 from benchmarks.samples import patch_keep
+from measure.clusters import k_means
 from measure.probes import linear_head
 from miniature.scenes import BODY_PLAN, pretraining_pairs, pretraining_scenes
 from miniature.siim import pretraining_chests
@@ -168,18 +169,6 @@ def texture(x):
     log_of_mean = (blur(energy, 2) + 1e-4).log()
     mean_of_log = blur((blur(energy, .7) + 1e-4).log(), 2)
     return F.avg_pool2d(torch.cat([log_of_mean, mean_of_log], 1), 8).flatten(2).mT
-
-
-def k_means(x, k, generator, rounds=25):
-    """Centres (k, d) of x (n, d): k-means++ start, then Lloyd's steps."""
-    centres = x[torch.randperm(len(x), generator=generator)[:1]]
-    while len(centres) < k:
-        distance = torch.cdist(x, centres).amin(1) ** 2 + 1e-9
-        centres = torch.cat([centres, x[torch.multinomial(distance, 1, generator=generator)]])
-    for _ in range(rounds):
-        nearest = torch.cdist(x, centres).argmin(1)
-        centres = torch.stack([x[nearest == j].mean(0) if (nearest == j).any() else centres[j] for j in range(k)])
-    return centres
 
 
 class Words:
@@ -505,7 +494,7 @@ def pretrain(cfg):
     model = Reader(cfg.words, cfg.arch, masks=bool(cfg.weight_pasted or cfg.weight_ground))
     if cfg.start:
         start_from(model.vit, cfg.start)
-    words = Words(single, cfg)
+    words = Words(single, cfg) if cfg.weight_words else None
     model.to(device)
     wide, narrow = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
     optimizer = torch.optim.AdamW([dict(params=wide, weight_decay=cfg.weight_decay),

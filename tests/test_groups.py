@@ -11,7 +11,7 @@ import groups
 import runs
 import train as training
 from benchmarks.files import read_groups
-from measure import tables
+from measure import clusters, tables
 from measure.metrics import ari
 from models import pictures, tiny
 from settings import UsageError
@@ -31,10 +31,10 @@ def blobs(sizes=(400, 30), dims=6, distance=8.0, seed=0):
 @pytest.mark.parametrize("sizes", [(400, 30), (55, 1045), (100, 60, 40), (30, 30, 30, 30)])
 def test_planted_blobs_are_found_and_numbered_from_the_largest(sizes):
     x, own = blobs(sizes)
-    found, score = groups.cluster(x)
+    found, score = clusters.cluster(x)
     assert ari(found, own) == 1 and score > 0.5
     assert found.bincount().tolist() == sorted(sizes, reverse=True)
-    again, same = groups.cluster(x)
+    again, same = clusters.cluster(x)
     assert torch.equal(found, again) and score == same
 
 
@@ -42,15 +42,15 @@ def test_a_narrow_and_a_wide_cluster_on_one_line_are_told_apart():
     """Hardness is like that: most images are easy, and few are hard and spread out; k-means would halve the many."""
     generator = torch.Generator().manual_seed(0)
     x = torch.cat([torch.randn(1000, 1, generator=generator), -9 + 3 * torch.randn(60, 1, generator=generator)])
-    found, _ = groups.cluster(x)
+    found, _ = clusters.cluster(x)
     assert ari(found, (torch.arange(1060) >= 1000).long()) > 0.9
 
 
 def test_the_number_of_clusters_may_be_given_and_one_that_cannot_be_filled_is_none():
     x, _ = blobs((40, 40))
-    assert groups.cluster(x, 3)[0].unique().tolist() == [0, 1, 2]
+    assert clusters.cluster(x, 3)[0].unique().tolist() == [0, 1, 2]
     for rows in (torch.ones(20, 3), torch.randn(2, 3), torch.randn(1, 3)):
-        found, score = groups.cluster(rows)
+        found, score = clusters.cluster(rows)
         assert score is None and not found.any() and len(found) == len(rows)
 
 
@@ -58,13 +58,13 @@ def test_densities_are_those_of_torch_and_no_round_of_a_start_lowers_the_likelih
     x = blobs((60, 40), dims=3)[0].double()
     likelihoods = []
     for steps in range(1, 9):
-        monkeypatch.setattr(groups, "STEPS", steps)
-        likelihood, (share, mean, variance) = groups.fit_mixture(x, 2, torch.Generator().manual_seed(1))
+        monkeypatch.setattr(clusters, "STEPS", steps)
+        likelihood, (share, mean, variance) = clusters.fit_mixture(x, 2, torch.Generator().manual_seed(1))
         likelihoods.append(likelihood)
     d = torch.distributions
     each = d.Independent(d.Normal(mean, variance.sqrt()), 1)
     true = each.log_prob(x[:, None]) + share.log() + 1.5 * torch.log(torch.tensor(2 * torch.pi))
-    assert torch.allclose(groups.log_density(x, (share, mean, variance)), true, atol=1e-9)
+    assert torch.allclose(clusters.log_density(x, (share, mean, variance)), true, atol=1e-9)
     assert all(b >= a - 1e-12 for a, b in zip(likelihoods, likelihoods[1:]))
 
 
@@ -78,14 +78,14 @@ def test_silhouettes_are_those_of_the_definition():
             a, b = sum(far(c)) / max(1, len(far(c))), min(sum(far(k)) / len(far(k)) for k in range(3) if k != c)
             values.append((b - a) / max(a, b) if len(far(c)) else 0.0)
         means.append(sum(values) / len(values))
-    assert abs(groups.silhouette(x, own) - sum(means) / 3) < 1e-12
+    assert abs(clusters.silhouette(x, own) - sum(means) / 3) < 1e-12
 
 
 def test_large_clusters_are_compared_by_a_fixed_number_of_rows(monkeypatch):
     x, own = blobs((300, 200))
-    whole = groups.silhouette(x.double(), own)
-    monkeypatch.setattr(groups, "COMPARED", 50)
-    assert abs(groups.silhouette(x.double(), own) - whole) < 0.05
+    whole = clusters.silhouette(x.double(), own)
+    monkeypatch.setattr(clusters, "COMPARED", 50)
+    assert abs(clusters.silhouette(x.double(), own) - whole) < 0.05
 
 
 # ---------------------------------------------------------------- of a model

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from vit import build_vit
+from measure.clusters import k_means
 from miniature import pretrain
 from benchmarks import transforms
 from benchmarks.samples import patch_keep
@@ -60,7 +61,7 @@ def test_k_means_finds_clusters_that_are_apart():
     draw = torch.Generator().manual_seed(0)
     true = torch.tensor([[0., 0], [10, 0], [0, 10]])
     x = (true[:, None] + 0.1 * torch.randn(3, 50, 2, generator=draw)).flatten(0, 1)
-    found = pretrain.k_means(x, 3, draw)
+    found = k_means(x, 3, draw)
     torch.testing.assert_close(found[found.sum(1).argsort()][[0]], true[[0]], atol=0.1, rtol=0)
     assert sorted(torch.cdist(true, found).argmin(1).tolist()) == [0, 1, 2]
 
@@ -94,7 +95,7 @@ def test_afterwards_the_mean_of_five_clusters_of_patches_is_the_origin():
         transforms.augment(view, 96, np.random.default_rng([5, i]))
     x = pretrain.features(vit, torch.stack([transforms.to_tensor(v.image) for v in views])).flatten(0, 1)
     draw = torch.Generator().manual_seed(5)
-    centres = pretrain.k_means(x[torch.randperm(len(x), generator=draw)[:8000]], 5, draw)
+    centres = k_means(x[torch.randperm(len(x), generator=draw)[:8000]], 5, draw)
     assert centres.mean(0).abs().max() < 1e-3 and x.var(0).mean().sqrt() == pytest.approx(0.32, rel=1e-3)
 
 
