@@ -45,8 +45,8 @@ def log_density(x, mixture):
 def fit_mixture(x, k, generator):
     """One start of a mixture of k Gaussians with diagonal covariance -> (mean log likelihood, the mixture).
 
-    Expectation-maximisation in float64 from far_apart centres. No variance falls below a thousandth of that of all rows,
-    so that none shrinks to a point.
+    Expectation-maximisation in float64 from far_apart centres. No variance falls below a thousandth of that of all
+    rows, so that none shrinks to a point.
     """
     belongs = F.one_hot(torch.cdist(x, far_apart(x, k, generator)).argmin(1), k).double()
     least, last = 1e-3 * x.var(0, correction=0) + 1e-12, -torch.inf
