@@ -9,7 +9,8 @@ Runs lie in runs/<data>-sweep/<name>-<seed> (-mini-sweep for miniatures), which 
 The same command again skips what is finished and resumes what is not. The table is <set>.md, .tex, .csv and .json
 beside the runs. A flag that only some of the methods have is left out for the others. Runs of two passes (JTT, GEORGE)
 get their groups from another run of the same seed, which comes first. A run that fails stops no other; the exit status
-then is 1. SIGTERM and Ctrl-C are passed on to the run, which saves where it is, and end the sweep.
+then is 1. What the benchmark refuses of a set, such as GroupDRO without places, is left out, and the last line names
+it. SIGTERM and Ctrl-C are passed on to the run, which saves where it is, and end the sweep.
 
 Floor: commands, the highest: it starts train.py, groups.py and evaluate.py, and reads nothing but their files.
 """
@@ -51,6 +52,7 @@ class Config:
 METHODS = {     # in the order of the paper's table; early and late masks pool alike, so that one thing differs
     name: ["--method", name] for name in ("early-truth", "late-truth", "bbox-erm", "seg-erm", "frozen", "erm",
                                           "late-found", "ep", "aim", "pdiscoformer", "early-found", "ifam")}
+REFUSED = 2                                              # exit status of a UsageError, see settings.run_script
 FIFTH = "a fifth"                                        # of --epochs: JTT's first model, as published for Waterbirds
 WORST = ["--select", "worst_group"]                      # as published, where groups are known anyway
 
@@ -366,7 +368,7 @@ def main(argv=None):
     given, flags = parse(Config, __doc__, argv, rest=True)
     if refused := {"--method", "--seed", "--out", "--resume"} & {flag.split("=")[0] for flag in flags}:
         raise UsageError(f"{min(refused)} is decided by the sweep: leave it out")
-    runs, failed = plan(given.what, given.seeds, flags), []
+    runs, failed, refused = plan(given.what, given.seeds, flags), [], []
     for name in given.also:
         if (of := data.BENCHMARKS[name].trained_on) != runs[0][0].data:
             raise UsageError(f"--also {name} evaluates models of {of}, not of {runs[0][0].data}: leave it out")
@@ -382,8 +384,9 @@ def main(argv=None):
         for command in todo:
             if given.list:
                 print("  " + shlex.join(command))
-            elif run(command):
-                failed.append(cfg.out)
+            elif status := run(command):
+                named = Path(cfg.out).name.removesuffix(f"-{cfg.seed}") in given.what
+                (refused if status == REFUSED and not named else failed).append(cfg.out)
                 break
     done = [Path(cfg.out) for cfg, typed in runs if not left(cfg, typed)]
     if done and not given.list:
@@ -391,6 +394,10 @@ def main(argv=None):
     if failed:
         raise RunError(f"{len(failed)} of {len(runs)} runs failed, above is why: {', '.join(failed)}; "
                        "the same command tries them again")
+    if refused and not done:
+        raise UsageError(f"every run was refused, above is why; python sweep.py {given.what[0]} --list names them")
+    if refused:
+        print(f"left out, as they were refused (above is why): {', '.join(refused)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

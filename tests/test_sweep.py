@@ -21,16 +21,16 @@ MORE = [*MINI, "--epochs", "5"]                          # a fifth of them is no
 
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
-    """Runs in an empty folder, with commands that are recorded; a folder in `broken` fails, others leave their files."""
+    """Runs in an empty folder, with commands that are recorded; a folder in `broken` has this exit status, others leave their files."""
     monkeypatch.chdir(tmp_path)
-    called, broken = [], set()
+    called, broken = [], {}
 
     def call(command, **output):
         script = Path(next(word for word in command if word.endswith(".py"))).name
         out = Path(command[command.index("--out") + 1]) if script == "train.py" else Path(command[command.index("--ckpt") + 1]).parent
         called.append((script, str(out), command))
         if str(out) in broken:
-            return subprocess.CompletedProcess(command, 1, stderr="error: it broke\n")
+            return subprocess.CompletedProcess(command, broken[str(out)], stderr="error: it broke\n")
         out.mkdir(parents=True, exist_ok=True)
         if script == "groups.py":
             grouped(out, command[command.index("--by") + 1])
@@ -111,10 +111,27 @@ def test_a_run_that_was_begun_is_resumed_and_one_that_was_trained_and_measured_i
 
 def test_a_failing_run_stops_no_other_and_the_end_names_it(commands, capsys):
     called, broken = commands
-    broken.add("runs/waterbirds-mini-sweep/erm-0")
+    broken["runs/waterbirds-mini-sweep/erm-0"] = 1
     line = fails(sweep.main, "erm", "ifam", *MINI, status=1)(capsys)
     assert "1 of 2 runs failed" in line and "erm-0" in line
     assert [Path(out).name for s, out, _ in called if s == "evaluate.py"] == ["ifam-0"]
+
+
+def test_what_the_benchmark_refuses_of_a_set_is_left_out_and_what_was_asked_for_by_name_is_not(commands, capsys):
+    called, broken = commands
+    broken["runs/waterbirds-mini-sweep/early-found-cls-0"] = 2
+    sweep.main(["published", *MINI])
+    said = capsys.readouterr()
+    assert "left out" in said.err and said.err.count("early-found-cls-0") == 1
+    assert "late-truth --pooling mean-all" in said.out and "early-found" not in said.out.split("|", 1)[1]
+    line = fails(sweep.main, "published", "early-found-cls", *MINI, status=1)(capsys)
+    assert "1 of 4 runs failed" in line and "early-found-cls-0" in line
+
+
+def test_a_set_that_the_benchmark_refuses_whole_is_an_error(commands, capsys):
+    _, broken = commands
+    broken.update({f"runs/waterbirds-mini-sweep/{name}-0": 2 for name in sweep.SETS["published"]})
+    assert "every run was refused" in fails(sweep.main, "published", *MINI, status=2)(capsys)
 
 
 def test_a_notebook_gets_its_runs_and_pays_for_them_once(commands, capsys):
@@ -139,7 +156,7 @@ def test_the_bar_of_a_notebook_knows_how_far_a_run_is(tmp_path):
 
 
 def test_a_notebook_is_told_why_a_run_failed(commands):
-    commands[1].add("runs/waterbirds-mini-sweep/erm-0")
+    commands[1]["runs/waterbirds-mini-sweep/erm-0"] = 1
     with pytest.raises(RunError, match="erm-0 failed: error: it broke"):
         sweep.finished(["erm"], MINI)
 
@@ -283,7 +300,7 @@ def test_groups_of_another_checkpoint_are_made_again_and_a_run_of_other_groups_s
 
 def test_a_run_whose_first_pass_failed_is_left_out_and_the_others_go_on(commands, capsys):
     called, broken = commands
-    broken.add("runs/waterbirds-mini-sweep/erm-first-0")
+    broken["runs/waterbirds-mini-sweep/erm-first-0"] = 1
     with pytest.raises(RunError, match="2 of 3 runs failed.*erm-first-0, .*erm-jtt-0"):
         sweep.main(["erm-jtt", "erm", *MORE])
     assert "left out, for it needs runs/waterbirds-mini-sweep/erm-first-0" in capsys.readouterr().err
@@ -299,7 +316,7 @@ def test_a_notebook_gets_chained_runs_in_their_order_and_is_told_which_failed(co
         assert order.index(("train.py", first)) < order.index(("groups.py", first)) < order.index(("train.py", second))
     called.clear()
     assert sweep.finished(["erm-george", "erm-jtt"], MORE) == found and not called
-    broken.add("runs/waterbirds-mini-fresh/erm-0")
+    broken["runs/waterbirds-mini-fresh/erm-0"] = 1
     with pytest.raises(RunError, match="erm-0 failed"):
         sweep.finished(["erm-george"], MINI, "fresh")
     assert not any("erm-george" in out for _, out, _ in called)
