@@ -458,6 +458,11 @@ def bar_style(name, other=0):
     return dict(color=colour, hatch=hatch, edgecolor="white", linewidth=0)
 
 
+def above(columns):
+    """A legend above a chart, for `chart`: what is inside it may lie on a line."""
+    return dict(ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1))
+
+
 def chart(axis, legend=True, chance=None, **settings):
     """What all charts share: no frame at the top and right, a dotted line at chance, a legend without a frame."""
     axis.set(**settings)
@@ -487,8 +492,7 @@ def group_bars(groups, path=None, chance=None):
     few = len(names) < 5
     axis.set_xticks(range(len(names)), [short(g) if few else short(g).replace("\n", "") for g in names], fontsize=TEXT,
                     **({} if few else dict(rotation=20, ha="right")))
-    above = dict(ncols=len(groups) + (chance is not None), loc="lower center", bbox_to_anchor=(0.5, 1))
-    chart(axis, above, chance, ylabel="accuracy", ylim=(0, 1.02))
+    chart(axis, above(len(groups) + (chance is not None)), chance, ylabel="accuracy", ylim=(0, 1.02))
     save(figure, path)
 
 
@@ -555,7 +559,7 @@ def curves(series, x, y, path=None, chance=None):
     figure, axis = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
     for (name, values), marker in zip(series.items(), "os^Dvx"):
         axis.plot(values, marker + "-", ms=5, color=bar_style(name)["color"], label=name)
-    chart(axis, chance=chance, xlabel=x, ylabel=y, xticks=range(max(map(len, series.values()))))
+    chart(axis, above(2), chance, xlabel=x, ylabel=y, xticks=range(max(map(len, series.values()))))
     save(figure, path)
 
 
