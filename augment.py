@@ -61,8 +61,9 @@ class Swap:
     x' = m x_i + (1 - m) x_j with a mask m in {0, 1}, as in BG Aug (Li et al., CVPR 2023), with the arithmetic of the
     measurement `swap`: a pixel that shows an object in x_j comes from the next donor. m is the true mask, or what FOUND
     finds in the whole pictures (find_masks), both augmented with their image; or the hard mask that the model
-    finds for these images now, without noise and without a gradient. Images are swapped after augmentation and before
-    the warp of equivariance, so that both views show one scene.
+    finds for these images now, without noise and without a gradient. An image in which no object is found stays as it
+    is, and lends nothing. Images are swapped after augmentation and before the warp of equivariance, so that both views
+    show one scene.
     """
 
     def __init__(self, cfg):
@@ -80,8 +81,9 @@ class Swap:
     def __call__(self, model, batch, generators, device="cpu"):
         """A process's share of a batch -> the same with other images, on the device."""
         images = batch["image"].to(device, non_blocking=True)
-        donors = draw_donors(batch["label"], self.share, generators)
-        return {**batch, "image": swap_backgrounds(images, self.objects(model, images, batch), donors)}
+        donors, objects = draw_donors(batch["label"], self.share, generators), self.objects(model, images, batch)
+        nothing = ~objects.bool().flatten(1).any(1)      # all of it may be object: else it would keep its label alone
+        return {**batch, "image": swap_backgrounds(images, objects.masked_fill(nothing[:, None, None, None], 1), donors)}
 
 
 # ---------------------------------------------------------------- what a model looks at most, hidden

@@ -34,7 +34,7 @@ from measure.shape import SHAPE
 from predict import OnCheckpoint, open_split, own_splits, predict, results_of
 from runs import Config as RunConfig
 from runs import as_published, differences, has, hash_of, load_model, pick_device, read_config, refuse_told, trained
-from settings import UsageError, may_write, opt, parse, recorded, run_script, write_json
+from settings import UsageError, may_write, opt, parse, progress, recorded, run_script, write_json
 
 
 @dataclass
@@ -225,11 +225,10 @@ def adversarial(model, originals, backgrounds, device="cpu", batch=32, workers=0
     object is vulnerable, whatever the model says of the original image. Challenge accuracy: 100 - % vulnerable.
     All backgrounds are held in memory: 2.4 GB for the 4,050 of the benchmark.
     """
-    loader = torch.utils.data.DataLoader(backgrounds, batch, num_workers=workers)
-    scenes, vulnerable = [part["image"] for part in loader], []
-    for sample in torch.utils.data.DataLoader(originals, None, num_workers=workers):
-        vulnerable.append(fooled(model, originals, sample, scenes, device))
-    vulnerable = torch.tensor(vulnerable, dtype=torch.float64)
+    read = lambda some, size, what: progress(torch.utils.data.DataLoader(some, size, num_workers=workers), what)
+    scenes = [part["image"] for part in read(backgrounds, batch, "backgrounds")]
+    vulnerable = torch.tensor([fooled(model, originals, sample, scenes, device)
+                               for sample in read(originals, None, "objects on them")], dtype=torch.float64)
     share = lambda some: 100 * (1 - some.mean().item())
     return {"challenge_accuracy": share(vulnerable), "vulnerable": int(vulnerable.sum()), "objects": len(originals),
             "backgrounds": len(backgrounds), "classes": {name: share(vulnerable[originals.labels == c]) for c, name in

@@ -11,13 +11,14 @@ training sees images). Letters: n training images, G groups, n_g images of group
 processes and portions, b_g of them in group g; l_i the cross-entropy of image i.
 """
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.files import digest_of_groups, read_groups
 from ifam import class_losses
-from settings import UsageError, flag
+from settings import UsageError, flag, read_json
 
 ROBUST = ("group-dro", "george")                         # weights of groups that move with their losses
 OBJECTIVES = ("erm", "balanced", "reweight", "jtt", *ROBUST)
@@ -25,8 +26,10 @@ TAKES = {"groups": OBJECTIVES[1:], "upweight": ("jtt",),                        
          **dict.fromkeys(("dro_step", "dro_adjustment", "dro_draw"), ROBUST)}
 DEFAULTS = {"george": {"dro_adjustment": 2.0}}           # as published, where it differs from runs.Config
 STEP, STEPS = 0.01, 11_100                               # eta of Sagawa et al., and how long they train on Waterbirds
+CROSSED = "class and place"                              # what groups are, where they tell more than classes
 MAKES = {"jtt": "errors", "george": "clusters"}          # groups.py --by, of objectives that need a file of groups
-NO_ERRORS = "; without errors nothing is upweighted: train the first model for fewer epochs"
+ADVICE = {"right": "; without errors nothing is upweighted: train the first model for fewer epochs",
+          "wrong": "; a model that errs everywhere is no classifier yet: train the first model for more epochs"}
 
 
 def defaults(typed, earlier, objective):
@@ -53,6 +56,20 @@ def check(cfg):
                          f"python groups.py --ckpt runs/<name>/best.pt --by {MAKES[cfg.objective]} writes it")
 
 
+def uncrossed(samples):
+    """Why the groups of a split tell no more than its classes, as text; "" where they do."""
+    if len(samples.groups.unique()) > len(samples.labels.unique()):
+        return ""
+    return "each class is in one place only" if samples.places else "there are no places"
+
+
+def are_made(path, digest):
+    """Is a groups file one of groups.py, as it wrote it? Then no label is in it, but a first model."""
+    about = Path(path).with_suffix(".json")
+    said = read_json(about, "what groups.py says") if about.is_file() else None
+    return isinstance(said, dict) and said.get("digest") == digest
+
+
 def grouping(cfg, samples):
     """-> names of the groups, the group of each image (n,) long, and what they are, as text. Groups without images go.
 
@@ -60,15 +77,14 @@ def grouping(cfg, samples):
     and reweight take it, and for group-dro it is a UsageError.
     """
     if cfg.groups:
-        names, groups = read_groups(cfg.groups, samples, NO_ERRORS * (cfg.objective == "jtt"))
+        names, groups = read_groups(cfg.groups, samples, ADVICE if cfg.objective == "jtt" else {})
         if cfg.objective == "jtt" and names != ["right", "wrong"]:
             raise UsageError(f"{cfg.groups}: has the groups {', '.join(names[:4])}; --objective jtt reads right and "
                              f"wrong, which python groups.py --by {MAKES['jtt']} writes")
         return names, groups, f"the groups of {cfg.groups}"
-    if len(samples.groups.unique()) > len(samples.labels.unique()):
-        names, groups, what = samples.group_names, samples.groups, "class and place"
+    if not (why := uncrossed(samples)):
+        names, groups, what = samples.group_names, samples.groups, CROSSED
     else:
-        why = "each class is in one place only" if samples.places else "there are no places"
         names, groups, what = samples.classes, samples.labels, f"classes, for {why} in {samples.title} train"
         if cfg.objective in ROBUST:
             raise UsageError(f"--objective {cfg.objective} needs groups that are more than the classes, and {why} in "
@@ -109,6 +125,8 @@ class Objective:
         self.steps, self.adjustment = steps, cfg.dro_adjustment / counts.double().sqrt()
         self.log_q = torch.full((len(counts),), -math.log(len(counts)), dtype=torch.float64)
         self.present = self.losses = None                # of the last step
+        made = self.name in MAKES or cfg.groups and are_made(cfg.groups, self.digest())
+        self.source = "a first model" if made else "groups" if cfg.groups or what == CROSSED else "classes"
 
     @property
     def q(self):
@@ -158,7 +176,7 @@ class Objective:
         """For the first line of log.jsonl -> dict."""
         drawn = "with equal shares of the groups" if self.shares is not None else "each once an epoch"
         moves = {"step": self.step, "adjustment": self.adjustment.tolist()} if self.robust else {}
-        return {"of": self.what, "groups": dict(zip(self.names, self.counts)), "draws": drawn, **moves}
+        return {"of": self.what, "source": self.source, "groups": dict(zip(self.names, self.counts)), "draws": drawn, **moves}
 
     def digest(self):
         """What tells these groups from others, for --resume and for sweep.py."""

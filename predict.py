@@ -517,10 +517,11 @@ class Answers:
         return [(row_of(out, i), arrays_of(out, i), partial(figures.prediction, out, i)) for i in range(len(pictures))]
 
 
-def main(argv=None):
-    cfg = parse(Config, __doc__, argv)
-    paths = find_pictures(cfg.images, Path(cfg.out))
-    written, model = outputs(cfg, paths), Answers(cfg)
+def answer_all(cfg, model, paths, written):
+    """Answer pictures batch by batch, print and write what is found -> (rows, {path: why it was left out}).
+
+    written: what `outputs` gave, the files of each picture.
+    """
     rows, skipped, width = [], {}, min(40, max(len(str(path)) for path in paths))
     names = min(24, max(map(len, model.says.get("classes", [""]))))
     for start in range(0, len(paths), cfg.batch):
@@ -539,6 +540,14 @@ def main(argv=None):
                 write_whole(written[path]["arrays"], partial(save_arrays, arrays))
             if cfg.figures:
                 draw(written[path]["figure"])
+    return rows, skipped
+
+
+def main(argv=None):
+    cfg = parse(Config, __doc__, argv)
+    paths = find_pictures(cfg.images, Path(cfg.out))
+    written, model = outputs(cfg, paths), Answers(cfg)
+    rows, skipped = answer_all(cfg, model, paths, written)
     if not rows:
         raise UsageError(f"none of {len(paths)} files can be used: {next(iter(skipped.values()))}")
     asked = {name: getattr(cfg, name) for name in ("keep", "squash", "explain")}

@@ -602,19 +602,20 @@ def finished_state(folder):
     return state
 
 
-def refuse_other_images(state, images, steps, folder):
-    """UsageError if a run that is resumed was trained on other images than those that are there now."""
+def refuse_other_images(state, images, steps, folder, what="--resume"):
+    """UsageError if a run that is gone on from was trained on other images than those that are there now."""
     then = state.get("images") or images                 # older checkpoints do not say
+    instead = "start again with another --out" if what == "--resume" else "train it again"
     if then.get("groups") != images.get("groups"):
-        raise UsageError(f"--resume: {folder} was trained with other groups than those of --groups now: restore the "
-                         "file, or start again with another --out")
+        raise UsageError(f"{what}: {folder} was trained with other groups than those of --groups now: restore the "
+                         f"file, or {instead}")
     for split in then.keys() | images.keys():
         if then.get(split) != images.get(split):
             was, now = (some[split][0] if split in some else 0 for some in (then, images))
-            raise UsageError(f"--resume: {folder} was trained with {was} images in {split}, and now there are {now}"
-                             f"{' others' * (was == now)}: restore them, or start again with another --out")
+            raise UsageError(f"{what}: {folder} was trained with {was} images in {split}, and now there are {now}"
+                             f"{' others' * (was == now)}: restore them, or {instead}")
     if state["step"] > steps:
-        raise UsageError(f"--resume: {folder / 'last.pt'} is at step {state['step']} of {steps}; restore the file")
+        raise UsageError(f"{what}: {Path(folder) / 'last.pt'} is at step {state['step']} of {steps}; restore the file")
 
 
 def claim(cfg):

@@ -1,6 +1,7 @@
 """settings.py: what every script shares: a dataclass is the command line, an error is one line, a file is whole.
 
-Floor: the ground; it needs tqdm and the standard library alone. Every script's Config shows what `opt` is for.
+Floor: the ground; it needs tqdm and the standard library alone. Nothing needs to be read before. Every script's Config
+shows what `opt` is for.
 """
 import argparse
 import csv
@@ -40,7 +41,7 @@ def opt(default, help, choices=None, group="", positional=False, refused=None, *
 
     group: heading of --help, for this flag and those after it. positional: no flag, but the words before the flags.
     refused: {value: why}, of values that people will try and that are no choices. bounds: at_least, at_most, above,
-    below; they hold for every number of a pair or list. A number is always finite.
+    below, a_multiple_of; they hold for every number of a pair or list. A number is always finite.
     """
     return field(default=default, metadata=dict(help=help, choices=choices, group=group, positional=positional,
                                                 refused=refused or {}, bounds=bounds))
@@ -53,6 +54,10 @@ def flag(name):
 
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line that names the nearest thing we know."""
+
+    def __init__(self, **how):
+        spec = getattr(sys.modules["__main__"], "__spec__", None)                # of python -m, whose argv[0] is a path
+        super().__init__(prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None, **how)
 
     def error(self, message):
         if message.startswith("unrecognized arguments:"):
@@ -147,7 +152,8 @@ def check_bounds(settings):
                     raise UsageError(f"{name} must be a finite number, not {x}")
                 holds = {"at_least": x >= bounds.get("at_least", x), "at_most": x <= bounds.get("at_most", x),
                          "above": "above" not in bounds or x > bounds["above"],
-                         "below": "below" not in bounds or x < bounds["below"]}
+                         "below": "below" not in bounds or x < bounds["below"],
+                         "a_multiple_of": not x % bounds.get("a_multiple_of", x or 1)}
                 if not all(holds.values()):
                     wanted = " and ".join(f"{kind.replace('_', ' ')} {bound}" for kind, bound in bounds.items())
                     raise UsageError(f"{name} must be {wanted}, not {x}")

@@ -12,7 +12,8 @@ get their groups from another run of the same seed, which comes first. A run tha
 then is 1. What the benchmark refuses of a set, such as GroupDRO without places, is left out, and the last line names
 it. SIGTERM and Ctrl-C are passed on to the run, which saves where it is, and end the sweep.
 
-Floor: commands, the highest: it starts train.py, groups.py and evaluate.py, and reads nothing but their files.
+Floor: commands, the highest: it starts train.py, groups.py and evaluate.py, and reads nothing but their files. Read
+docs/methods.md first.
 """
 import os
 import re
@@ -54,7 +55,7 @@ METHODS = {     # in the order of the paper's table; early and late masks pool a
                                           "late-found", "ep", "aim", "pdiscoformer", "early-found", "ifam")}
 REFUSED = 2                                              # exit status of a UsageError, see settings.run_script
 FIFTH = "a fifth"                                        # of --epochs: JTT's first model, as published for Waterbirds
-WORST = ["--select", "worst_group"]                      # as published, where groups are known anyway
+WORST = ["--select", "worst_group"]                      # as published, where validation has such groups
 
 
 def objectives(method):
@@ -138,6 +139,7 @@ def choose(names):
 def filled_in(own, cfg, folders):
     """Flags of a run of SETS as train.py knows them. cfg: its settings without them; folders: {name of a run: its own}.
     """
+    own = own if tables.crossed(cfg.data, "val") else [word for word in own if word not in WORST]
     known = {FIFTH: str(max(1, cfg.epochs // 5))}
     for word in own:
         run, colon, by = word.partition(":")
@@ -364,30 +366,41 @@ def epochs_done(cfg):
     return min(float(found[-1]), cfg.epochs) if found else 0
 
 
+def work_through(runs, left, asked, only_list=False):
+    """Run what is left to do, run after run -> (folders of those that failed, of those that were refused).
+
+    left: a function from a run of `plan` to its commands. asked: names of runs for which to be refused is to fail.
+    """
+    failed, refused = [], []
+    for number, (cfg, typed) in enumerate(runs, 1):
+        todo, first = left(cfg, typed), first_pass(cfg)
+        print(f"[{number}/{len(runs)}] {cfg.out}" + ": finished" * (not todo), flush=True)
+        if todo and first and not only_list and not trained(first / "log.jsonl"):
+            print(f"left out, for it needs {first}, which is not trained", file=sys.stderr)
+            failed.append(cfg.out)
+            continue
+        for command in todo:
+            if only_list:
+                print("  " + shlex.join(command))
+            elif status := run(command):
+                named = Path(cfg.out).name.removesuffix(f"-{cfg.seed}") in asked
+                by_train = any(word.endswith("train.py") for word in command)
+                (refused if by_train and status == REFUSED and not named else failed).append(cfg.out)
+                break
+    return failed, refused
+
+
 def main(argv=None):
     given, flags = parse(Config, __doc__, argv, rest=True)
     if refused := {"--method", "--seed", "--out", "--resume"} & {flag.split("=")[0] for flag in flags}:
         raise UsageError(f"{min(refused)} is decided by the sweep: leave it out")
-    runs, failed, refused = plan(given.what, given.seeds, flags), [], []
+    runs = plan(given.what, given.seeds, flags)
     for name in given.also:
         if (of := data.BENCHMARKS[name].trained_on) != runs[0][0].data:
             raise UsageError(f"--also {name} evaluates models of {of}, not of {runs[0][0].data}: leave it out")
     measure = ["--leakage", str(given.leakage), *["--no-fitted"] * (not given.fitted)]
     left = lambda cfg, typed: commands(cfg, typed, given.processes, measure, given.also, given.retrain)
-    for number, (cfg, typed) in enumerate(runs, 1):
-        todo, first = left(cfg, typed), first_pass(cfg)
-        print(f"[{number}/{len(runs)}] {cfg.out}" + ": finished" * (not todo), flush=True)
-        if todo and first and not given.list and not trained(first / "log.jsonl"):
-            print(f"left out, for it needs {first}, which is not trained", file=sys.stderr)
-            failed.append(cfg.out)
-            continue
-        for command in todo:
-            if given.list:
-                print("  " + shlex.join(command))
-            elif status := run(command):
-                named = Path(cfg.out).name.removesuffix(f"-{cfg.seed}") in given.what
-                (refused if status == REFUSED and not named else failed).append(cfg.out)
-                break
+    failed, refused = work_through(runs, left, given.what, given.list)
     done = [Path(cfg.out) for cfg, typed in runs if not left(cfg, typed)]
     if done and not given.list:
         tables.write_tables(done, done[0].parent / "-".join(given.what))

@@ -3,7 +3,7 @@
     python train.py --data waterbirds --mini                            # offline, minutes on a laptop
     torchrun --nproc_per_node=8 train.py --data waterbirds              # the paper's settings, data under ./data
     python train.py --data waterbirds --mini --method erm --seed 1      # the comparison
-    python train.py --config runs/waterbirds-mini/config.json --seed 1  # another run's settings
+    python train.py --config runs/waterbirds-mini/config.json --seed 1 --out runs/seed-1     # another run's settings
 
 A run lives in runs/<name>: config.json, log.jsonl, last.pt (to resume), best.pt (to evaluate), curves.png, and with
 --film the masks of a few images while it trained. The preset of a benchmark replaces the defaults, --config the preset,
@@ -556,36 +556,39 @@ class Film:
 
 
 class Pace:
-    """How fast training goes: images a second and the share of time that waited for data, since the last line."""
+    """How training goes since the last line: right answers, images a second, the share of time that waited for data."""
 
     def __init__(self, start):
-        self.done, self.waited, self.clock = start, 0.0, time.perf_counter()
+        self.done, self.waited, self.right, self.clock = start, 0.0, 0.0, time.perf_counter()
         self.ready = self.clock                          # for the next batch
 
     def arrived(self):
         self.waited += time.perf_counter() - self.ready
 
     def report(self, done, batch, steps):
-        """-> images a second, share of the time that waited, minutes left."""
-        seconds = time.perf_counter() - self.clock
-        found = (done - self.done) * batch / seconds, self.waited / seconds, \
-            (steps - done) * seconds / (done - self.done) / 60
-        self.done, self.waited, self.clock = done, 0.0, time.perf_counter()
+        """-> share of right answers, images a second, share of the time that waited, minutes left."""
+        seconds, since = time.perf_counter() - self.clock, done - self.done
+        found = float(self.right / since), since * batch / seconds, self.waited / seconds, \
+            (steps - done) * seconds / since / 60
+        self.done, self.waited, self.right, self.clock = done, 0.0, 0.0, time.perf_counter()
         return found
 
 
 def log_step(log, trainer, pace, terms, norm, done, per_epoch):
-    """A line of log.jsonl with every number of a step, and the few that a person watches."""
+    """A line of log.jsonl with every number of a step, and the few that a person watches, on 100 columns.
+
+    The accuracy of a step is that of a batch; what is printed is over all steps since the last line.
+    """
     cfg, steps = trainer.cfg, trainer.steps
     values = {name: value.item() for name, value in terms.items()}
-    speed, waiting, left = pace.report(done, cfg.batch, steps)
+    right, speed, waiting, left = pace.report(done, cfg.batch, steps)
     skipped = {"skipped_steps": trainer.skipped} if trainer.skipped else {}
     classes = "".join(f"  {name} {values[name]:.3f}" for name in ("class1", "class2") if name in values)
     log({"step": done, "epoch": done / per_epoch, "lr": trainer.rates(), **values,
          "gradient_norm": norm.item() if norm.isfinite() else None, "images_per_second": speed, "waiting": waiting,
          **skipped, **(trainer.objective.record() if trainer.objective else {})},
-        f"step {done}/{steps}  loss {values['loss']:.3f}{classes}  accuracy {values['accuracy']:.3f}  "
-        f"{speed:.0f} images/s  {left:.0f} min left")
+        f"step {done}/{steps}  loss {values['loss']:.3f}{classes}  accuracy {right:.2f}  {speed:.0f} images/s  "
+        f"{left:.0f} min left")
 
 
 def agreed(noted, world, device):
@@ -615,6 +618,7 @@ def loop(cfg, trainer, samples, val, log, start, best, images):
         for step, batch in enumerate(progress(batches, cfg.method, every=math.inf), start):
             pace.arrived()
             terms, norm = trainer(batch, step, plan.whole(step)[1])
+            pace.right += terms["accuracy"]              # on the device, which nobody waits for
             done = step + 1
             film(trainer.averaged or trainer.model, done, steps)
             if done % cfg.log_every == 0 or done == steps:
@@ -654,9 +658,9 @@ def check_select(cfg, val):
     if cfg.select != "accuracy" and not val:
         raise UsageError(f"--select {cfg.select} chooses on validation images, and {cfg.data} has none: hold some out "
                          "with --val-share 0.1, or leave it out")
-    if cfg.select == "worst_group" and not val.places:
-        raise UsageError(f"--select worst_group needs groups in validation, and {val.title} {val.split} has no places: "
-                         "take --select worst_class")
+    if cfg.select == "worst_group" and (why := objectives.uncrossed(val)):
+        raise UsageError(f"--select worst_group needs groups that are more than the classes, and {why} in {val.title} "
+                         f"{val.split}: take --select worst_class")
 
 
 def last_step(cfg, per_epoch, state, before):
@@ -703,9 +707,9 @@ def train(cfg):
         del read                                         # the weights are in the model now
         give_truth(samples, cfg)
         tell_classes(trainer.model, samples)
-        for earlier, where in ((before, cfg.masktune), (state, folder)):
+        for earlier, where, what in ((before, cfg.masktune, "--masktune"), (state, folder, "--resume")):
             if earlier:
-                refuse_other_images(earlier, images, steps, where)
+                refuse_other_images(earlier, images, steps, where, what)
                 trainer.load(earlier, Path(where) / "last.pt")
         start = (state or before or {"step": 0})["step"]
         best = state["best"] if state else {**best, **({"split": "val"} if val else {})}
@@ -718,7 +722,8 @@ def train(cfg):
              **({"objective": objective.described()} if objective else {})},
             f"{objective}\n" * bool(objective)
             + f"{cfg.method}: {sum(p.numel() for p in trainer.trained):,} trained parameters, steps {start} to "
-            f"{steps} ({cfg.epochs} epochs), {world} process{'es' * (world > 1)} on {device.type} -> {folder}")
+            f"{steps} ({cfg.epochs} epoch{'s' * (cfg.epochs > 1)}), {world} process{'es' * (world > 1)} on {device.type} "
+            f"-> {folder}")
         if isinstance(trainer.model, FoundMask) or trainer.finder:
             prepare_masks(cfg, trainer, samples, log, start, resumed=bool(state))
         if cfg.masktune:

@@ -5,8 +5,9 @@
     load_backbone(vit, read_file("model.safetensors", "weights"))        # official, timm or Hugging Face
     names, sizes = rename_published(find_published(read_file("snapshot_best.pt", "a snapshot")))
 
-Floor: the ground. Our names are those of the official DINOv2 files. A file of another family is renamed by the small
-table of its family and must then fit exactly: what does not is an error that names it. Letters: ifam.py.
+Floor: the ground. Nothing needs to be read before. Our names are those of the official DINOv2 files. A file of another
+family is renamed by the small table of its family and must then fit exactly: what does not is an error that names it.
+Letters: ifam.py.
 """
 import argparse
 import functools

@@ -1,1 +1,1 @@
-"""benchmarks/: how each benchmark lies on disk; data.py has the table, samples.py what they become. Floor: data."""
+"""benchmarks/: how each benchmark lies on disk; data.py has the table of them. Floor: data. Read samples.py first."""

@@ -1,7 +1,8 @@
 """files.py: what lies on disk: folders listed, tables read line by line, pictures opened; an error says what is wrong.
 
-Floor: data. Benchmarks read everything through it; whoever wants to know how a picture becomes pixels reads
-`read_image`. Every error is one line that names the file, the line of a table, and what was expected there.
+Floor: data. Nothing needs to be read before. Benchmarks read everything through it; whoever wants to know how a
+picture becomes pixels reads `read_image`. Every error is one line that names the file, the line of a table, and what
+was expected there.
 """
 import csv
 import functools
@@ -234,11 +235,11 @@ def read_keyed(path, columns, commas=False):
     return found
 
 
-def read_groups(path, samples, hint=""):
+def read_groups(path, samples, advice={}):
     """A groups file, a csv of id and group with a line for each sample of a split -> (names, groups (n,) long).
 
-    names: of the groups, sorted; groups: of each sample, in the order of the split. hint: what to do where the file has
-    one group only. UsageError for that, for a sample that is missing or stands there twice, and for one of others.
+    names: of the groups, sorted; groups: of each sample, in the order of the split. advice: {name: what to do} where
+    every sample is in the group of that name. UsageError for that, for a sample that is missing or stands there twice, and for one of others.
     """
     path, where = Path(path), f"{samples.name} {samples.split}"
     if not path.is_file():
@@ -252,7 +253,8 @@ def read_groups(path, samples, hint=""):
         raise UsageError(f"{path}: {other} is no sample of {where}; write it again for these {len(ids)} images")
     names = sorted(set(found.values()))
     if len(names) < 2:
-        raise UsageError(f"{path}: every sample is in the group {names[0]}, and there must be two groups{hint}")
+        raise UsageError(f"{path}: every sample is in the group {names[0]}, and there must be two groups"
+                         + advice.get(names[0], ""))
     number = {name: g for g, name in enumerate(names)}
     return names, torch.tensor([number[found[name]] for name in ids])
 

@@ -5,7 +5,8 @@
     tensor = to_tensor(view.image, FINE_GRAINED.normalisation)
 
 Each benchmark names one Pipeline. All randomness comes from the generator that is passed in.
-Coordinates of keypoints and boxes are x (column), y (row) in pixels. Floor: data.
+Coordinates of keypoints and boxes are x (column), y (row) in pixels.
+Floor: data. Nothing needs to be read before.
 """
 from typing import Callable, NamedTuple
 

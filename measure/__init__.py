@@ -1,1 +1,1 @@
-"""measure/: what models can do and what they leak, in numbers, tables and figures. Floor: measuring. First: metrics."""
+"""measure/: what models can do and leak: numbers, tables, figures. Floor: measuring. Read metrics.py first."""

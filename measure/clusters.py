@@ -3,7 +3,7 @@
     cluster(features)                                    # a mixture of Gaussians; how many, the silhouette decides
     k_means(features, 5, generator)                      # centres
 
-Floor: measuring. Letters: n rows, d numbers of each, k clusters.
+Floor: measuring. Nothing needs to be read before. Letters: n rows, d numbers of each, k clusters.
 """
 import torch
 import torch.nn.functional as F

@@ -69,14 +69,14 @@ def accuracies(result, samples, key="logits", rare=(), train_groups=None):
     which is the "average" of many Waterbirds papers. worst_group: least over all groups; worst_group_rare: over
     `rare` only, the paper's definition; worst_class: over classes. Groups without images have accuracy None and count
     nowhere. auroc: times 100, of the softmax probability of class 1, where there are two classes. aa_interval,
-    worst_group_interval: [low, high] over images, Wilson's; of several worst groups that of the smallest.
+    worst_group_interval, worst_group_rare_interval: [low, high] over images, Wilson's; of several worst groups that of
+    the smallest.
     """
     right = (samples.answers(result[key]) == samples.labels).double()
     groups = [share_of(right[samples.groups == g]) for g in range(len(samples.group_names))]
     least = lambda some: min((x for x in some if x["n"]), key=lambda x: (x["accuracy"], x["n"]), default=share_of(()))
-    every, worst = share_of(right), least(groups)
-    out = {"aa": every["accuracy"], "aa_interval": [every["low"], every["high"]],
-           "worst_group": worst["accuracy"], "worst_group_interval": [worst["low"], worst["high"]]}
+    named = lambda name, x: {name: x["accuracy"], f"{name}_interval": [x["low"], x["high"]]}
+    out = named("aa", share_of(right)) | named("worst_group", least(groups))
     classes = [share_of(right[samples.labels == c]) for c in range(len(samples.classes))] if samples.places else groups
     out["worst_class"] = least(classes)["accuracy"]
     if train_groups is not None:
@@ -84,7 +84,7 @@ def accuracies(result, samples, key="logits", rare=(), train_groups=None):
         seen = [(n, x["accuracy"]) for n, x in zip(counts, groups) if n and x["n"]]
         out["aa_train_weighted"] = sum(n * share for n, share in seen) / sum(n for n, _ in seen) if seen else None
     if rare:
-        out["worst_group_rare"] = least(groups[g] for g in rare)["accuracy"]
+        out |= named("worst_group_rare", least(groups[g] for g in rare))
     if result[key].shape[1] == 2:
         both = len(samples.labels.unique()) == 2         # a few images may all be of one class
         out["auroc"] = 100 * auroc(result[key].double().softmax(1)[:, 1], samples.labels) if both else None

@@ -23,7 +23,7 @@ from interventions import chosen_on
 from measure.retrain import TITLES
 from objectives import MAKES
 from runs import Config as RunConfig
-from runs import differences, of_best, preset, read_config, usual_recipe
+from runs import differences, of_best, preset, read_config, read_log, usual_recipe
 from settings import (UsageError, flag, may_write, opt, parse, read_json, run_script, write_csv, write_json,
                       write_whole)
 
@@ -76,6 +76,7 @@ COLUMNS = {     # title: what it is of a report; a column that no row has is lef
     "kept": lambda r: r.get("mask", {}).get("kept_share"),
     "empty": lambda r: r["mask"]["empty"] / r["images"] if "mask" in r else None,
     "repaint, logits": lambda r: r["leakage"] and r["leakage"]["repaint"]["max_logit_change"],
+    "swap: flipped": lambda r: r["leakage"] and r["leakage"]["swap"]["flip_rate"],
     "parts agree": lambda r: r.get("parts", {}).get("agreement", {}).get("share"), "between parts": between,
     "late": lambda r: place(r, "late"), "early": lambda r: place(r, "early"),
     "early - late": lambda r: place(r, "early", "late"),
@@ -157,7 +158,8 @@ def from_paper(benchmark, row, k):
     for parts, found in data.BENCHMARKS[name].paper.items():
         titled = {METRICS[metric]: number for metric, number in found.items()}
         rows = {**rows, f"ifam@{parts}": tuple(titled[title] for title in columns)}
-    row = re.sub(r" --(k|batch|micro|amp|val-share|select) \S+", "", row).removesuffix(ON_TEST)   # the paper's vary
+    row = re.sub(r" --(k|batch|micro|amp|val-share|select|upweight|hide-with|masktune-lr|dro-\w+) \S+", "", row)
+    row = row.removesuffix(ON_TEST)                      # the paper's vary
     row = re.sub(r"(--objective (jtt|george)) --groups \S+", r"\1", row)
     if row.split()[0] in GIVEN:                          # the paper's are all as published, the ladder is comparable
         row = re.sub(r" --(pooling|mask-rule|finder) \S+", "", row)
@@ -200,17 +202,24 @@ def crossed(name, split):
 MADE = r"groups-(errors|clusters|background)\.csv"        # what groups.py calls its files
 
 
-def supervision(config, report):
+def source_of_groups(config):
+    """Where the groups of an objective come from, for runs whose log does not say: those from before it did."""
+    groups = config.get("groups") or ""
+    if config.get("objective", RunConfig.objective) in MAKES or re.fullmatch(MADE, Path(groups).name):
+        return "a first model"
+    return "groups" if groups or crossed(config["data"], "train") else "classes"
+
+
+def supervision(config, report, objective=None):
     """What a row was given beside images and classes, from the config.json of its run and its report -> dict.
 
-    {"groups", "masks": the splits whose groups or masks it was given, "passes": trainings over the data, "more_epochs":
-    those after the last of them (masktune), "head": was the last layer fitted once more}. Groups of --groups count as
-    groups of training, but for those that a first model made (jtt, george, a file of groups.py).
+    {"groups", "masks", "images": the splits whose groups, masks or labelled images it was given, "passes": trainings
+    over the data, "more_epochs": those after the last of them (masktune), "head": was the last layer fitted once more}.
+    Groups of --groups count as groups of training, but for those that a first model made. objective: what the log says
+    of the objective.
     """
-    objective, name = config.get("objective", RunConfig.objective), config["data"]
-    made = objective in MAKES or re.fullmatch(MADE, Path(config.get("groups") or "").name)
-    weighed = objective in ("balanced", "reweight", "group-dro") and not made and (config.get("groups") or
-                                                                                   crossed(name, "train"))
+    name, weighs = config["data"], config.get("objective", RunConfig.objective) != "erm"
+    source = weighs and ((objective or {}).get("source") or source_of_groups(config))
     decision = report.get("intervention", {}).get("decision")
     head = report.get("retrain", {})
     selected = config.get("select") == "worst_group" or decision and chosen_on(decision) == "val" or head.get("groups")
@@ -218,8 +227,9 @@ def supervision(config, report):
     by = SEGMENT.get(config["method"], config.get("supervise"))
     taught = by == "masks" or head.get("mask") == "true" or config.get("swap") and config.get("swap_mask") == "true"
     masks = ["training", "test"] if told else ["training"] if taught else ["training, as boxes"] * (by == "boxes")
-    return {"groups": ["training"] * bool(weighed) + ["validation"] * bool(selected and crossed(name, "val")),
-            "masks": masks, "passes": 1 + bool(made), "more_epochs": int(bool(config.get("masktune"))),
+    return {"groups": ["training"] * (source == "groups") + ["validation"] * bool(selected and crossed(name, "val")),
+            "masks": masks, "images": ["validation"] * ("val" in head.get("fitted_on", ())),
+            "passes": 1 + (source == "a first model"), "more_epochs": int(bool(config.get("masktune"))),
             "head": bool(head)}
 
 
@@ -228,7 +238,7 @@ def supervision_text(found):
 
     "1 pass + head" where the last layer was fitted once more.
     """
-    given = [f"{what}: {', '.join(found[what])}" for what in ("groups", "masks") if found[what]]
+    given = [f"{what}: {', '.join(found[what])}" for what in ("groups", "masks", "images") if found[what]]
     passes = f"{found['passes']} pass" + "es" * (found["passes"] > 1) + " + 1 epoch" * found["more_epochs"] + \
         " + head" * found["head"]
     return "; ".join(given + [passes] * (passes != "1 pass")) or "none"
@@ -263,7 +273,9 @@ def read_run(folder):
     """
     if not (folder / "config.json").is_file():
         return []
-    config, found = read_config(folder / "config.json"), []
+    config, found, log = read_config(folder / "config.json"), [], folder / "log.jsonl"
+    lines = read_log(log) if log.is_file() else []
+    objective = next((line["objective"] for line in lines if "objective" in line), None)
     for path in sorted(folder.glob("report*.json"), key=lambda path: path.stem):
         report = read_json(path, "a report of evaluate.py")
         try:
@@ -272,7 +284,7 @@ def read_run(folder):
             for title, value in COLUMNS.items():
                 if (x := value(report)) is not None and not math.isfinite(x):
                     raise ValueError(f"{title} is {x}")
-            report["supervision"] = supervision(config, report)
+            report["supervision"] = supervision(config, report, objective)
             row = row_name(config) + correction(report) + new_head(report), config["seed"], config["k"], report
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is not as evaluate.py writes it ({type(error).__name__}: {error}); write it "

@@ -73,7 +73,7 @@ class Config:
     start: str = opt("", "start from these weights, such as miniature/mini.pt (default: at random)")
     steps: int = opt(4500, "training steps", at_least=1, at_most=10 ** 7, group="schedule")
     batch: int = opt(24, "scenes a step, two views of each", at_least=1, at_most=4096)
-    view: int = opt(64, "side of a view in pixels, a multiple of 8", at_least=24, at_most=96)
+    view: int = opt(64, "side of a view in pixels, a multiple of 8", at_least=24, at_most=96, a_multiple_of=8)
     arch: str = opt("mini", "the backbone: its positions are learned, or rotary", choices=("mini", "mini-rotary"))
     words: int = opt(32, "visual words", at_least=1, at_most=4096)
     weight_words: float = opt(1.0, "loss weight: a patch tells its own word and the bag of words around it", at_least=0)
@@ -474,8 +474,6 @@ def picture_and_mask(samples, i, side):
 
 
 def pretrain(cfg):
-    if cfg.view % 8:
-        raise UsageError(f"--view must be a multiple of 8, not {cfg.view}")
     if cfg.weight_pairs and (cfg.composites or cfg.subject != "creatures"):
         raise UsageError("--weight-pairs needs scenes that show one creature twice, and neither --composites nor "
                          "--subject chests has them: leave one of them out")

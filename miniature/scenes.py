@@ -363,7 +363,7 @@ KNOBS = {           # all that settings.opt says of a knob but its default; a mi
     "train": dict(help="training examples, as many of each class", at_least=1, at_most=10 ** 6),
     "val": dict(help="validation examples, as many of each class", at_least=1, at_most=10 ** 6),
     "test": dict(help="test examples, as many of each class", at_least=1, at_most=10 ** 6),
-    "size": dict(help="side of a picture in pixels, a multiple of 8", at_least=32, at_most=4096),
+    "size": dict(help="side of a picture in pixels, a multiple of 8", at_least=32, at_most=4096, a_multiple_of=8),
     "wnids": dict(help="ImageNet classes in each of the nine groups", at_least=1, at_most=2),
     "agreement": dict(SHARE, help="share of each class whose place (or tube) agrees, where it is not balanced"),
     "things": dict(help="fewest and most things that mark the place", at_least=0, at_most=25),
@@ -416,8 +416,6 @@ class Miniature:
             value = getattr(self, f.name)
             if isinstance(value, tuple):
                 check_range(f.name, value)
-        if self.size % 8:
-            raise UsageError(f"--size must be a multiple of 8, not {self.size}")
 
     def group(self, row):
         return row.label

@@ -10,7 +10,7 @@ Data are the miniatures, which are drawn on first use. IFAM_DATA=real in the env
 themselves, with the paper's settings: that is days on a laptop. IFAM_FAST=1 is for the tests: everything small, and
 what is measured is not claimed.
 
-Floor: above all commands: it calls sweep.finished, as the notebooks themselves do.
+Floor: above all commands: it calls sweep.finished, as the notebooks themselves do. Nothing needs to be read before.
 """
 import contextlib
 import io

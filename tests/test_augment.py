@@ -122,6 +122,15 @@ def test_what_stays_is_the_mask_that_was_named(source, method, batch):
     assert changed.any() and not changed[objects > 0].any()
 
 
+def test_an_image_in_which_no_object_is_found_stays_as_it_is_and_lends_nothing(batch):
+    masks = torch.zeros_like(batch["mask"])
+    masks[2:, 20:40, 20:40] = 1                          # nothing is found in the first two
+    swap = lambda images: Swap(config("--swap", 1))(None, {**batch, "image": images, "mask": masks, "label": torch.tensor([0, 1] * 4)}, numbered(8))["image"]
+    images, swapped = batch["image"], swap(batch["image"])
+    assert torch.equal(swapped[:2], images[:2]) and all((a != b).any() for a, b in zip(swapped[2:], images[2:]))
+    assert torch.equal(swap(torch.cat([images[:2] + 1, images[2:]]))[2:], swapped[2:])     # what is lent would show
+
+
 def test_what_found_finds_for_swaps_is_that_of_the_backbone_before_training(monkeypatch, tmp_path):
     cfg, seen = config("--method", "erm"), {}
     start = train.build_model(cfg, torch.device("cpu")).predictor.backbone

@@ -217,15 +217,19 @@ def test_a_run_trains_with_the_groups_and_a_model_without_a_mask_has_no_backgrou
     trained = train(tmp_path / "second", "--limit", 64, "--method", "erm", "--objective", "group-dro", "--groups", out)
     first = json.loads((trained / "log.jsonl").read_text().splitlines()[0])
     assert first["images"]["groups"] == said["digest"] and first["objective"]["groups"] == said["groups"]
+    assert first["objective"]["source"] == "a first model"                      # whatever the file is called
     line = fails(groups.main, "--ckpt", trained / "best.pt", "--by", "background")(capsys)
     assert "method erm, which learns no mask" in line and not (trained / "groups-background.csv").exists()
 
 
 def test_groups_that_a_model_made_are_no_labels_and_cost_a_pass():
     report, config = {}, {**vars(runs.Config()), "objective": "group-dro"}
-    said = lambda **more: tables.supervision_text(tables.supervision({**config, **more}, report))
+    said = lambda log=None, **more: tables.supervision_text(tables.supervision({**config, **more}, report, log))
     assert said() == said(groups="runs/mine.csv") == "groups: training"
-    assert said(groups="runs/ifam-0/groups-background.csv") == "2 passes"
+    assert said(groups="runs/ifam-0/groups-background.csv") == "2 passes"        # a run whose log does not say
+    assert said({"source": "a first model"}, groups="runs/mine.csv") == "2 passes"
+    assert said({"source": "groups"}, groups="runs/ifam-0/groups-background.csv") == "groups: training"
+    assert said({"source": "classes"}, data="folder", objective="balanced") == "none"
 
 
 def test_files_of_others_are_not_replaced_and_flags_that_mean_nothing_are_refused(run, tmp_path, capsys):

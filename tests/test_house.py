@@ -1,6 +1,7 @@
 """The house: rooms on floors, imports run down and nowhere in a circle; functions of one screen."""
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -97,12 +98,14 @@ def test_the_lesson_needs_torch_alone(graph):
 
 
 @pytest.mark.parametrize("name", modules())
-def test_no_function_is_longer_than_60_lines_and_each_room_says_its_floor(name):
+def test_no_function_is_longer_than_60_lines_and_each_room_says_its_floor_and_what_to_read_before(name):
     tree = ast.parse(modules()[name].read_text())
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno - node.lineno < 60, f"{name}.{node.name}: {node.end_lineno - node.lineno + 1} lines"
-    assert "loor:" in ast.get_docstring(tree), f"{name}: its docstring does not say on which floor it is"
+    says = ast.get_docstring(tree)
+    assert "loor:" in says, f"{name}: its docstring does not say on which floor it is"
+    assert re.search(r"\b[Rr]ead\b", says), f"{name}: its docstring does not say what to read before"
 
 
 def test_an_installation_has_every_room_and_what_lies_in_it():

@@ -17,7 +17,7 @@ from baselines import ERM
 from benchmarks.samples import Samples
 from benchmarks.transforms import FINE_GRAINED
 from models import TINY, pictures, tiny
-from settings import parse
+from settings import UsageError, parse
 from tiny import TINY as FLAGS
 from tiny import fails
 from tiny import train as run
@@ -269,3 +269,5 @@ def test_a_run_that_cannot_go_on_says_why(finished, tmp_path, capsys):
         assert words in goes_on(folder)
     (folder / "log.jsonl").write_text((finished / "log.jsonl").read_text())
     assert "no best.pt" in goes_on(folder) and not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="^--masktune: x was trained with other groups.*train it again"):
+        runs.refuse_other_images({"images": {"groups": [2, "a"]}}, {"groups": [2, "b"]}, 1, "x", "--masktune")

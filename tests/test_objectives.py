@@ -336,8 +336,18 @@ def test_there_must_be_something_to_choose_the_epoch_by():
     check(None, "accuracy"), check(split(), "worst_class"), check(split(places=("land", "water"), groups=(0, 1, 2, 3)), "worst_group")
     with pytest.raises(UsageError, match="--val-share"):
         check(None, "worst_class")
-    with pytest.raises(UsageError, match="--select worst_class"):
+    with pytest.raises(UsageError, match="there are no places.*--select worst_class"):
         check(split(), "worst_group")
+    with pytest.raises(UsageError, match="each class is in one place only"):
+        check(split((0, 0, 1, 1), ("land", "water"), (0, 0, 3, 3)), "worst_group")
+
+
+@pytest.mark.parametrize("name, words", [("right", "for fewer epochs"), ("wrong", "for more epochs")])
+def test_an_error_set_that_is_empty_or_everything_is_refused_with_the_advice_that_helps(name, words, tmp_path):
+    samples = split()
+    write_groups(tmp_path / "errors.csv", samples.ids, [name] * len(samples.ids))
+    with pytest.raises(UsageError, match=words):
+        objectives.grouping(SimpleNamespace(groups=str(tmp_path / "errors.csv"), objective="jtt"), samples)
 
 
 def test_the_worst_class_is_the_least_of_the_classes():

@@ -4,9 +4,11 @@ A table of (command, status, words) for every script, in this process. What need
 beside them: test_run_edges, test_data_edges, test_weights, test_intervene, test_sweep, test_tables.
 """
 import os
+import subprocess
+import sys
 
 import pytest
-from tiny import fails
+from tiny import ROOT, fails
 
 import compose
 import data
@@ -140,6 +142,11 @@ PROMISE = [
     (pretrain, ("--view", 25), 2, "multiple of 8"), (pretrain, ("--view", 1000), 2, "at most"), (pretrain, ("--scenes", HUGE), 2, "at most"),
     (pretrain, ("--lr", "nan"), 2, "finite"), (pretrain, ("--arch", "s"), 2, "unknown --arch"), (pretrain, ("--resume", "--out", "nowhere"), 2, "no such file"),
     (pretrain, ("--out", "."), 2, "not empty"), (pretrain, ("--shift", 1), 2, "unknown flag")]
+
+
+def test_an_error_names_the_command_as_it_was_typed():
+    said = subprocess.run([sys.executable, "-m", "measure.tables", "runs", "--dat"], cwd=ROOT, capture_output=True, text=True).stderr
+    assert said.startswith("python -m measure.tables: unknown flag --dat")
 
 
 @pytest.mark.parametrize("script, flags, status, words", PROMISE, ids=[f"{s.__name__} {' '.join(map(str, f))}"[:90] for s, f, *_ in PROMISE])

@@ -298,6 +298,11 @@ def test_groups_of_another_checkpoint_are_made_again_and_a_run_of_other_groups_s
     assert left() == ["groups.py", "train.py", "evaluate.py"]
 
 
+def test_the_epoch_is_chosen_by_the_worst_group_where_validation_has_groups(commands):
+    chosen = lambda name: sweep.plan(["erm-balanced"], 1, ["--data", name, "--mini"])[0][0].select
+    assert [chosen(name) for name in ("waterbirds", "metashift", "cub")] == ["worst_group", "accuracy", "accuracy"]
+
+
 def test_a_run_whose_first_pass_failed_is_left_out_and_the_others_go_on(commands, capsys):
     called, broken = commands
     broken["runs/waterbirds-mini-sweep/erm-first-0"] = 1

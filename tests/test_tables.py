@@ -24,7 +24,7 @@ def write_run(folder, *flags, worst=0.5, report="report.json", images=16, **more
     write_json(folder / "config.json", runs.plain(asdict(cfg)))
     write_json(folder / report, {"data": "waterbirds-mini", "split": "test", "images": 400,
                                  "stage2": {"worst_group": worst, "aa": 1.0}, **more,
-                                 "leakage": {"images": images, "repaint": {"max_logit_change": 0.0}, "place_of_mask": PLACE}})
+                                 "leakage": {"images": images, "repaint": {"max_logit_change": 0.0}, "swap": {"flip_rate": 0.0}, "place_of_mask": PLACE}})
     return str(folder)
 
 
@@ -54,7 +54,7 @@ def test_rows_are_methods_with_what_was_changed_and_numbers_are_over_their_seeds
     row = dict(zip(header, ifam))
     assert row[""] == "`ifam`" and row["n"] == "2" and row["worst group"] == "0.80 / 0.90" and row["kept"] == "0.20 / 0.40"
     assert row["least worst group"] == "0.800" and row["early - late"] == "0.40 / 0.40" and row["empty"] == "0 / 0.01"
-    assert row["repaint, logits"] == "0 / 0"
+    assert row["repaint, logits"] == "0 / 0" and "swap: flipped" in row
     row = dict(zip(header, erm))
     assert row["worst group"] == "0.100" and row["kept"] == row["foreground IoU"] == "–" and "AUROC" not in header
     assert [r[0] for r in (soft, truth, published)] == ["`ifam --hardness soft --no-joint`", "`early-truth`", "`early-truth --pooling cls`"]
@@ -152,6 +152,7 @@ def test_the_papers_numbers_stand_beside_ours_in_our_units():
     assert tables.from_paper("waterbirds", "ifam --no-joint", 8) == {}
     assert tables.from_paper("waterbirds", "erm --objective group-dro --select worst_group", 8)["worst rare group"] == (pytest.approx(0.906), None)
     assert tables.from_paper("waterbirds", "erm --objective group-dro --groups groups-background.csv", 8) == {}   # not the benchmark's groups
+    assert tables.from_paper("waterbirds", "erm --masktune --hide-with pixels", 8) == tables.from_paper("waterbirds", "erm --masktune", 8) != {}
     assert tables.from_paper("siim-mini", "erm --objective jtt --groups groups-errors.csv", 4) == {"AUROC": (92.6, None), "worst group AUROC": (55.9, None)}
     assert tables.theirs({"value": .906, "parts": None, "network": "ResNet-50"}) == "0.906 (ResNet-50)"
     assert tables.from_paper("waterbirds", "frozen + PCA probe", 8) == {"accuracy": (pytest.approx(0.974), None), "worst rare group": (0.94, None)}
