@@ -78,6 +78,14 @@ def test_imports_run_down_the_house(graph):
     assert not broken(graph)
 
 
+def test_the_map_of_the_readme_goes_down_the_same_floors():
+    section = (ROOT / "README.md").read_text().partition("## Map\n")[2].partition("\n## ")[0]
+    rooms = [room for room in re.findall(r"^\| `(\w+)(?:\.py|/)` \|", section, re.M) if room != "tests"]
+    floor = {name: i for i, line in enumerate(FLOORS.strip().split("\n")) for name in line.split()}
+    assert [floor[room] for room in rooms] == sorted(floor[room] for room in rooms)
+    assert set(rooms) == set(ORDER) - {"miniature.pretrain"}
+
+
 def test_no_import_closes_a_circle(graph):
     graphlib.TopologicalSorter(graph).prepare()          # CycleError names the circle
 
