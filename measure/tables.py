@@ -144,7 +144,8 @@ FOOTNOTE = ("paper: the number in the paper's tables, where it has one: **real d
             "other network is named), with the number of parts. Beside a miniature it says which way to expect a "
             "difference, not how large. Its FOUND masks are those of FOUND's trained head; its given masks are pooled "
             "as published: early ones by the class token, late ones by the mean over all patches. Its MetaShift test "
-            "set is our test_and_val.")
+            "set is our test_and_val. What it takes from other papers (GroupDRO, MaskTune) may be of other groups; "
+            "MaskTune's Waterbirds has corrected labels. Which components its PCA probe takes is our reading.")
 
 
 def from_paper(benchmark, row, k):
