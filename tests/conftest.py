@@ -14,6 +14,15 @@ torch.set_num_threads(1)                                 # as many test processe
 os.environ.setdefault("OMP_NUM_THREADS", "1")            # and so for those that they start
 
 
+LONG = ["test_notebooks", "test_run_edges", "test_train", "test_retrain"]        # minutes each
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long begin first, so that no process works on one alone in the end (a file stays in one process).
+    """
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @functools.cache
 def golden(name):
     """Numbers computed by the published code (golden/README.md): array name -> tensor. Read them, never write."""
