@@ -82,8 +82,9 @@ class Swap:
         """A process's share of a batch -> the same with other images, on the device."""
         images = batch["image"].to(device, non_blocking=True)
         donors, objects = draw_donors(batch["label"], self.share, generators), self.objects(model, images, batch)
-        nothing = ~objects.bool().flatten(1).any(1)      # all of it may be object: else it would keep its label alone
-        return {**batch, "image": swap_backgrounds(images, objects.masked_fill(nothing[:, None, None, None], 1), donors)}
+        nothing = (objects == 0).all((1, 2, 3), keepdim=True)
+        objects = objects.masked_fill(nothing, 1)        # else an image would become another one, and keep its label
+        return {**batch, "image": swap_backgrounds(images, objects, donors)}
 
 
 # ---------------------------------------------------------------- what a model looks at most, hidden

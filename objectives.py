@@ -176,7 +176,8 @@ class Objective:
         """For the first line of log.jsonl -> dict."""
         drawn = "with equal shares of the groups" if self.shares is not None else "each once an epoch"
         moves = {"step": self.step, "adjustment": self.adjustment.tolist()} if self.robust else {}
-        return {"of": self.what, "source": self.source, "groups": dict(zip(self.names, self.counts)), "draws": drawn, **moves}
+        counts = dict(zip(self.names, self.counts))
+        return {"of": self.what, "source": self.source, "groups": counts, "draws": drawn, **moves}
 
     def digest(self):
         """What tells these groups from others, for --resume and for sweep.py."""

@@ -722,8 +722,8 @@ def train(cfg):
              **({"objective": objective.described()} if objective else {})},
             f"{objective}\n" * bool(objective)
             + f"{cfg.method}: {sum(p.numel() for p in trainer.trained):,} trained parameters, steps {start} to "
-            f"{steps} ({cfg.epochs} epoch{'s' * (cfg.epochs > 1)}), {world} process{'es' * (world > 1)} on {device.type} "
-            f"-> {folder}")
+            f"{steps} ({cfg.epochs} epoch{'s' * (cfg.epochs > 1)}), {world} process{'es' * (world > 1)} on "
+            f"{device.type} -> {folder}")
         if isinstance(trainer.model, FoundMask) or trainer.finder:
             prepare_masks(cfg, trainer, samples, log, start, resumed=bool(state))
         if cfg.masktune:

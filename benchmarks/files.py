@@ -239,7 +239,8 @@ def read_groups(path, samples, advice={}):
     """A groups file, a csv of id and group with a line for each sample of a split -> (names, groups (n,) long).
 
     names: of the groups, sorted; groups: of each sample, in the order of the split. advice: {name: what to do} where
-    every sample is in the group of that name. UsageError for that, for a sample that is missing or stands there twice, and for one of others.
+    every sample is in the group of that name. UsageError for that, for a sample that is missing or stands there twice,
+    and for one of others.
     """
     path, where = Path(path), f"{samples.name} {samples.split}"
     if not path.is_file():
