@@ -240,6 +240,7 @@ def mask_iou(a, b):
 
 
 LEAKAGE_GROUP = 16         # images that lend each other backgrounds: fixed, so that --batch changes no number
+GRADIENT_BATCH = 4         # images whose graph is in memory at once: about a gigabyte each, of ViT-B at 518 px
 GRADIENTS = 1000           # backward passes of images, at most: many classes mean fewer images
 
 
@@ -323,8 +324,10 @@ def leakage_of_group(classifier, images, truth, backbone, number, gradients):
             row["admitted"] = admitted(shown, objects)[shown.any((1, 2, 3))]
             row["true"] = patch_keep(truth[:, 0], backbone.patch)                # what its shape tells, to compare
     if gradients > 0:
-        first = None if held is None else held[:gradients]
-        row["gradient"] = hidden_gradient(classifier, images[:gradients], first, shown[:gradients] == 0)
+        count = min(gradients, len(images))
+        some = [slice(i, min(i + GRADIENT_BATCH, count)) for i in range(0, count, GRADIENT_BATCH)]
+        row["gradient"] = torch.cat([hidden_gradient(classifier, images[s], held if held is None else held[s],
+                                                     shown[s] == 0) for s in some])
     return row
 
 

@@ -17,6 +17,7 @@ from measure import leakage
 from measure import metrics
 import train
 from benchmarks.samples import patch_keep
+from models import pictures, tiny
 from settings import parse
 from tiny import TINY, fails
 from tiny import train as run
@@ -217,6 +218,16 @@ def test_with_more_classes_than_features_the_gradient_is_that_of_every_logit_all
     torch.testing.assert_close(found, (every.abs() * hidden).flatten(2).amax((0, 2)))
     of_few = leakage.pixel_gradient(lambda x: many(features(x, held)), images)
     torch.testing.assert_close(found, (of_few * hidden[:, 0]).flatten(1).amax(1))
+
+
+def test_the_gradient_of_a_few_images_at_a_time_is_that_of_all_of_them():
+    model, images = tiny().eval(), pictures(7)
+    for classifier in (leakage.stage1_classifier(model), leakage.stage2_classifier(model)):
+        keep, held = classifier.find(images, None)
+        whole = leakage.hidden_gradient(classifier, images, held, leakage.shown_by(keep, held, model.selector.backbone) == 0)
+        for count in (0, 2, leakage.GRADIENT_BATCH, 6, 7, 90):
+            row = leakage.leakage_of_group(classifier, images, None, model.selector.backbone, 0, count)
+            torch.testing.assert_close(row.get("gradient", whole[:0]), whole[:count])
 
 
 def test_the_rungs_of_the_ladder_differ_in_place_and_hardness_alone_and_only_the_last_hides_everything(trained, test_split):
