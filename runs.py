@@ -17,7 +17,6 @@ import platform
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -72,8 +71,8 @@ class Config:
 
     recipe: str = opt("paper", "settings by one word, which flags replace: those of the paper; mini, a small network "
                                "and a short schedule (the default with --mini); or the usual ones with a smaller "
-                               "stage 1: fast, at 3/4 of the side and with half of the blocks, or faster, at 2/3 and "
-                               "with a third", choices=("paper", "mini", "fast", "faster"), group="model")
+                               "stage 1: fast, at half of the side (of at least 8 patches), or faster, also with half "
+                               "of the blocks", choices=("paper", "mini", "fast", "faster"), group="model")
     method: str = opt("ifam", "ifam, or a baseline", choices=METHODS)
     arch: str = opt("b", "size of the vision transformers: DINOv2's, DINOv3's (16), or the miniatures'",
                     choices=tuple(vit.ARCHS), refused=vit.REFUSED)
@@ -213,13 +212,14 @@ class Config:
 
 
 # data.BENCHMARKS says what differs from Config's defaults by benchmark (--recipe paper), this for --recipe mini: --mini
-# is this recipe on drawings. --recipe fast and faster set what SMALLER names: SMALL has the share of the side and that
-# of the blocks of stage 1.
+# is this recipe on drawings. --recipe fast and faster set what SMALLER names: stage 1 has half of the side, and SMALL
+# says which share of the blocks.
 MINI = dict(arch="mini", size=96, weights="mini-parts", k=4, epochs=1, batch=8, lr=7e-4, lr_tokens=1e-5,
             lr_prototypes=2.5e-3, lr_heads=1e-2, warmup=240, weight_class2=0.1, weight_presence=3.0, presence_window=2,
             weight_variation=0.33, dro_step=0.02, workers=0, film=4)
 SMALLER = ("selector_size", "selector_arch")
-SMALL = {"fast": (Fraction(3, 4), Fraction(1, 2)), "faster": (Fraction(2, 3), Fraction(1, 3))}
+SMALL = {"fast": 1, "faster": 0.5}
+LEAST = 8                                                # patches on a side of stage 1: fewer find no parts
 # A setting, and what switches it off: --no-shaping every loss but those of the classes.
 SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class", "presence_window": "shaping",
             **{f"weight_{name}": "shaping" for name in WEIGHTS
@@ -320,13 +320,12 @@ def of_recipe(recipe, given, known):
 
 
 def small_selector(arch, size, recipe="fast"):
-    """The stage 1 of a recipe of SMALL, at least 3 x 3 patches and a block -> {"selector_size", "selector_arch"}."""
-    side, share = SMALL[recipe]
+    """The stage 1 of a recipe of SMALL -> {"selector_size"}, and "selector_arch" where it has not all blocks."""
     name, _, blocks = arch.partition("/")
     shape = vit.ARCHS.get(name, {})                      # parse() refuses another
     patch, depth = shape.get("patch", 14), int(blocks) if blocks.isdecimal() else shape.get("depth", 12)
-    return {"selector_size": max(3, round(side * size / patch)) * patch,
-            "selector_arch": f"{name}/{max(1, int(share * depth))}"}
+    small = {"selector_size": min(size, max(LEAST, round(size / patch / 2)) * patch)}
+    return small if SMALL[recipe] == 1 else {**small, "selector_arch": f"{name}/{max(1, int(SMALL[recipe] * depth))}"}
 
 
 def recipe_text(cfg):
