@@ -71,7 +71,7 @@ class Config:
 
     recipe: str = opt("paper", "settings by one word, which flags replace: those of the paper; mini, a small network "
                                "and a short schedule (the default with --mini); or the usual ones with a smaller "
-                               "stage 1: fast, at half of the side (of at least 8 patches), or faster, also with half "
+                               "stage 1: fast, at half of the side (of at least 12 patches), or faster, also with half "
                                "of the blocks", choices=("paper", "mini", "fast", "faster"), group="model")
     method: str = opt("ifam", "ifam, or a baseline", choices=METHODS)
     arch: str = opt("b", "size of the vision transformers: DINOv2's, DINOv3's (16), or the miniatures'",
@@ -219,7 +219,7 @@ MINI = dict(arch="mini", size=96, weights="mini-parts", k=4, epochs=1, batch=8, 
             weight_variation=0.33, dro_step=0.02, workers=0, film=4)
 SMALLER = ("selector_size", "selector_arch")
 SMALL = {"fast": 1, "faster": 0.5}
-LEAST = 8                                                # patches on a side of stage 1: fewer find no parts
+LEAST = 12                                               # patches on a side of stage 1: with fewer the mask gets worse
 # A setting, and what switches it off: --no-shaping every loss but those of the classes.
 SWITCHES = {"lr_tokens": "train_tokens", "weight_class1": "stage1_class", "presence_window": "shaping",
             **{f"weight_{name}": "shaping" for name in WEIGHTS

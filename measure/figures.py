@@ -1,7 +1,7 @@
 """figures.py: the pictures that reports and notebooks share.
 
     python -m measure.figures --ckpt runs/waterbirds-mini/best.pt      # docs/schematic.png and docs/late_early.png
-    python -m measure.figures --selectors runs/cub-mini-sweep          # docs/selectors.png, of sweep.py selectors
+    python -m measure.figures --selectors runs/cub-mini-sweep/*        # docs/selectors.png, of runs of iFAM
 
 Floor: measuring. Read ifam.py before (what maps and masks are) and leakage.py (what it is to hold a mask fixed).
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart; a part has the same one everywhere, and
@@ -36,8 +36,9 @@ from ifam import refuse, unlikeness
 from measure import tables
 from measure.leakage import given, pixel_gradient, shown_by, shown_under, stage1_classifier, stage2_classifier
 from measure.metrics import wilson
-from runs import load_model, read_film
+from runs import load_model, read_config, read_film
 from settings import UsageError, may_write, opt, parse, run_script, write_whole
+from vit import build_vit
 
 if NOTEBOOK:                                             # PNG files of grain are four times as large
     from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -564,21 +565,25 @@ def curves(series, x, y, path=None, chance=None):
 
 
 def selectors(found, path=None):
-    """What a smaller stage 1 costs: {benchmark: {size of stage 1: [(time of one dense ViT, measure) of each seed]}}.
+    """What a smaller stage 1 costs: {benchmark: {stage 1: ([time of one dense ViT, ...], [measure of each seed])}}.
 
-    A line joins the means over seeds; a dot is a seed.
+    A panel for each benchmark; a large mark is the mean over seeds, a small one a seed.
     """
-    figure, axis = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
-    for (name, sizes), colour, marker in zip(found.items(), (*OKABE_ITO[:3], *OKABE_ITO[4:]), "os^D"):
-        seeds = [np.array(rows) for rows in sizes.values()]
-        for rows in seeds:
-            axis.plot(*rows.T, marker, ms=3.5, color=colour, alpha=0.5, mec="none")
-        axis.plot(*np.array([rows.mean(0) for rows in seeds]).T, marker + "-", ms=7, color=colour, label=name)
-        for size, rows in zip(sizes, seeds) if name == next(iter(found)) else ():
-            axis.annotate(size, (rows[:, 0].mean(), 0.02), xycoords=("data", "axes fraction"), ha="center",
-                          fontsize=SMALL, color="0.4")
-    axis.margins(x=0.1, y=0.15)
-    chart(axis, xlabel="time of a prediction (one dense ViT = 1)", ylabel="share of right answers")
+    kinds = list(dict.fromkeys(kind for sizes in found.values() for kind in sizes))
+    style = {kind: dict(color=OKABE_ITO[i % len(OKABE_ITO)], marker="os^Dv<>P"[i % 8]) for i, kind in enumerate(kinds)}
+    figure, axes = plt.subplots(1, len(found), figsize=(0.6 + 2.6 * len(found), 3.4), sharex=True, sharey=True,
+                                squeeze=False, layout="constrained")
+    for axis, (name, sizes) in zip(axes[0], found.items()):
+        for kind, (times, values) in sizes.items():
+            time = sum(times) / len(times)
+            axis.plot([time] * len(values), values, ms=3.5, ls="", alpha=0.5, mec="none", **style[kind])
+            axis.plot(time, sum(values) / len(values), ms=8, ls="", **style[kind])
+        axis.set_title(name, fontsize=TEXT)
+        chart(axis, False)
+    axes[0, 0].set_ylabel("share of right answers")
+    figure.supxlabel("time of a prediction (one dense ViT = 1)", fontsize=TEXT)
+    marks = [plt.Line2D([], [], ls="", ms=8, **style[kind]) for kind in kinds]
+    figure.legend(marks, kinds, loc="outside lower center", ncols=min(len(kinds), 4), fontsize=SMALL, frameon=False)
     save(figure, path)
 
 
@@ -778,27 +783,39 @@ FORMATS = ("png", "pdf", "svg")
 @dataclass
 class Config:
     ckpt: str = opt("", "checkpoint of a model of two stages: draws schematic.png and late_early.png")
-    selectors: list[Path] = opt((), "folders of sweep.py selectors, evaluated with --speed: draws selectors.png")
+    selectors: list[Path] = opt((), "runs that differ in stage 1, of each kind one evaluated with --speed: draws "
+                                   "selectors.png")
     out: Path = opt(Path("docs"), "folder that pictures are written to")
     format: str = opt("png", "format of the pictures: pdf and svg are sharp at any size", choices=FORMATS)
     force: bool = opt(False, "replace pictures that this program did not draw")
 
 
 def of_selectors(folders):
-    """What `selectors` draws, from the reports in folders of sweep.py. UsageError where time or runs are missing."""
-    found, names = {}, ("ifam", "fast", "faster")
-    for name, run in ((run.name.rpartition("-")[0], run) for folder in folders for run in sorted(folder.glob("*/"))):
-        for path, *_, report in tables.read_run(run) if name in names else ():
-            if "speed" not in report:
-                raise UsageError(f"{path} has no time: python evaluate.py --ckpt {run / 'best.pt'} --speed")
+    """What `selectors` draws, from the reports of runs. UsageError where nobody measured the time of a stage 1.
+
+    A run is known by the side and the blocks of its stage 1. The time is the mean over the runs that have one.
+    """
+    found = {}
+    for run in folders:
+        for *_, report in tables.read_run(run):
+            config = read_config(run / "config.json")
+            with torch.device("meta"):                   # no weights: it is asked for its blocks alone
+                blocks = len(build_vit(config["selector_arch"] or config["arch"], config["size"]).blocks)
+            kind = f"{config['selector_size'] or config['size']} px, {blocks} block{'s' * (blocks > 1)}"
             measure = "worst_group" if "worst_group" in tables.stage(report) else "aa"
             title = report["data"].removesuffix("-mini") + ", worst group" * (measure == "worst_group")
-            rows = found.setdefault(title, {size: [] for size in names})[name]
-            rows.append((report["speed"]["relative_to_dense"], tables.stage(report)[measure]))
-    if not found or not all(rows for sizes in found.values() for rows in sizes.values()):
-        raise UsageError(f"{', '.join(map(str, folders))}: expected runs of ifam, fast and faster, each with a report; "
-                         "make them with sweep.py selectors")
-    return found
+            times, values = found.setdefault(title, {}).setdefault(kind, ([], []))
+            values.append(tables.stage(report)[measure])
+            times += [report["speed"]["relative_to_dense"]] if "speed" in report else []
+    if not found:
+        raise UsageError(f"{', '.join(map(str, folders))}: no report of a run; make them with sweep.py selectors")
+    for title, sizes in found.items():
+        for kind, (times, _) in sizes.items():
+            if not times:
+                raise UsageError(f"{title}: no run with a stage 1 of {kind} has a time: python evaluate.py --ckpt "
+                                 "RUN/best.pt --speed")
+    return {title: dict(sorted(sizes.items(), key=lambda kind: -sum(kind[1][0]) / len(kind[1][0])))
+            for title, sizes in found.items()}
 
 
 def main(argv=None):

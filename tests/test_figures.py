@@ -231,28 +231,28 @@ def test_training_curves_are_drawn_from_the_log_with_and_without_validation(tmp_
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
-def test_the_figure_of_small_selectors_reads_time_and_measure_of_each_run(tmp_path, capsys):
-    numbers = {("waterbirds-mini", "worst_group"): {"ifam": (1.1, .93), "fast": (.45, .96), "faster": (.3, .9)},
-               ("cub-mini", "aa"): {"ifam": (1.1, .94), "fast": (.5, .93), "faster": (.3, .92)}}
+def test_the_figure_of_small_selectors_knows_a_run_by_its_stage_1_and_needs_one_time_of_each(tmp_path, capsys):
+    numbers = {("waterbirds-mini", "worst_group"): {(): (1.1, .93), ("--selector-size", "64"): (.6, .9), ("--selector-arch", "mini/1"): (.4, .7)},
+               ("cub-mini", "aa"): {(): (1.1, .94), ("--selector-size", "64"): (.6, .93)}}
+    runs, written = [], lambda run, report: (run / "report.json").write_text(json.dumps(report))
     for (title, measure), sizes in numbers.items():
-        for name, (time, value) in sizes.items():
+        for flags, (time, value) in sizes.items():
             for seed in (0, 1):
-                run = tmp_path / f"{title}-sweep" / f"{name}-{seed}"
-                run.mkdir(parents=True)
-                write_json(run / "config.json", vars(parse(Config, "", ["--data", title.removesuffix("-mini"), "--mini", "--seed", str(seed)], preset)))
-                report = {"data": title, "split": "test", "images": 8, "leakage": None, "stage2": {measure: value + seed / 100}, "speed": {"relative_to_dense": time}}
-                (run / "report.json").write_text(json.dumps(report))
-    folders = [tmp_path / f"{title}-sweep" for title, _ in numbers]
-    found = figures.of_selectors(folders)
-    assert found["waterbirds, worst group"]["fast"] == [(.45, .96), (.45, .97)] and list(found["cub"]) == ["ifam", "fast", "faster"]
-    figures.main(["--selectors", *map(str, folders), "--out", str(tmp_path)])
+                runs.append(tmp_path / title / f"{len(runs)}-{seed}")
+                runs[-1].mkdir(parents=True)
+                write_json(runs[-1] / "config.json", vars(parse(Config, "", ["--data", title.removesuffix("-mini"), "--mini", "--seed", str(seed), *flags], preset)))
+                report = {"data": title, "split": "test", "images": 8, "leakage": None, "stage2": {measure: value + seed / 100}}
+                written(runs[-1], report | {"speed": {"relative_to_dense": time}} if seed == 0 else report)
+    found = figures.of_selectors(runs)
+    assert found["waterbirds, worst group"]["64 px, 4 blocks"] == ([.6], [.9, .91])
+    assert list(found["waterbirds, worst group"]) == ["96 px, 4 blocks", "64 px, 4 blocks", "96 px, 1 block"] and len(found["cub"]) == 2
+    figures.main(["--selectors", *map(str, runs), "--out", str(tmp_path)])
     assert Image.open(tmp_path / "selectors.png").size[0] > 500
-    (folders[0] / "fast-0" / "report.json").write_text(json.dumps({**report, "speed": None, "checkpoint": {"sha256": "of another"}}))
-    (folders[0] / "fast-0" / "best.pt").write_bytes(b"")
-    assert figures.of_selectors(folders)["waterbirds, worst group"]["fast"] == [(.45, .97)]         # of another best.pt: left out, by name
+    written(runs[0], report | {"checkpoint": {"sha256": "of another"}})
+    (runs[0] / "best.pt").write_bytes(b"")               # of another best.pt: left out, by name
+    with pytest.raises(UsageError, match="96 px, 4 blocks has a time: python evaluate.py --ckpt"):
+        figures.of_selectors(runs[:2])
     assert "not of the present best.pt" in capsys.readouterr().err
-    del report["speed"]
-    (folders[0] / "fast-0" / "report.json").write_text(json.dumps(report))
-    assert "has no time: python evaluate.py --ckpt" in fails(figures.main, "--selectors", *folders, "--out", tmp_path)(capsys)
-    (folders[0] / "fast-0" / "report.json").write_text(json.dumps({"data": "waterbirds-mini"}))
-    assert "is not as evaluate.py writes it" in fails(figures.main, "--selectors", *folders, "--out", tmp_path)(capsys)
+    written(runs[0], {"data": "waterbirds-mini"})
+    assert "is not as evaluate.py writes it" in fails(figures.main, "--selectors", *runs, "--out", tmp_path)(capsys)
+    assert "no report of a run" in fails(figures.main, "--selectors", tmp_path, "--out", tmp_path)(capsys)

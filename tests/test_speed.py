@@ -214,7 +214,7 @@ def test_the_steps_of_reading_are_those_of_the_pipelines():
 
 
 def test_growth_shows_the_small_stage_1_of_the_recipe_fast():
-    assert speed.small_selector("s/2", 224) == {"selector_size": 112}
+    assert speed.small_selector("s/2", 224) == {"selector_size": 168}
     cfg = parse(runs.Config, "", ["--data", "cub", "--recipe", "fast"], runs.preset)
     assert speed.small_selector("b", 518) == {"selector_size": cfg.selector_size} and not cfg.selector_arch
 
