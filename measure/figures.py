@@ -579,9 +579,8 @@ def selectors(found, path=None):
             axis.plot([time] * len(values), values, ms=3.5, ls="", alpha=0.5, mec="none", **style[kind])
             axis.plot(time, sum(values) / len(values), ms=8, ls="", **style[kind])
         axis.set_title(name, fontsize=TEXT)
-        chart(axis, False)
+        chart(axis, False, xlabel="time (one dense ViT = 1)")
     axes[0, 0].set_ylabel("share of right answers")
-    figure.supxlabel("time of a prediction (one dense ViT = 1)", fontsize=TEXT)
     marks = [plt.Line2D([], [], ls="", ms=8, **style[kind]) for kind in kinds]
     figure.legend(marks, kinds, loc="outside lower center", ncols=min(len(kinds), 4), fontsize=SMALL, frameon=False)
     save(figure, path)
