@@ -320,12 +320,13 @@ def of_recipe(recipe, given, known):
 
 
 def small_selector(arch, size, recipe="fast"):
-    """The stage 1 of a recipe of SMALL -> {"selector_size"}, and "selector_arch" where it has not all blocks."""
+    """The stage 1 of a recipe of SMALL -> {"selector_size", "selector_arch"}, those that are smaller."""
     name, _, blocks = arch.partition("/")
     shape = vit.ARCHS.get(name, {})                      # parse() refuses another
     patch, depth = shape.get("patch", 14), int(blocks) if blocks.isdecimal() else shape.get("depth", 12)
-    small = {"selector_size": min(size, max(LEAST, round(size / patch / 2)) * patch)}
-    return small if SMALL[recipe] == 1 else {**small, "selector_arch": f"{name}/{max(1, int(SMALL[recipe] * depth))}"}
+    side, few = max(LEAST, round(size / patch / 2)) * patch, max(1, int(SMALL[recipe] * depth))
+    small = {"selector_size": side} if side < size else {}
+    return small | {"selector_arch": f"{name}/{few}"} if few < depth else small
 
 
 def recipe_text(cfg):

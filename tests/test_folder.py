@@ -327,8 +327,8 @@ def test_mini_is_the_recipe_mini_on_drawings():
 
 
 @pytest.mark.parametrize("flags, size, arch", [
-    ((), 252, ""), (("--data", "folder"), 168, ""), (("--mini",), 96, ""), (("--arch", "b16", "--size", 512), 256, ""), (("--arch", "l", "--size", 70), 70, ""),
-    (("--selector-size", 112), 112, ""), (("--recipe", "faster"), 252, "b/6"), (("--recipe", "faster", "--mini"), 96, "mini/2")], ids=str)
+    ((), 252, ""), (("--data", "folder"), 168, ""), (("--mini",), 0, ""), (("--arch", "b16", "--size", 512), 256, ""), (("--arch", "l", "--size", 70), 0, ""),
+    (("--selector-size", 112), 112, ""), (("--recipe", "faster"), 252, "b/6"), (("--recipe", "faster", "--mini"), 0, "mini/2")], ids=str)
 def test_the_fast_recipes_show_stage_1_half_of_the_side_but_12_patches_and_the_faster_one_half_of_the_blocks(flags, size, arch):
     cfg = settings(*(() if "--recipe" in flags else ("--recipe", "fast")), *flags)
     flags = [f for f in flags if f not in ("--recipe", "faster")]
@@ -362,7 +362,7 @@ def test_a_recipe_replaces_what_the_settings_of_another_run_say_and_old_runs_hav
     again = settings("--config", tmp_path / "config.json")
     assert again.recipe == "mini" and not runs.differences(content, again)
     fast = settings("--config", tmp_path / "config.json", "--recipe", "fast")
-    assert (fast.selector_size, fast.k, fast.seed, fast.lr) == (96, 3, 5, runs.MINI["lr"])
+    assert (fast.selector_size, fast.k, fast.seed, fast.lr) == (0, 3, 5, runs.MINI["lr"])
     paper = settings("--config", tmp_path / "config.json", "--recipe", "paper", "--no-mini")
     assert (paper.arch, paper.size, paper.lr, paper.seed) == ("b", 518, runs.Config.lr, 5)
     erm = {**vars(settings("--mini", "--method", "erm")), "k": 4, "lr_tokens": 1e-5}                     # what earlier runs recorded
