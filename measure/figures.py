@@ -792,11 +792,13 @@ class Config:
 def of_selectors(folders):
     """What `selectors` draws, from the reports of runs. UsageError where nobody measured the time of a stage 1.
 
-    A run is known by the side and the blocks of its stage 1. The time is the mean over the runs that have one.
+    A run is known by the side and the blocks of its stage 1. The time is the mean over the runs that have one. Reports
+    of validation, and of corrected models, do not count.
     """
     found = {}
     for run in folders:
-        for *_, report in tables.read_run(run):
+        as_trained = [report for *_, report in tables.read_run(run) if not {"retrain", "intervention"} & report.keys()]
+        for report in (report for report in as_trained if report["split"] != "val"):
             config = read_config(run / "config.json")
             with torch.device("meta"):                   # no weights: it is asked for its blocks alone
                 blocks = len(build_vit(config["selector_arch"] or config["arch"], config["size"]).blocks)

@@ -243,7 +243,10 @@ def test_the_figure_of_small_selectors_knows_a_run_by_its_stage_1_and_needs_one_
                 write_json(runs[-1] / "config.json", vars(parse(Config, "", ["--data", title.removesuffix("-mini"), "--mini", "--seed", str(seed), *flags], preset)))
                 report = {"data": title, "split": "test", "images": 8, "leakage": None, "stage2": {measure: value + seed / 100}}
                 written(runs[-1], report | {"speed": {"relative_to_dense": time}} if seed == 0 else report)
+    (runs[0] / "report-val.json").write_text(json.dumps(report | {"split": "val"}))
+    (runs[0] / "report-dfr.json").write_text(json.dumps(report | {"retrain": {"how": "dfr"}}))
     found = figures.of_selectors(runs)
+    assert [len(values) for _, values in found["waterbirds, worst group"].values()] == [2, 2, 2]
     assert found["waterbirds, worst group"]["64 px, 4 blocks"] == ([.6], [.9, .91])
     assert list(found["waterbirds, worst group"]) == ["96 px, 4 blocks", "64 px, 4 blocks", "96 px, 1 block"] and len(found["cub"]) == 2
     figures.main(["--selectors", *map(str, runs), "--out", str(tmp_path)])
