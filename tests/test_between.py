@@ -353,7 +353,7 @@ def test_the_report_the_table_and_the_figure_have_what_each_part_says(checkpoint
 def test_tables_have_a_column_of_what_parts_know_of_each_other(checkpoint, planted, tmp_path):
     path = checkpoint()
     report = {"data": "waterbirds-mini", "split": "test", "images": 300, "stage2": {"aa": 0.9, "groups": {}},
-              "leakage": {"images": 300, "repaint": {"max_logit_change": 0.0}, "between_parts": between.between_parts(halves(), planted)},
+              "leakage": {"images": 300, "repaint": {"max_logit_change": 0.0}, "swap": {"flip_rate": 0.0}, "between_parts": between.between_parts(halves(), planted)},
               "parts": {"agreement": {"pairs": 3, "share": 0.25}}}
     (path.parent / "report.json").write_text(json.dumps(report))
     (_, _, _, k, found), = tables.read_run(path.parent)
