@@ -63,10 +63,14 @@ def uncrossed(samples):
     return "each class is in one place only" if samples.places else "there are no places"
 
 
-def are_made(path, digest):
+def said_of(groups):
+    """The file in which groups.py says of which checkpoint its groups are."""
+    return Path(groups).with_suffix(".json")
+
+
+def are_made(groups, digest):
     """Is a groups file one of groups.py, as it wrote it? Then no label is in it, but a first model."""
-    about = Path(path).with_suffix(".json")
-    said = read_json(about, "what groups.py says") if about.is_file() else None
+    said = read_json(said_of(groups), "what groups.py says") if said_of(groups).is_file() else None
     return isinstance(said, dict) and said.get("digest") == digest
 
 

@@ -31,6 +31,7 @@ import data
 from baselines import TAKES
 from measure import tables
 from measure.retrain import TITLES
+from objectives import said_of
 from runs import Config as RunConfig
 from runs import check, differences, hash_of, left_out, of_best, pick_device, preset, read_config, read_log, trained
 from settings import RunError, UsageError, flag, nearest, opt, parse, read_json, run_script
@@ -259,11 +260,6 @@ def first_pass(cfg):
     """The folder of the run of the same sweep that a run goes on from, or that its groups come from; or None."""
     first = Path(cfg.masktune) if cfg.masktune else Path(cfg.groups).parent
     return first if (cfg.masktune or cfg.groups) and first.parent == Path(cfg.out).parent else None
-
-
-def said_of(groups):
-    """The file in which groups.py says of which checkpoint its groups are."""
-    return Path(groups).with_suffix(".json")
 
 
 def are_current(groups):

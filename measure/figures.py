@@ -789,6 +789,13 @@ class Config:
     force: bool = opt(False, "replace pictures that this program did not draw")
 
 
+def stage1_of(config):
+    """The settings of a run -> "64 px, 4 blocks"."""
+    with torch.device("meta"):                           # no weights: it is asked for its blocks alone
+        blocks = len(build_vit(config["selector_arch"] or config["arch"], config["size"]).blocks)
+    return f"{config['selector_size'] or config['size']} px, {blocks} block{'s' * (blocks > 1)}"
+
+
 def of_selectors(folders):
     """What `selectors` draws, from the reports of runs. UsageError where nobody measured the time of a stage 1.
 
@@ -797,12 +804,10 @@ def of_selectors(folders):
     """
     found = {}
     for run in folders:
-        as_trained = [report for *_, report in tables.read_run(run) if not {"retrain", "intervention"} & report.keys()]
-        for report in (report for report in as_trained if report["split"] != "val"):
-            config = read_config(run / "config.json")
-            with torch.device("meta"):                   # no weights: it is asked for its blocks alone
-                blocks = len(build_vit(config["selector_arch"] or config["arch"], config["size"]).blocks)
-            kind = f"{config['selector_size'] or config['size']} px, {blocks} block{'s' * (blocks > 1)}"
+        reports = [report for *_, report in tables.read_run(run)
+                   if report["split"] != "val" and not {"retrain", "intervention"} & report.keys()]
+        kind = stage1_of(read_config(run / "config.json")) if reports else ""
+        for report in reports:
             measure = "worst_group" if "worst_group" in tables.stage(report) else "aa"
             title = report["data"].removesuffix("-mini") + ", worst group" * (measure == "worst_group")
             times, values = found.setdefault(title, {}).setdefault(kind, ([], []))
