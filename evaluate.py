@@ -78,8 +78,10 @@ def localisation(model, result, samples, train=None, kp_normalise=False, known=N
     both = (names, test.clusters[visible])
     out |= {"kp": None, "nmi": nmi(*both) if len(names) else None, "ari": ari(*both) if len(names) else None,
             "kp_normalise": kp_normalise}
-    if train is None or not train.points:
-        out["kp_skipped"] = "the training images or their keypoints are not on disk, or were left out"
+    if train is None:
+        out["kp_skipped"] = "the training images are not all on disk, or --no-fitted left them out"
+    elif not train.points:
+        out["kp_skipped"] = "the training images have no keypoints on disk"
     elif samples.boxes is None or train.boxes is None:
         out["kp_skipped"] = "bounding_boxes.txt is not there"
     else:

@@ -367,7 +367,7 @@ def test_the_batch_changes_no_keypoint_metric(model):
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (lambda s, t: setattr(t, "points", None), "are not on disk"), (lambda s, t: setattr(s, "boxes", None), "bounding_boxes.txt"),
+    (lambda s, t: setattr(t, "points", None), "no keypoints on disk"), (lambda s, t: setattr(s, "boxes", None), "bounding_boxes.txt"),
     (lambda s, t: setattr(t, "points", [p * [1, 1, 0] for p in t.points]), "no training image shows landmark 1")],
     ids=("keypoints", "boxes", "a landmark"))
 def test_a_keypoint_regression_that_cannot_be_done_is_null_and_the_table_says_why(spoil, words, model):
